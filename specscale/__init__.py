@@ -1,0 +1,22 @@
+"""Hold the Frobenius or spectral norm of every weight matrix of a PyTorch model on its target while it trains."""
+
+from specscale.apply import apply_norm_scaling, is_norm_scaled, remove_norm_scaling
+from specscale.errors import NonFiniteWeightError
+from specscale.initialization import orthogonal_init_
+from specscale.measure import spectral_norms
+from specscale.scaler import NormScaler, plain_state_dict
+from specscale.solvers import SVD, Block, Power
+
+__all__ = [
+    "SVD",
+    "Block",
+    "NonFiniteWeightError",
+    "NormScaler",
+    "Power",
+    "apply_norm_scaling",
+    "is_norm_scaled",
+    "orthogonal_init_",
+    "plain_state_dict",
+    "remove_norm_scaling",
+    "spectral_norms",
+]

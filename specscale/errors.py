@@ -1,0 +1,21 @@
+"""The errors that are worth catching by name, and the pieces that error texts share."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class NonFiniteWeightError(ValueError):
+    """A weight holds NaN or infinity; the message names its layer. Nothing was written."""
+
+
+def one_of(choices: Iterable[str]) -> str:
+    """The choices as an error text lists them: `'a', 'b' or 'c'`."""
+    *head, last = (repr(choice) for choice in choices)
+    return f"{', '.join(head)} or {last}" if head else last
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The names most like `name`, best first, or the first few where none is alike."""
+    names = [n for n in names if n]
+    found = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+    return ", ".join(repr(n) for n in found) or "none"

@@ -1,0 +1,65 @@
+"""The method's start: every weight matrix a gain times a random (semi-)orthogonal matrix."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specscale.selection import Patterns, Weight, select
+from specscale.targets import GAINS, Rule, check_rule, evaluate
+
+
+def orthogonal(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A batch of (semi-)orthogonal matrices `(k, m, n)`, uniformly distributed, in float32 or wider.
+
+    QR of a Gaussian matrix with the signs of R's diagonal (Mezzadri, "How to generate random matrices from the
+    classical compact groups", 2007).
+    """
+    count, m, n = shape
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    device = like.device if generator is None else generator.device
+    gaussian = torch.randn(count, max(m, n), min(m, n), dtype=dtype, device=device, generator=generator)
+    q, r = torch.linalg.qr(gaussian.to(like.device))
+    q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1, 1)[:, None, :]
+    return q if m >= n else q.mT
+
+
+@torch.no_grad()
+def write_orthogonal_(weights: list[Weight], gains: dict[str, float], generator: torch.Generator | None) -> None:
+    """Overwrite each weight by its gain times orthogonal matrices."""
+    for weight in weights:
+        shape = weight.view.matrices(weight.parameter).shape
+        weight.view.write_(weight.parameter, gains[weight.name] * orthogonal(shape, weight.parameter, generator))
+
+
+def orthogonal_init_(
+    module: nn.Module,
+    gain: Rule = "channels",
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    example_input: Any = None,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Overwrite the weights of a model, in place, by gain times (semi-)orthogonal matrices.
+
+    Args:
+        module: the model; its linear, convolution and attention weights that require gradients are overwritten.
+        gain: `"channels"`, `"features"`, `"matrix"`, a number, or a function `(name, module) -> float`.
+        include: shell patterns on module names, or predicates `(name, module) -> bool`; None means all.
+        exclude: likewise, what to leave alone.
+        example_input: for `"features"`, a batch that the model can be called with.
+        generator: the source of randomness; None means torch's global one.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: `module` is no module, or an option has a wrong type.
+        ValueError: unknown gain, a gain that is not finite and positive, a pattern that matches nothing.
+    """
+    call = "orthogonal_init_"
+    check_rule(call, "gain", gain, GAINS)
+    weights = select(call, module, include, exclude)
+    write_orthogonal_(weights, evaluate(call, "gain", gain, weights, module, example_input), generator)
+    return module

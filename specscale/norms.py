@@ -1,0 +1,109 @@
+"""The norms that can be held: how each is measured and how a weight is put back on its target.
+
+Pure functions of tensors, in the two halves of a step: `measure` only reads, so that every weight can be looked at
+before the first one is written; `restore_` writes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from specscale.solvers import Solver, State
+
+
+class Measurement(NamedTuple):
+    """What `measure` found out about a batch of matrices."""
+
+    norm: Tensor
+    """`(k,)`: the norm of each matrix; NaN or infinite where the matrix is."""
+    factors: Any
+    """What `restore_` needs to know of the matrices."""
+    state: dict[str, Tensor]
+    """The state to go on from."""
+
+
+class Norm(Protocol):
+    """A norm that can be held."""
+
+    @property
+    def name(self) -> str: ...
+
+    def of_orthogonal(self, gain: float, m: int, n: int) -> float:
+        """The norm of `gain` times a semi-orthogonal matrix `(m, n)`."""
+
+    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
+        """The state for `matrices (k, m, n)` before the first measurement."""
+
+    def measure(self, matrices: Tensor, state: State, *, to_convergence: bool = False) -> Measurement:
+        """The norm of each of `matrices (k, m, n)`, float32 or wider."""
+
+    def restore_(self, split: Tensor, measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
+        """Put the matrices behind `split (k, o, ...)` back to `target (k,)`, those not in `hold (k,)`, in place.
+
+        Returns the norms `(k,)` that the matrices then have.
+        """
+
+
+def _like(factor: Tensor, split: Tensor) -> Tensor:
+    """`(k,)` or `(k, o)` with trailing axes of size one, for broadcasting against `split (k, o, ...)`."""
+    return factor.reshape(*factor.shape, *[1] * (split.ndim - factor.ndim))
+
+
+@dataclass(frozen=True)
+class Frobenius:
+    """`W <- W t / ||W||_F`: the Norm Scaling post's Frobenius norm scaling."""
+
+    name = "frobenius"
+
+    def of_orthogonal(self, gain: float, m: int, n: int) -> float:
+        return gain * math.sqrt(min(m, n))
+
+    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def measure(self, matrices: Tensor, state: State, *, to_convergence: bool = False) -> Measurement:
+        # Rows first: short sums keep float32 accurate, and the float64 total cannot overflow.
+        rows = torch.linalg.vector_norm(matrices, dim=-1)
+        norm = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).to(rows.dtype)
+        return Measurement(norm, None, {})
+
+    def restore_(self, split: Tensor, measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
+        norm = measurement.norm.to(target.dtype)
+        hold = hold | (norm == 0)
+        split.mul_(_like(torch.where(hold, 1, target / norm), split))
+        return torch.where(hold, norm, target)
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """`W <- W + (t - s) u v^T` for the first singular triple `(s, u, v)`: the post's spectral norm scaling.
+
+    Only the first singular value moves; where the second is above `t`, the norm stays above `t`.
+    """
+
+    solver: Solver
+    name = "spectral"
+
+    def of_orthogonal(self, gain: float, m: int, n: int) -> float:
+        return gain
+
+    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
+        return self.solver.cold(matrices, key)
+
+    def measure(self, matrices: Tensor, state: State, *, to_convergence: bool = False) -> Measurement:
+        triple, state = self.solver.solve(matrices, state, to_convergence=to_convergence)
+        return Measurement(triple.value, triple, dict(state))
+
+    def restore_(self, split: Tensor, measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
+        triple = measurement.factors
+        value = triple.value.to(target.dtype)
+        hold = hold | (value == 0)
+        coefficient = torch.where(hold, 0, target - value)
+        left = _like(coefficient[:, None] * triple.left, split)
+        right = triple.right.reshape(split.shape[0], 1, *split.shape[2:])
+        # On the split tensor, not on the matrix, a rank-one update is a broadcast product in any memory format.
+        split.addcmul_(left, right)
+        return torch.where(hold, value, torch.maximum(target, triple.next_value.to(target.dtype)))

@@ -1,0 +1,158 @@
+"""What a scaled weight remembers: a parametrization whose forward is the identity and whose buffers are the state."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from specscale.matrices import MatrixView
+from specscale.norms import Measurement, Norm
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class NormScaling(nn.Module):
+    """The state of one scaled weight: its targets, its norms and what the solver goes on from, all buffers.
+
+    The weight itself is always on its target, so that forward has nothing to do; `restore_` runs after the step.
+
+    Buffers: `target (k,)`, a zero where a matrix is left alone; `norm (k,)`, the norm that is held; the solver's.
+    """
+
+    target: Tensor
+    norm: Tensor
+
+    def __init__(self, kind: Norm, view: MatrixView, name: str, plain_order: tuple[str, ...], weight: Tensor) -> None:
+        super().__init__()
+        self.kind = kind
+        self.view = view
+        self.name = name
+        self.plain_order = plain_order
+        """The names of the module's own parameters as they were before registering moved this one to the end."""
+        matrices = self._matrices(weight)
+        key = torch.arange(len(matrices), device=weight.device) + (zlib.crc32(name.encode()) << 20)
+        self._solver_buffers = []
+        for buffer, value in kind.cold(matrices, key).items():
+            self.register_buffer(buffer, value)
+            self._solver_buffers.append(buffer)
+        measurement = kind.measure(matrices, self._state(), to_convergence=True)
+        self._store_state(measurement)
+        self.register_buffer("norm", measurement.norm.clone())
+        self.register_buffer("target", measurement.norm.clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def _matrices(self, weight: Tensor) -> Tensor:
+        return wide(self.view.matrices(weight.detach()))
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(name) for name in self._solver_buffers}
+
+    def _store_state(self, measurement: Measurement) -> None:
+        for name, value in measurement.state.items():
+            self.get_buffer(name).copy_(value)
+
+    @torch.no_grad()
+    def measure(self, weight: Tensor) -> Measurement:
+        """What the weight's matrices are now; writes nothing."""
+        return self.kind.measure(self._matrices(weight), self._state())
+
+    @torch.no_grad()
+    def restore_(self, weight: Tensor, measurement: Measurement, skip: Tensor | None = None) -> None:
+        """Put the weight back on its target, unless the one-element tensor `skip` is positive."""
+        hold = self.target == 0
+        if skip is not None:
+            hold = hold | (skip > 0)
+        self.norm.copy_(self.kind.restore_(self.view.split(weight.detach()), measurement, self.target, hold))
+        self._store_state(measurement)
+
+    @torch.no_grad()
+    def solve_cold_(self, weight: Tensor) -> None:
+        """Forget the solver's state and measure the weight anew, as after loading other weights."""
+        fresh = NormScaling(self.kind, self.view, self.name, self.plain_order, weight)
+        for name in ("norm", *self._solver_buffers):
+            self.get_buffer(name).copy_(fresh.get_buffer(name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `model.half()` and its like must not round targets and singular vectors: follow the device, not the dtype.
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self.get_buffer(name)
+            if after.is_floating_point() and after.dtype.itemsize < 4:
+                self.register_buffer(name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        count = f"{self.view.count} matrices, " if self.view.count > 1 else ""
+        return f"{self.kind.name}, {count}target={float(self.target.max()):.4g}"
+
+
+def scaling_of(module: nn.Module, tensor: str) -> NormScaling | None:
+    """The scaling of `module`'s tensor, or None where it has none."""
+    if not parametrize.is_parametrized(module, tensor):
+        return None
+    found = [p for p in module.parametrizations[tensor] if isinstance(p, NormScaling)]  # type: ignore[union-attr, index]
+    return found[0] if found else None
+
+
+def scalings(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, NormScaling]]:
+    """Every scaled weight below `module`: module name, module, tensor name and scaling."""
+    for name, child in module.named_modules():
+        if parametrize.is_parametrized(child):
+            for tensor in child.parametrizations:  # type: ignore[union-attr]
+                if (scaling := scaling_of(child, tensor)) is not None:
+                    yield name, child, tensor, scaling
+
+
+def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
+    """Hang the scaling on the module; a plain checkpoint still loads into it."""
+    parametrize.register_parametrization(module, tensor, scaling, unsafe=True)
+    scaling._load_hooks = (  # type: ignore[assignment]
+        module.register_load_state_dict_pre_hook(_rename_plain),
+        module.register_load_state_dict_post_hook(_solve_missing),
+    )
+
+
+def unregister(module: nn.Module, tensor: str) -> None:
+    """Take the scaling off: the same parameter, under its plain name and in its plain place."""
+    scaling = scaling_of(module, tensor)
+    assert scaling is not None
+    for hook in scaling._load_hooks:  # type: ignore[union-attr]
+        hook.remove()
+    parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+    for name in scaling.plain_order:
+        if name in module._parameters:
+            parameter = module._parameters[name]
+            delattr(module, name)
+            module.register_parameter(name, parameter)
+
+
+def _rename_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for tensor in module.parametrizations:  # type: ignore[union-attr]
+        scaling = scaling_of(module, tensor)
+        if scaling is None or prefix + tensor not in state_dict:
+            continue
+        home = f"{prefix}parametrizations.{tensor}."
+        state_dict[home + "original"] = state_dict.pop(prefix + tensor)
+        index = list(module.parametrizations[tensor]).index(scaling)  # type: ignore[union-attr, index]
+        for name, buffer in scaling.named_buffers():
+            state_dict.setdefault(f"{home}{index}.{name}", buffer)
+        scaling._stale = True  # type: ignore[assignment]
+
+
+def _solve_missing(module: nn.Module, _: Any) -> None:
+    for tensor in module.parametrizations:  # type: ignore[union-attr]
+        scaling = scaling_of(module, tensor)
+        if scaling is not None and scaling.__dict__.pop("_stale", False):
+            scaling.solve_cold_(module.parametrizations[tensor].original)  # type: ignore[union-attr, index]

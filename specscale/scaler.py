@@ -1,0 +1,187 @@
+"""The handle of a scaled model: it follows an optimizer, takes the scaling step and reports."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from specscale.errors import NonFiniteWeightError
+from specscale.parametrization import NormScaling, scaling_of, scalings, unregister
+
+
+class ScaledWeight(NamedTuple):
+    """One weight under scaling."""
+
+    name: str
+    module: nn.Module
+    tensor: str
+    scaling: NormScaling
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the scaling is still on the module."""
+        return scaling_of(self.module, self.tensor) is self.scaling
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.parametrizations[self.tensor].original  # type: ignore[union-attr, index, return-value]
+
+
+class NormScaler:
+    """The handle that `apply_norm_scaling` returns; all its state is on the model.
+
+    >>> scaling = apply_norm_scaling(model, "spectral", init="orthogonal")
+    >>> scaling.attach(optimizer)     # every optimizer.step() now ends on the targets
+    >>> print(scaling)                # layer, shape, target, norm, excess
+    >>> scaling.remove()              # a plain model again
+    """
+
+    def __init__(self, model: nn.Module, weights: Iterable[ScaledWeight]) -> None:
+        self._model = model
+        self._weights = list(weights)
+        self._handles: dict[int, Any] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "NormScaler":
+        """The handle of a model that is scaled already, from the model alone.
+
+        Raises:
+            ValueError: the model has no scaled weight.
+        """
+        weights = [
+            ScaledWeight(scaling.name, module, tensor, scaling) for _, module, tensor, scaling in scalings(model)
+        ]
+        if not weights:
+            raise ValueError(
+                f"NormScaler.of: {type(model).__name__} has no scaled weight; call apply_norm_scaling(model) first"
+            )
+        return cls(model, weights)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> "NormScaler":
+        """Scale, after every step of the optimizer, the weights that it has stepped.
+
+        The optimizer keeps the handle alive. A step that a GradScaler skips moves nothing.
+
+        Raises:
+            TypeError: `optimizer` is no torch optimizer.
+            ValueError: it would never call a step hook, owns none of the weights, or is attached already.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"attach: expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
+        kind = type(optimizer).__name__
+        if not getattr(type(optimizer).step, "hooked", False):
+            raise ValueError(
+                f"attach: {kind} never calls step hooks; attach to the optimizer that it wraps, or call "
+                "scaling.step() after its step"
+            )
+        if id(optimizer) in self._handles:
+            raise ValueError(f"attach: this {kind} is attached already; a second hook would scale twice")
+        if not self._owned(optimizer):
+            raise ValueError(f"attach: {kind} owns none of the scaled weights; build it from this model's parameters")
+        self._handles[id(optimizer)] = optimizer.register_step_post_hook(self._after_step)
+        return self
+
+    def _owned(self, optimizer: torch.optim.Optimizer) -> list[ScaledWeight]:
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [weight for weight in self._weights if weight.is_live and id(weight.parameter) in owned]
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # A parameter without a gradient was not stepped, and the spectral update is not idempotent.
+        stepped = [weight for weight in self._owned(optimizer) if weight.parameter.grad is not None]
+        # A fused optimizer is called by GradScaler even for a step that it skips inside.
+        self._scale(stepped, getattr(optimizer, "found_inf", None))
+
+    def step(self) -> None:
+        """Put every weight back on its target: for training loops without `attach`, once after each optimizer step.
+
+        Raises:
+            NonFiniteWeightError: a weight holds NaN or infinity; no weight was written.
+        """
+        self._scale([weight for weight in self._weights if weight.is_live], None)
+
+    def _scale(self, weights: list[ScaledWeight], skip: Tensor | None) -> None:
+        measured = [weight.scaling.measure(weight.parameter) for weight in weights]
+        for weight, measurement in zip(weights, measured, strict=True):
+            if not bool(measurement.norm.isfinite().all()):
+                raise NonFiniteWeightError(
+                    f"step: the weight of {weight.name!r} holds NaN or infinity; no weight was scaled. "
+                    "Lower the learning rate or clip the gradients"
+                )
+        for weight, measurement in zip(weights, measured, strict=True):
+            weight.scaling.restore_(weight.parameter, measurement, skip)
+
+    @torch.no_grad()
+    def _report(self) -> list[tuple[ScaledWeight, float, float, float]]:
+        """Each weight with its largest norm, largest target and worst excess."""
+        rows = []
+        for weight in self._weights:
+            if weight.is_live:
+                norm, target = weight.scaling.norm.double(), weight.scaling.target.double()
+                excess = torch.where(target > 0, norm / target - 1, -torch.inf)
+                rows.append((weight, norm.max().item(), target.max().item(), excess.max().item()))
+        return rows
+
+    def metrics(self) -> dict[str, float]:
+        """`norm/<layer>`, `target/<layer>` and `excess/<layer>` (norm / target - 1) of every weight, from the buffers.
+
+        A tensor that is several matrices reports its largest norm, its largest target and its worst excess. Under
+        spectral scaling the norm is the larger of the target and the solver's second singular value, an estimate from
+        below.
+        """
+        metrics: dict[str, float] = {}
+        for weight, norm, target, excess in self._report():
+            metrics |= {f"norm/{weight.name}": norm, f"target/{weight.name}": target, f"excess/{weight.name}": excess}
+        return metrics
+
+    def plain_state_dict(self) -> dict[str, Any]:
+        """The model's state dict under its plain names, in its plain order, without the scaling's buffers."""
+        return plain_state_dict(self._model)
+
+    def remove(self) -> nn.Module:
+        """Let the optimizers go and return the model, plain again: the same parameters under their plain names."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        for weight in self._weights:
+            if weight.is_live:
+                unregister(weight.module, weight.tensor)
+        return self._model
+
+    def __str__(self) -> str:
+        header = ("layer", "matrices", "shape", "target", "norm", "excess")
+        rows = [header]
+        for weight, norm, target, excess in self._report():
+            count, *shape = weight.scaling.view.matrices(weight.parameter).shape
+            size = "x".join(str(n) for n in shape)
+            rows.append((weight.name, str(count), size, f"{target:.4g}", f"{norm:.4g}", f"{excess:+.2%}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        return "\n".join(
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
+        )
+
+    def __repr__(self) -> str:
+        return f"NormScaler({len(self._weights)} weights of {type(self._model).__name__})"
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Any]:
+    """A scaled model's state dict as the plain model's: names, order and content."""
+    state = model.state_dict()
+    own: dict[str, list[str]] = {}
+    for name, module, tensor, scaling in scalings(model):
+        prefix = f"{name}." if name else ""
+        home = f"{prefix}parametrizations.{tensor}."
+        state[prefix + tensor] = state.pop(home + "original")
+        index = list(module.parametrizations[tensor]).index(scaling)  # type: ignore[union-attr, index]
+        for buffer, _ in scaling.named_buffers():
+            state.pop(f"{home}{index}.{buffer}")
+        own[prefix] = [prefix + parameter for parameter in scaling.plain_order]
+        # The weight went to the end: bring it back into its module's place.
+        keys = list(state)
+        here = [key for key in keys if key.startswith(prefix)]
+        ordered = [key for key in own[prefix] if key in state] + [key for key in here if key not in own[prefix]]
+        first = keys.index(here[0])
+        rest = [key for key in keys if not key.startswith(prefix)]
+        state = {key: state[key] for key in [*rest[:first], *ordered, *rest[first:]]}
+    return state

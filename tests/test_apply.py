@@ -1,0 +1,207 @@
+"""apply_norm_scaling: what it selects, what it starts from, what it refuses."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from specscale import (
+    NonFiniteWeightError,
+    NormScaler,
+    apply_norm_scaling,
+    is_norm_scaled,
+    orthogonal_init_,
+    remove_norm_scaling,
+    spectral_norms,
+)
+
+
+class Everything(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 12)
+        self.norm = nn.LayerNorm(12)
+        self.qkv = nn.Linear(12, 36)
+        self.attention = nn.MultiheadAttention(12, 2)
+        self.cross = nn.MultiheadAttention(12, 2, kdim=6, vdim=6)
+        self.conv1 = nn.Conv1d(4, 6, 3)
+        self.conv2 = nn.Conv2d(4, 6, 3, groups=2)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+        self.conv3 = nn.Conv3d(4, 6, 3)
+        self.up1 = nn.ConvTranspose1d(4, 6, 3)
+        self.up2 = nn.ConvTranspose2d(4, 6, 3, groups=2)
+        self.up3 = nn.ConvTranspose3d(4, 6, 3)
+        self.tied = nn.Linear(12, 36)
+        self.tied.weight = self.qkv.weight
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def test_every_kind_of_weight_is_found_once():
+    scaling = apply_norm_scaling(Everything())
+    counts = {w.name: w.scaling.view.count for w in scaling._weights}
+    assert counts == {
+        "qkv": 3,
+        "attention": 3,
+        "attention.out_proj": 1,
+        "cross.q_proj_weight": 1,
+        "cross.k_proj_weight": 1,
+        "cross.v_proj_weight": 1,
+        "cross.out_proj": 1,
+        "conv1": 1,
+        "conv2": 2,
+        "depthwise": 4,
+        "conv3": 1,
+        "up1": 1,
+        "up2": 2,
+        "up3": 1,
+    }
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_initial_targets_are_the_norms_of_the_untouched_weights(norm):
+    model = Everything()
+    plain = copy.deepcopy(model.state_dict())
+    scaling = apply_norm_scaling(model, norm)
+    for weight in scaling._weights:
+        matrices = weight.scaling.view.matrices(weight.parameter.detach()).double()
+        exact = torch.linalg.matrix_norm(matrices, "fro" if norm == "frobenius" else 2)
+        torch.testing.assert_close(weight.scaling.target.double(), exact, rtol=1e-5, atol=0)
+    assert all(torch.equal(value, plain[name]) for name, value in scaling.plain_state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"),
+    [("channels", (6 / 4) ** 0.5), ("matrix", (3 / 18) ** 0.5), ("features", (6 * 36 / (4 * 64)) ** 0.5), (0.7, 0.7)],
+)
+def test_orthogonal_init_has_the_gain_as_every_singular_value(gain, expected):
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    orthogonal_init_(model, gain, example_input=torch.zeros(2, 4, 8, 8))
+    values = torch.linalg.svdvals(model[0].weight.detach().unflatten(0, (2, 3)).flatten(2))
+    torch.testing.assert_close(values, torch.full_like(values, expected))
+
+
+@pytest.mark.parametrize(("norm", "expected"), [("spectral", 2.0), ("frobenius", 2.0 * 6**0.5)])
+def test_a_target_rule_means_the_norm_of_an_orthogonal_matrix_with_that_gain(norm, expected):
+    model = nn.Sequential(nn.Linear(6, 24))
+    scaling = apply_norm_scaling(model, norm, target="channels")
+    assert scaling.metrics()["target/0"] == pytest.approx(expected)
+    remove_norm_scaling(model)
+    assert apply_norm_scaling(model, norm, target=0.25).metrics()["target/0"] == 0.25
+
+
+def test_features_restores_modes_and_statistics():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
+    model[2].eval()
+    apply_norm_scaling(model, target="features", example_input=torch.randn(2, 3, 8, 8))
+    assert [m.training for m in model] == [True, True, False]
+    assert model[1].num_batches_tracked == 0
+
+
+def test_patterns_and_predicates():
+    assert [w.name for w in apply_norm_scaling(small(), include="2")._weights] == ["2"]
+    assert [w.name for w in apply_norm_scaling(small(), exclude=["2"])._weights] == ["0"]
+    narrow = apply_norm_scaling(small(), include=lambda name, module: module.out_features == 3)
+    assert [w.name for w in narrow._weights] == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"norm": "nuclear"}, ValueError, "unknown norm 'nuclear'; choose 'frobenius' or 'spectral'"),
+        ({"solver": "qr"}, ValueError, "unknown solver 'qr'; choose 'block', 'power' or 'svd'"),
+        ({"solver": 3}, TypeError, "solver must be a name or a Block, Power or SVD, found int"),
+        ({"init": "zeros"}, ValueError, "unknown init 'zeros'; choose None or 'orthogonal'"),
+        ({"target": "final"}, ValueError, "unknown target 'final'; choose 'initial', 'channels'"),
+        ({"gain": "initial", "init": "orthogonal"}, ValueError, "unknown gain 'initial'"),
+        ({"target": -1.0}, ValueError, "target must be finite and positive, found -1.0"),
+        ({"target": float("nan")}, ValueError, "target must be finite and positive, found nan"),
+        ({"target": None, "gain": [1], "init": "orthogonal"}, TypeError, "gain must be a number, found list"),
+        ({"target": lambda n, m: 0.0}, ValueError, "target must be finite and positive for '0', found 0.0"),
+        ({"gain": lambda n, m: "a", "init": "orthogonal"}, TypeError, "gain must be a number for '0', found str"),
+        ({"target": "features"}, ValueError, '"features" needs example_input'),
+        ({"include": "layer*"}, ValueError, "include pattern 'layer.' matches no module; the nearest names are '0'"),
+        ({"exclude": "*"}, ValueError, "no weight of Sequential is selected; it has 2"),
+        ({"exclude": 3}, TypeError, "'int' object is not iterable"),
+        ({"exclude": [3]}, TypeError, "exclude takes shell patterns on module names"),
+    ],
+)
+def test_bad_input_is_refused_and_the_model_untouched(options, error, text):
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=text):
+        apply_norm_scaling(model, **options)
+    assert not is_norm_scaled(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"apply_norm_scaling: expected a torch.nn.Module, found list"):
+        apply_norm_scaling([small()])
+
+
+def test_applying_twice_is_refused():
+    model = small()
+    apply_norm_scaling(model)
+    with pytest.raises(ValueError, match="'0' is scaled already; call remove_norm_scaling"):
+        apply_norm_scaling(model, "frobenius")
+
+
+def test_another_parametrization_is_refused():
+    model = small()
+    nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.raises(ValueError, match="'weight' of '2' has another parametrization"):
+        apply_norm_scaling(model)
+    assert not is_norm_scaled(model)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_weight_is_named(bad):
+    model = small()
+    model[2].weight.data[0, 0] = bad
+    with pytest.raises(NonFiniteWeightError, match="the weight of '2' holds NaN or infinity"):
+        apply_norm_scaling(model)
+    assert not is_norm_scaled(model)
+
+
+def test_a_zero_weight_is_skipped_by_name():
+    model = small()
+    nn.init.zeros_(model[2].weight)
+    with pytest.warns(UserWarning, match="'2' holds a zero matrix"):
+        scaling = apply_norm_scaling(model)
+    assert [w.name for w in scaling._weights] == ["0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        remove_norm_scaling(model)
+        apply_norm_scaling(model, target=1.0).step()
+    assert not model[2].weight.any()
+
+
+def test_removing_gives_the_plain_model_back():
+    model = small()
+    order, parameters = list(model.state_dict()), {id(p) for p in model.parameters()}
+    apply_norm_scaling(model)
+    assert is_norm_scaled(model)
+    assert remove_norm_scaling(model) is model
+    assert not is_norm_scaled(model)
+    assert list(model.state_dict()) == order
+    assert {id(p) for p in model.parameters()} == parameters
+    assert type(model[0]) is nn.Linear
+    with pytest.raises(ValueError, match="has no scaled weight"):
+        remove_norm_scaling(model)
+    with pytest.raises(ValueError, match=r"NormScaler.of: Sequential has no scaled weight"):
+        NormScaler.of(model)
+
+
+def test_spectral_norms_of_a_plain_and_of_a_scaled_model():
+    model = small()
+    plain = spectral_norms(model)
+    assert plain["0"] == pytest.approx(torch.linalg.matrix_norm(model[0].weight.detach(), 2).item(), rel=1e-5)
+    apply_norm_scaling(model)
+    assert spectral_norms(model) == plain

@@ -1,0 +1,61 @@
+"""State on the model: checkpoints in both directions, copies and dtypes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from specscale import NormScaler, apply_norm_scaling
+
+
+def model():
+    return nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Sequential(nn.Linear(100, 60), nn.Linear(60, 2)))
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_a_scaled_checkpoint_brings_targets_and_vectors_back(norm, tmp_path):
+    scaling = apply_norm_scaling(source := model(), norm, target=0.3)
+    scaling.step()
+    torch.save(source.state_dict(), tmp_path / "checkpoint.pt")
+    apply_norm_scaling(other := model(), norm, init="orthogonal")
+    other.load_state_dict(torch.load(tmp_path / "checkpoint.pt"))
+    assert NormScaler.of(other).metrics() == scaling.metrics()
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_a_plain_checkpoint_loads_and_a_plain_state_dict_comes_out(norm):
+    plain = model()
+    scaling = apply_norm_scaling(scaled := model(), norm, target=0.3)
+    scaled.load_state_dict(plain.state_dict())
+    metrics = scaling.metrics()
+    kind = 2 if norm == "spectral" else "fro"
+    exact = torch.linalg.matrix_norm(plain[2][0].weight.detach(), kind).item()
+    assert metrics["norm/2.0"] == pytest.approx(exact, rel=1e-4)
+    assert metrics["target/2.0"] == pytest.approx(0.3)
+    out = scaling.plain_state_dict()
+    assert list(out) == list(plain.state_dict())
+    model().load_state_dict(out)
+
+
+def test_a_copy_is_scaled_on_its_own():
+    scaling = apply_norm_scaling(source := model(), target=2.0)
+    twin = copy.deepcopy(source)
+    NormScaler.of(twin).step()
+    assert NormScaler.of(twin).metrics()["norm/2.1"] == pytest.approx(2.0)
+    assert scaling.metrics()["norm/2.1"] != pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_state_is_float32_or_wider_whatever_the_model_is(dtype):
+    scaling = apply_norm_scaling(net := model(), target=0.3)
+    expected = scaling.metrics()
+    net.to(dtype)
+    assert all(b.dtype.itemsize >= 4 for n, b in net.named_buffers() if "parametrizations" in n)
+    assert scaling.metrics() == expected
+    scaling.step()
+    matrix = net[2][0].weight.detach().double()
+    assert torch.linalg.matrix_norm(matrix, 2).item() == pytest.approx(scaling.metrics()["norm/2.0"], rel=1e-2)

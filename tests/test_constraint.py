@@ -1,0 +1,183 @@
+"""The constraint, after every optimizer step, and what a step must not do."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from specscale import SVD, NonFiniteWeightError, NormScaler, apply_norm_scaling
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=4)
+        self.up = nn.ConvTranspose2d(8, 6, 2, groups=2)
+        self.qkv = nn.Linear(150, 450)
+        self.wide = nn.Linear(450, 70)
+        self.head = nn.Linear(70, 1)
+
+    def forward(self, x):
+        x = self.up(self.grouped(self.conv(x).relu()).relu()).relu()
+        return self.head(self.wide(self.qkv(x.flatten(1).relu())).relu())
+
+
+def net(memory_format=torch.contiguous_format):
+    torch.manual_seed(0)
+    return Net().to(memory_format=memory_format)
+
+
+def train(model, optimizer, steps):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(16, 3, 8, 8, generator=generator)
+        optimizer.zero_grad()
+        (model(x) - x.sum((1, 2, 3))[:, None]).square().mean().backward()
+        optimizer.step()
+        yield
+
+
+def matrices(weight):
+    return weight.scaling.view.matrices(weight.parameter.detach()).double()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_frobenius_norms_are_on_target_after_every_step(make, memory_format):
+    model = net(memory_format)
+    scaling = apply_norm_scaling(model, "frobenius", init="orthogonal")
+    optimizer = make(model.parameters())
+    scaling.attach(optimizer)
+    for _ in train(model, optimizer, 10):
+        for weight in scaling._weights:
+            norm = torch.linalg.matrix_norm(matrices(weight))
+            assert ((norm / weight.scaling.target - 1).abs() <= 1e-5).all(), weight.name
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("solver", ["block", "svd"])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_spectral_norm_is_the_larger_of_target_and_second_value(make, solver, memory_format):
+    model = net(memory_format)
+    scaling = apply_norm_scaling(model, "spectral", init="orthogonal", solver=solver)
+    optimizer = make(model.parameters())
+    before = {}
+    optimizer.register_step_post_hook(
+        lambda *_: before.update({w.name: torch.linalg.svdvals(matrices(w)) for w in scaling._weights})
+    )
+    scaling.attach(optimizer)
+    tolerance = 1e-5 if solver == "svd" else 1e-3
+    for _ in train(model, optimizer, 10):
+        metrics = scaling.metrics()
+        for weight in scaling._weights:
+            old, new = before[weight.name], torch.linalg.svdvals(matrices(weight))
+            target = weight.scaling.target.double()
+            expected = torch.cat([target[:, None], old[:, 1:]], dim=1).sort(descending=True).values
+            scale = expected[:, :1]
+            assert ((new - expected).abs() <= tolerance * scale).all(), weight.name
+            assert metrics[f"norm/{weight.name}"] == pytest.approx(new[:, 0].max().item(), rel=10 * tolerance)
+
+
+def test_the_svd_step_moves_the_first_triple_alone():
+    weight = torch.randn(40, 60)
+    left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    model = nn.Sequential(nn.Linear(60, 40))
+    model[0].weight.data.copy_(weight)
+    apply_norm_scaling(model, solver=SVD(), target=1.5).step()
+    after = model[0].weight.detach().double()
+    assert (left[:, 0] @ after @ right[0]).item() == pytest.approx(1.5, rel=1e-5)
+    rest = torch.linalg.svdvals(after - 1.5 * torch.outer(left[:, 0], right[0]))[: len(values) - 1]
+    torch.testing.assert_close(rest, values[1:], rtol=1e-5, atol=0)
+
+
+def test_block_and_svd_walk_the_same_way():
+    ends = []
+    for solver in ("block", "svd"):
+        model = net()
+        generator = torch.Generator().manual_seed(3)
+        scaling = apply_norm_scaling(model, init="orthogonal", solver=solver, generator=generator)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        scaling.attach(optimizer)
+        for _ in train(model, optimizer, 5):
+            pass
+        ends.append(scaling.metrics())
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_a_non_finite_weight_stops_the_step_before_anything_is_written(norm):
+    model = net()
+    scaling = apply_norm_scaling(model, norm, target=0.5)
+    model.head.weight.data[0, 0] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NonFiniteWeightError, match="step: the weight of 'head' holds NaN or infinity"):
+        scaling.step()
+    assert all(torch.equal(v.nan_to_num(), before[k].nan_to_num()) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_a_step_that_the_grad_scaler_skips_moves_nothing(norm, fused):
+    model = net()
+    scaling = apply_norm_scaling(model, norm, target=0.5)
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    scaling.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    before = copy.deepcopy(scaling.plain_state_dict())
+    scaler.scale(model(torch.randn(2, 3, 8, 8)).sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(value, before[name]) for name, value in scaling.plain_state_dict().items())
+
+
+def test_each_optimizer_scales_what_it_owns_and_has_stepped():
+    model = net()
+    scaling = apply_norm_scaling(model, "frobenius", target=0.5)
+    first = torch.optim.SGD([*model.conv.parameters(), *model.up.parameters()], lr=0.0)
+    scaling.attach(first)
+    head = model.head.weight.clone()
+    model.conv(torch.randn(1, 3, 8, 8)).sum().backward()
+    up = model.up.weight.clone()
+    first.step()
+    assert model.conv.weight.norm().item() == pytest.approx(0.5, rel=1e-5)
+    assert torch.equal(model.up.weight, up), "no gradient, no step, no scaling"
+    assert torch.equal(model.head.weight, head)
+
+
+def test_attach_refuses_what_would_not_work():
+    from timm.optim import Lookahead
+
+    model = net()
+    scaling = apply_norm_scaling(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="Lookahead never calls step hooks; attach to the optimizer that it wraps"):
+        scaling.attach(Lookahead(optimizer))
+    with pytest.raises(TypeError, match=r"expected a torch.optim.Optimizer, found Net"):
+        scaling.attach(model)
+    with pytest.raises(ValueError, match="SGD owns none of the scaled weights"):
+        scaling.attach(torch.optim.SGD(net().parameters(), lr=0.1))
+    scaling.attach(optimizer)
+    with pytest.raises(ValueError, match="attached already"):
+        scaling.attach(optimizer)
+
+
+def test_the_handle_is_rebuilt_from_the_model_and_lets_go():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling = apply_norm_scaling(model, target=0.5).attach(optimizer)
+    scaling.step()
+    assert NormScaler.of(model).metrics() == scaling.metrics()
+    assert "conv" in str(scaling)
+    assert "target=0.5" in repr(model)
+    scaling.remove()
+    for _ in train(model, optimizer, 1):
+        pass
+    assert scaling.metrics() == {}
