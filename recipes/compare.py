@@ -1,0 +1,123 @@
+"""Compare finished runs from their files alone: a table and three figures.
+
+python recipes/compare.py runs/digits
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from logs import read_lines, write_atomically
+
+ORDER = ("none", "frobenius", "spectral")
+COLOURS = {"none": "#444444", "frobenius": "#1b7fbd", "spectral": "#d1495b"}
+HEADER = ["condition", "test accuracy %", "test loss", "train accuracy %", "train loss"]
+HEADER += ["spectral norm, mean", "spectral norm, deviation", "ms / step", "ratio to none"]
+
+
+def read(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
+    """The metrics of every finished run, by condition, one list of epochs for each seed."""
+    runs: dict[str, list[list[dict[str, Any]]]] = {}
+    for norm in ORDER:
+        for path in sorted(folder.glob(f"{norm}-seed*")):
+            if (path / "summary.json").exists():
+                runs.setdefault(norm, []).append(read_lines(path / "metrics.jsonl"))
+    return runs
+
+
+def spectral_norms(line: dict[str, Any]) -> list[float]:
+    return [value for name, value in line.items() if name.startswith("spectral_norm/")]
+
+
+def _mean(values: list[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def table(runs: dict[str, list[list[dict[str, Any]]]]) -> list[list[str]]:
+    """One row a condition, averaged over seeds."""
+    steps = {n: statistics.mean(statistics.median(e["time/step_ms"] for e in r) for r in s) for n, s in runs.items()}
+    rows = []
+    for norm, seeds in runs.items():
+        last = [run[-1] for run in seeds]
+        row = [norm]
+        for key, factor, digits in (("accuracy", 100, 2), ("loss", 1, 4)):
+            row.append(_mean([factor * line[f"test/{key}"] for line in last], digits))
+        for key, factor, digits in (("accuracy", 100, 2), ("loss", 1, 4)):
+            row.append(_mean([factor * line[f"train/{key}"] for line in last], digits))
+        row.append(_mean([statistics.mean(spectral_norms(line)) for line in last], 3))
+        row.append(_mean([statistics.pstdev(spectral_norms(line)) for line in last], 3))
+        row.append(f"{steps[norm]:.2f}")
+        row.append(f"{steps[norm] / steps['none']:.3f}" if "none" in steps else "-")
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _curves(runs: dict[str, list[list[dict[str, Any]]]], key: str, factor: float, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, split in zip(axes, ("train", "test"), strict=True):
+        for norm, seeds in runs.items():
+            for number, run in enumerate(seeds):
+                values = [factor * line[f"{split}/{key}"] for line in run]
+                label = norm if number == 0 else None
+                marker = "o" if len(run) < 10 else ""
+                axis.plot([e["epoch"] for e in run], values, color=COLOURS[norm], label=label, marker=marker, ms=4)
+        axis.set(title=split, xlabel="epoch")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel(f"{key}{' (%)' if factor == 100 else ''}")
+    axes[1].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _norms(runs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(4.2 * len(runs), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (norm, seeds) in zip(axes[0], runs.items(), strict=True):
+        run = seeds[0]
+        names = [name for name in run[0] if name.startswith("spectral_norm/")]
+        for depth, name in enumerate(names):
+            # Darker lines are earlier layers.
+            colour = plt.cm.viridis(0.9 * depth / max(len(names) - 1, 1))
+            marker = "o" if len(run) < 10 else ""
+            label = name.partition("/")[2] if len(names) <= 8 else None
+            axis.plot([e["epoch"] for e in run], [e[name] for e in run], color=colour, label=label, marker=marker, ms=4)
+        axis.set(title=norm, xlabel="epoch", yscale="log")
+        axis.grid(alpha=0.25, which="both")
+    axes[0][0].set_ylabel("spectral norm")
+    if len(names) <= 8:
+        axes[0][-1].legend(frameon=False, title="layer", fontsize="small")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def compare(folder: Path) -> list[list[str]]:
+    """Write `comparison.md` and the figures into the folder of one preset's runs; returns the table's rows."""
+    runs = read(folder)
+    if not runs:
+        sys.exit(f"compare: no finished run in {folder}; a run's folder is called NORM-seedK and holds summary.json")
+    rows = table(runs)
+    title = json.loads(next(folder.glob("*-seed*/config.json")).read_text())["preset"]
+    write_atomically(folder / "comparison.md", f"# {title}\n\n{markdown(rows)}")
+    _curves(runs, "accuracy", 100, folder / "accuracy.png")
+    _curves(runs, "loss", 1, folder / "loss.png")
+    _norms(runs, folder / "spectral_norms.png")
+    return rows
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
+    print(markdown(compare(Path(sys.argv[1]))))

@@ -1,0 +1,138 @@
+"""The recipe by its real command: real data, real processes, real files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TRAIN = str(ROOT / "recipes" / "train.py")
+
+
+def run(command, cwd, **options):
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, **options)
+    return done.returncode, done.stdout + done.stderr
+
+
+def lines(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in found]
+
+
+def wandb_records(path):
+    """The records of a `.wandb` file: LevelDB's log framing around protobuf messages."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
+    code, output = run([*TORCHRUN, TRAIN, "digits"], tmp_path)
+    assert code == 0, output
+    folder = tmp_path / "runs" / "digits"
+    for norm in ("none", "frobenius", "spectral"):
+        one = folder / f"{norm}-seed0"
+        history = lines(one)
+        assert [line["epoch"] for line in history] == list(range(1, 21))
+        assert history[-1]["test/accuracy"] > 0.88
+        assert [key for key in history[0] if key.startswith("spectral_norm/")] == [
+            f"spectral_norm/{i}" for i in (1, 3, 5)
+        ]
+        summary = json.loads((one / "summary.json").read_text())
+        assert list(summary["targets"]) == ([] if norm == "none" else ["1", "3", "5"])
+        assert (one / "checkpoint.pt").exists()
+        assert json.loads((one / "config.json").read_text())["norm"] == norm
+    (file,) = (folder / "spectral-seed0").glob("wandb/offline-run-*/run-*.wandb")
+    records = list(wandb_records(file))
+    logged = [{i.key or i.nested_key[0]: json.loads(i.value_json) for i in r.history.item} for r in records]
+    epochs = [entry["epoch"] for entry in logged if "test/accuracy" in entry]
+    assert epochs == list(range(1, 21))
+    config = {u.key: u.value_json for r in records for u in [*r.config.update, *r.run.config.update]}
+    assert json.loads(config["width"]) == 256
+    table = (folder / "comparison.md").read_text()
+    pictures = {p.name for p in folder.glob("*.png")}
+    assert pictures == {"accuracy.png", "loss.png", "spectral_norms.png"}
+
+    for made in (*folder.glob("*.png"), folder / "comparison.md"):
+        made.unlink()
+    code, output = run([sys.executable, str(ROOT / "recipes" / "compare.py"), str(folder)], tmp_path)
+    assert code == 0, output
+    assert (folder / "comparison.md").read_text() == table
+    assert {p.name for p in folder.glob("*.png")} == pictures
+
+    code, output = run([sys.executable, TRAIN, "digits"], tmp_path)
+    assert code != 0
+    assert re.search(r"none-seed0 holds a finished run; --resume goes on, --overwrite trains again", output)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_a_killed_run_resumes_to_the_same_metrics(norm, tmp_path):
+    options = ["digits", "--norms", norm, "--epochs", "6", "--width", "700", "--wandb", "disabled"]
+    command = [sys.executable, TRAIN, *options]
+    code, output = run([*command, "--out", "whole"], tmp_path)
+    assert code == 0, output
+    killed = tmp_path / "runs" / "digits" / f"{norm}-seed0"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(lines(killed)) < 6
+    code, output = run([*command, "--resume"], tmp_path)
+    assert code == 0, output
+    assert lines(killed) == lines(tmp_path / "whole" / "digits" / f"{norm}-seed0")
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from train import distribute
+from specscale import apply_norm_scaling
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(2304, 90))
+scaling = apply_norm_scaling(model, sys.argv[1], init="orthogonal")
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+scaling.attach(optimizer)
+parallel = distribute(model)
+torch.manual_seed(dist.get_rank())
+for _ in range(20):
+    optimizer.zero_grad()
+    parallel(torch.randn(8, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+torch.save(model.state_dict(), f"{sys.argv[1]}-{dist.get_rank()}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_ranks_hold_bit_equal_parameters_and_buffers(norm, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "recipes")}
+    code, output = run([*TORCHRUN, "worker.py", norm], tmp_path, env=environment)
+    assert code == 0, output
+    first, second = (torch.load(tmp_path / f"{norm}-{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
