@@ -10,8 +10,6 @@ from torch import nn
 
 from specscale import NormScaler, apply_norm_scaling, orthogonal_init_
 
-EXCLUDE = "*downsample*"
-
 # Channels x side of the activations, input first, as the post's code lists them.
 PUBLISHED_SIZES = {
     "resnet34": [
@@ -58,12 +56,16 @@ def published_gains(config: Config, model: nn.Module) -> dict[str, float] | str:
     return {n: math.sqrt(b / a) for n, a, b in zip(names, sizes[:-1], sizes[1:], strict=True)}
 
 
+def left_alone(model: nn.Module) -> str | None:
+    """The pattern of the layers that no condition touches, for a model that has such layers."""
+    return "*downsample*" if any("downsample" in name for name, _ in model.named_modules()) else None
+
+
 def start(config: Config, norm: str, model: nn.Module, shape: tuple[int, int, int]) -> NormScaler | None:
     """The scaled orthogonal init of every condition, and the scaling of those that have one."""
     example = torch.zeros(1, *shape)
     gains: Any = published_gains(config, model) if config.targets == "published" else "features"
-    exclude = EXCLUDE if any("downsample" in name for name, _ in model.named_modules()) else None
-    options: dict[str, Any] = {"exclude": exclude, "example_input": example}
+    options: dict[str, Any] = {"exclude": left_alone(model), "example_input": example}
     gain = gains if isinstance(gains, str) else lambda name, module: gains[name]
     orthogonal_init_(model, gain, generator=torch.Generator().manual_seed(config.seed), **options)
     if norm == "none":

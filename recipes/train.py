@@ -21,7 +21,7 @@ import tyro
 from compare import HEADER, compare, markdown
 from data import Data, Prepare, load, test_loader, train_loader
 from logs import WandbRun, as_json, on_terminal, read_lines, say, write_atomically
-from models import EXCLUDE, build, start
+from models import build, left_alone, start
 from presets import PRESETS, Config
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -210,7 +210,10 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
                 "test/loss": test_loss,
                 "test/accuracy": test_accuracy,
                 "lr": lr,
-                **{f"spectral_norm/{name}": value for name, value in measured_norms(model).items()},
+                **{
+                    f"spectral_norm/{name}": value
+                    for name, value in spectral_norms(model, exclude=left_alone(model)).items()
+                },
                 "time/step_ms": step_clock.median_ms(),
                 "time/scaling_ms": scaling_clock.median_ms(),
             }
@@ -232,18 +235,12 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
                 f"{line['time/step_ms']:.1f} ms/step"
             )
     if ranks.leads:
-        names = measured_norms(model)
         metrics = scaling.metrics() if scaling is not None else {}
-        targets = {name: metrics[f"target/{name}"] for name in names if f"target/{name}" in metrics}
+        targets = {key.removeprefix("target/"): value for key, value in metrics.items() if key.startswith("target/")}
         times = {key: statistics.median(e[key] for e in history) for key in ("time/step_ms", "time/scaling_ms")}
         final = {key: value for key, value in history[-1].items() if not key.startswith("time/")}
         write_atomically(folder / "summary.json", json.dumps(final | {"targets": targets} | times, indent=2))
         wandb_run.finish()
-
-
-def measured_norms(model: nn.Module) -> dict[str, float]:
-    exclude = EXCLUDE if any("downsample" in name for name, _ in model.named_modules()) else None
-    return spectral_norms(model, exclude=exclude)
 
 
 def main(config: Config) -> None:

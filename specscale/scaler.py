@@ -168,7 +168,6 @@ class NormScaler:
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     """A scaled model's state dict as the plain model's: names, order and content."""
     state = model.state_dict()
-    own: dict[str, list[str]] = {}
     for name, module, tensor, scaling in scalings(model):
         prefix = f"{name}." if name else ""
         home = f"{prefix}parametrizations.{tensor}."
@@ -176,11 +175,11 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
         index = list(module.parametrizations[tensor]).index(scaling)  # type: ignore[union-attr, index]
         for buffer, _ in scaling.named_buffers():
             state.pop(f"{home}{index}.{buffer}")
-        own[prefix] = [prefix + parameter for parameter in scaling.plain_order]
+        own = [prefix + parameter for parameter in scaling.plain_order]
         # The weight went to the end: bring it back into its module's place.
         keys = list(state)
         here = [key for key in keys if key.startswith(prefix)]
-        ordered = [key for key in own[prefix] if key in state] + [key for key in here if key not in own[prefix]]
+        ordered = [key for key in own if key in state] + [key for key in here if key not in own]
         first = keys.index(here[0])
         rest = [key for key in keys if not key.startswith(prefix)]
         state = {key: state[key] for key in [*rest[:first], *ordered, *rest[first:]]}
