@@ -1,6 +1,6 @@
-"""Compare finished runs from their files alone: a table and three figures.
+"""Compare finished runs from their files alone: a table and three figures in each preset's folder.
 
-python recipes/compare.py runs/digits
+Example: python recipes/compare.py runs
 """
 
 import json
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from logs import read_lines, write_atomically
+from presets import HOUSEKEEPING
 
 ORDER = ("none", "frobenius", "spectral")
 COLOURS = {"none": "#444444", "frobenius": "#1b7fbd", "spectral": "#d1495b"}
@@ -103,21 +105,40 @@ def _norms(runs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     plt.close(figure)
 
 
+def differences(folder: Path) -> str:
+    """The options in which the runs differ, which no table should hide; nothing where the conditions alone do."""
+    configs = [json.loads((path.parent / "config.json").read_text()) for path in folder.glob("*-seed*/summary.json")]
+    names = [name for name in configs[0] if name not in (*HOUSEKEEPING, "norm", "seed")]
+    found = {name: sorted({str(config.get(name)) for config in configs}) for name in names}
+    told = [f"{name} ({', '.join(values)})" for name, values in found.items() if len(values) > 1]
+    return f"\nThe runs differ in {'; '.join(told)}.\n" if told else ""
+
+
 def compare(folder: Path) -> list[list[str]]:
     """Write `comparison.md` and the figures into the folder of one preset's runs; returns the table's rows."""
     runs = read(folder)
-    if not runs:
-        sys.exit(f"compare: no finished run in {folder}; a run's folder is called NORM-seedK and holds summary.json")
     rows = table(runs)
-    title = json.loads(next(folder.glob("*-seed*/config.json")).read_text())["preset"]
-    write_atomically(folder / "comparison.md", f"# {title}\n\n{markdown(rows)}")
+    write_atomically(folder / "comparison.md", f"# {folder.resolve().name}\n\n{markdown(rows)}{differences(folder)}")
     _curves(runs, "accuracy", 100, folder / "accuracy.png")
     _curves(runs, "loss", 1, folder / "loss.png")
     _norms(runs, folder / "spectral_norms.png")
     return rows
 
 
+def main(folder: tyro.conf.Positional[Path]) -> None:
+    """Compare the runs in a folder.
+
+    Args:
+        folder: a preset's folder, or the one above it, for every preset's.
+    """
+    found = sorted(
+        {path.parent.parent for path in [*folder.glob("*-seed*/summary.json"), *folder.glob("*/*-seed*/summary.json")]}
+    )
+    if not found:
+        sys.exit(f"compare: no finished run in {folder}; a run's folder is called NORM-seedK and holds summary.json")
+    for one in found:
+        print(f"{one}\n{markdown(compare(one))}{differences(one)}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
-        sys.exit(__doc__)
-    print(markdown(compare(Path(sys.argv[1]))))
+    tyro.cli(main, description=__doc__)

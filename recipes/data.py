@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from presets import Config
+from ranks import Ranks
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
@@ -28,7 +29,11 @@ class Data:
         return tuple(self.train.tensors[0].shape[1:])
 
 
-def load(config: Config) -> Data:
+def load(config: Config, ranks: Ranks) -> Data:
+    """The configuration's data set, its parts limited; one process downloads."""
+    if config.data == "cifar100" and config.download and ranks.leads:
+        _cifar100(config)
+    ranks.wait()
     data = _digits() if config.data == "digits" else _cifar100(config)
     data.train = _first(data.train, config.limit_train)
     data.test = _first(data.test, config.limit_test)

@@ -19,7 +19,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The whole lines of a JSONL file; one that was cut off in the middle is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def as_json(config: Config) -> dict[str, Any]:
@@ -66,10 +68,13 @@ class WandbRun:
 
     def log_comparison(self, folder: Path, header: list[str], rows: list[list[str]]) -> None:
         if self.run is not None:
-            import wandb
+            try:
+                import wandb
 
-            pictures = {path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
-            self.log({"comparison": wandb.Table(columns=header, data=rows), **pictures})
+                pictures = {path.stem: wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
+                self.run.log({"comparison": wandb.Table(columns=header, data=rows), **pictures})
+            except Exception as error:
+                self._give_up(error)
 
     def finish(self) -> None:
         if self.run is not None:

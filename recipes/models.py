@@ -44,7 +44,18 @@ def build(config: Config, shape: tuple[int, int, int], num_classes: int) -> nn.M
         return model
     import timm
 
-    return timm.create_model(config.model, num_classes=num_classes, in_chans=shape[0])
+    # Most transformers are built for one size of image; give those the data's.
+    size = {"img_size": shape[1:]} if timm.models.get_pretrained_cfg(config.model).fixed_input_size else {}
+    return timm.create_model(config.model, num_classes=num_classes, in_chans=shape[0], **size)
+
+
+def is_known(name: str) -> bool:
+    """Whether `build` knows the model."""
+    if name == "mlp" or name in PUBLISHED_SIZES:
+        return True
+    import timm
+
+    return timm.is_model(name)
 
 
 def published_gains(config: Config, model: nn.Module) -> dict[str, float] | str:

@@ -65,6 +65,10 @@ class Config:
     """W&B project."""
 
 
+HOUSEKEEPING = ("norms", "data_root", "download", "num_workers", "out", "resume", "overwrite", "wandb", "wandb_project")
+"""The fields that leave a run's numbers alone."""
+
+
 def digits() -> Config:
     """Seconds on a laptop: an MLP on scikit-learn's embedded digits."""
     return Config()

@@ -1,137 +1,90 @@
 """Train a model without norm scaling, with Frobenius and with spectral norm scaling, and compare the three.
 
-torchrun --standalone --nproc-per-node=2 recipes/train.py digits
+Example: torchrun --standalone --nproc-per-node=2 recipes/train.py digits
 """
 
 import json
-import os
 import shutil
 import statistics
 import sys
-import time
 import uuid
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import checkpoint
 import torch
-import torch.distributed as dist
 import tyro
+from clock import Clock
 from compare import HEADER, compare, markdown
 from data import Data, Prepare, load, test_loader, train_loader
 from logs import WandbRun, as_json, on_terminal, read_lines, say, write_atomically
-from models import build, left_alone, start
-from presets import PRESETS, Config
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from models import build, is_known, left_alone, start
+from presets import HOUSEKEEPING, PRESETS, Config
+from ranks import Ranks, distribute, join, leave, share_statistics
+from torch import nn
 from tqdm import tqdm
 
 from specscale import spectral_norms
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those of the run."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-    def total(self, values: Tensor) -> Tensor:
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values
-
-
-def join() -> Ranks:
-    """Join the processes that torchrun started, or run alone."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        return Ranks(0, 1, device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+def main(config: Config) -> None:
+    ranks = join()
+    refuse(config, ranks)
+    data = load(config, ranks)
+    for norm in config.norms:
+        train(config, norm, data, ranks)
+        ranks.wait()
+    if ranks.leads:
+        folder = config.out / config.preset
+        rows = compare(folder)
+        wandb_run = WandbRun(config, folder, "comparison", config.preset)
+        wandb_run.log_comparison(folder, HEADER, rows)
+        wandb_run.finish()
+        say(f"\n{markdown(rows)}\n{folder}/: comparison.md, accuracy.png, loss.png, spectral_norms.png")
+    leave()
 
 
-def check(config: Config, ranks: Ranks) -> None:
-    """Refuse what cannot work before anything is trained or deleted."""
-    if config.batch_size % ranks.world:
-        raise SystemExit(f"train: batch size {config.batch_size} does not divide over {ranks.world} processes")
+def refuse(config: Config, ranks: Ranks) -> None:
+    """Stop before anything is trained or deleted if the options cannot work; the leader says why, once."""
+    problem = ranks.agree(find_problem(config, ranks.world) if ranks.leads else None)
+    if problem:
+        if ranks.leads:
+            print(f"train: {problem}", file=sys.stderr, flush=True)
+        leave()
+        raise SystemExit(1)
+
+
+def find_problem(config: Config, world: int) -> str | None:
+    """What is wrong with the options, as a sentence that says what would work."""
+    if config.epochs < 1:
+        return f"--epochs must be at least 1, found {config.epochs}"
+    if config.batch_size % world:
+        return f"batch size {config.batch_size} does not divide over {world} processes"
+    if not is_known(config.model):
+        return f"unknown model {config.model!r}; choose mlp, resnet34, resnet50, or one of timm.list_models()"
     if config.resume and config.overwrite:
-        raise SystemExit("train: --resume and --overwrite exclude each other")
+        return "--resume and --overwrite exclude each other"
+    if config.data == "cifar100" and not config.download and not (config.data_root / "cifar-100-python").is_dir():
+        return f"{config.data_root} holds no cifar-100-python; give --data-root DIR, or --download to fetch it there"
     for norm in config.norms:
         folder = run_folder(config, norm)
-        if folder.exists() and not (config.resume or config.overwrite):
+        if not folder.exists() or config.overwrite:
+            continue
+        if not config.resume:
             state = "a finished" if (folder / "summary.json").exists() else "an unfinished"
-            raise SystemExit(f"train: {folder} holds {state} run; --resume goes on, --overwrite trains again")
+            return f"{folder} holds {state} run; --resume goes on, --overwrite trains again"
+        begun = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+        for name, value in as_json(config).items():
+            if name not in HOUSEKEEPING and begun.get(name, value) != value:
+                return (
+                    f"{folder} was begun with {name} = {begun[name]}, found {value}; --resume with the same options, "
+                    "or give another --out"
+                )
+    return None
 
 
 def run_folder(config: Config, norm: str) -> Path:
     return config.out / config.preset / f"{norm}-seed{config.seed}"
-
-
-class Clock:
-    """Time stamps without a sync: events on CUDA, the wall clock on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.spans: list[tuple[Any, Any]] = []
-
-    def now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def median_ms(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-            spans = [a.elapsed_time(b) for a, b in self.spans]
-        else:
-            spans = [1000 * (b - a) for a, b in self.spans]
-        self.spans.clear()
-        return statistics.median(spans) if spans else 0.0
-
-
-def evaluate(model: nn.Module, data: Data, prepare: Prepare, config: Config, ranks: Ranks) -> tuple[float, float]:
-    """Loss and accuracy on the test images."""
-    model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    with torch.no_grad(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp):
-        for images, labels, _ in test_loader(data, config, ranks.rank, ranks.world):
-            labels = labels.to(ranks.device)
-            output = model(prepare.test(images.to(ranks.device))).float()
-            loss = nn.functional.cross_entropy(output, labels, reduction="sum")
-            sums += torch.stack(
-                [loss, (output.argmax(1) == labels).sum(), torch.tensor(len(labels), device=loss.device)]
-            )
-    loss, correct, count = ranks.total(sums).tolist()
-    return loss / count, correct / count
-
-
-def distribute(model: nn.Module) -> nn.Module:
-    """The model with averaged gradients; its buffers stay each rank's own (`share_statistics`)."""
-    with warnings.catch_warnings():
-        # The option's new name is younger than the oldest torch that is supported.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(model, broadcast_buffers=False)
-
-
-def share_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the running statistics of rank 0; the scaling's buffers are equal by construction."""
-    if ranks.world > 1:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                for buffer in module.buffers():
-                    dist.broadcast(buffer, 0)
 
 
 def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
@@ -139,6 +92,7 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
     folder = run_folder(config, norm)
     if (folder / "summary.json").exists() and config.resume:
         return
+    ranks.wait()
     if ranks.leads and config.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -151,69 +105,46 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
     step_clock, scaling_clock = Clock(ranks.device), Clock(ranks.device)
     if scaling is not None:
-        begun: list[Any] = [None]
-        optimizer.register_step_post_hook(lambda *_: begun.__setitem__(0, scaling_clock.now()))
+        optimizer.register_step_post_hook(scaling_clock.start)
         scaling.attach(optimizer)
-        optimizer.register_step_post_hook(lambda *_: scaling_clock.spans.append((begun[0], scaling_clock.now())))
+        optimizer.register_step_post_hook(scaling_clock.stop)
 
-    first, run_id, history = 1, uuid.uuid4().hex[:8], []
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists() and config.resume:
-        saved = torch.load(checkpoint, map_location=ranks.device)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        first, run_id = saved["epoch"] + 1, saved["run_id"]
+    done, run_id, history = 0, uuid.uuid4().hex[:8], []
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if config.resume and (folder / "checkpoint.pt").exists():
+        facts = checkpoint.load(folder / "checkpoint.pt", parts, ranks.device)
+        done, run_id = facts["epoch"], facts["run_id"]
         # A line that was written after the checkpoint belongs to the epoch that is trained again.
-        history = [line for line in read_lines(folder / "metrics.jsonl") if line["epoch"] < first]
-    if ranks.world > 1:
-        dist.barrier()
-    parallel = distribute(model) if ranks.world > 1 else model
-    prepare = Prepare(data, ranks.device, memory_format)
+        history = [line for line in read_lines(folder / "metrics.jsonl") if line["epoch"] <= done]
+    ranks.wait()
     if ranks.leads:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.json", json.dumps(as_json(config) | {"norm": norm}, indent=2))
+        facts = {"norm": norm, "processes": ranks.world, "device": str(ranks.device), "torch": torch.__version__}
+        write_atomically(folder / "config.json", json.dumps(as_json(config) | facts, indent=2))
         write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
         wandb_run = WandbRun(config, folder, "train", f"{config.preset}-{norm}", run_id)
         for line in history:
             wandb_run.log(line)
 
-    for epoch in range(first, config.epochs + 1):
+    parallel = distribute(model, ranks)
+    prepare = Prepare(data, ranks.device, memory_format)
+    for epoch in range(done + 1, config.epochs + 1):
         lr = optimizer.param_groups[0]["lr"]
-        torch.manual_seed(hash((config.seed, epoch, ranks.rank)) % 2**31)
-        prepare.draw(config.seed, epoch)
-        parallel.train()
-        sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-        loader = train_loader(data, config, ranks.rank, ranks.world, epoch)
-        bar = tqdm(loader, f"{norm} {epoch}/{config.epochs}", leave=False, disable=not (ranks.leads and on_terminal()))
-        for images, labels, index in bar:
-            begin = step_clock.now()
-            images, labels, index = (tensor.to(ranks.device) for tensor in (images, labels, index))
-            optimizer.zero_grad()
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp):
-                output = parallel(prepare.train(images, index)).float()
-                loss = nn.functional.cross_entropy(output, labels)
-            loss.backward()
-            optimizer.step()
-            step_clock.spans.append((begin, step_clock.now()))
-            count = torch.tensor(len(labels), device=ranks.device)
-            sums += torch.stack([loss.detach() * count, (output.argmax(1) == labels).sum(), count])
+        label = f"{norm} {epoch}/{config.epochs}"
+        train_loss, train_accuracy = train_epoch(config, parallel, optimizer, prepare, ranks, epoch, step_clock, label)
         schedule.step()
         share_statistics(model, ranks)
-        train_loss, train_correct, count = ranks.total(sums).tolist()
-        test_loss, test_accuracy = evaluate(model, data, prepare, config, ranks)
+        test_loss, test_accuracy = evaluate(config, model, prepare, ranks)
         if ranks.leads:
+            norms = spectral_norms(model, exclude=left_alone(model))
             line = {
                 "epoch": epoch,
-                "train/loss": train_loss / count,
-                "train/accuracy": train_correct / count,
+                "train/loss": train_loss,
+                "train/accuracy": train_accuracy,
                 "test/loss": test_loss,
                 "test/accuracy": test_accuracy,
                 "lr": lr,
-                **{
-                    f"spectral_norm/{name}": value
-                    for name, value in spectral_norms(model, exclude=left_alone(model)).items()
-                },
+                **{f"spectral_norm/{name}": value for name, value in norms.items()},
                 "time/step_ms": step_clock.median_ms(),
                 "time/scaling_ms": scaling_clock.median_ms(),
             }
@@ -221,18 +152,10 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
             with (folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             wandb_run.log(line)
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-            }
-            part = checkpoint.with_name("checkpoint.pt.part")
-            torch.save(state | {"epoch": epoch, "run_id": run_id}, part)
-            os.replace(part, checkpoint)
+            checkpoint.save(folder / "checkpoint.pt", parts, epoch=epoch, run_id=run_id)
             say(
-                f"{norm:>9}  epoch {epoch}/{config.epochs}  train {line['train/loss']:.4f} "
-                f"{line['train/accuracy']:.2%}  test {test_loss:.4f} {test_accuracy:.2%}  "
-                f"{line['time/step_ms']:.1f} ms/step"
+                f"{norm:>9}  epoch {epoch}/{config.epochs}  train {train_loss:.4f} {train_accuracy:.2%}  "
+                f"test {test_loss:.4f} {test_accuracy:.2%}  {line['time/step_ms']:.1f} ms/step"
             )
     if ranks.leads:
         metrics = scaling.metrics() if scaling is not None else {}
@@ -243,28 +166,65 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
         wandb_run.finish()
 
 
-def main(config: Config) -> None:
-    ranks = join()
-    check(config, ranks)
-    if ranks.world > 1:
-        dist.barrier()
-    data = load(config)
-    for norm in config.norms:
-        train(config, norm, data, ranks)
-        if ranks.world > 1:
-            dist.barrier()
-    if ranks.leads:
-        folder = config.out / config.preset
-        rows = compare(folder)
-        wandb_run = WandbRun(config, folder, "comparison", config.preset)
-        wandb_run.log_comparison(folder, HEADER, rows)
-        wandb_run.finish()
-        say(f"\n{markdown(rows)}\n{folder}/: comparison.md, accuracy.png, loss.png, spectral_norms.png")
-    if ranks.world > 1:
-        dist.destroy_process_group()
+def train_epoch(
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    prepare: Prepare,
+    ranks: Ranks,
+    epoch: int,
+    clock: Clock,
+    label: str,
+) -> tuple[float, float]:
+    """Loss and accuracy on the training images, while it learns from them."""
+    # Whatever the model draws (dropout) is a function of seed, epoch and rank, so that a resumed run draws the same.
+    torch.manual_seed((config.seed * 100_003 + epoch) * 10_007 + ranks.rank)
+    prepare.draw(config.seed, epoch)
+    model.train()
+    tally = Tally(ranks)
+    loader = train_loader(prepare.data, config, ranks.rank, ranks.world, epoch)
+    for images, labels, index in tqdm(loader, label, leave=False, disable=not (ranks.leads and on_terminal())):
+        with clock.span():
+            images, labels, index = (tensor.to(ranks.device) for tensor in (images, labels, index))
+            optimizer.zero_grad()
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp):
+                output = model(prepare.train(images, index)).float()
+                loss = nn.functional.cross_entropy(output, labels)
+            loss.backward()
+            optimizer.step()
+        tally.add(loss.detach() * len(labels), output, labels)
+    return tally.means()
+
+
+@torch.no_grad()
+def evaluate(config: Config, model: nn.Module, prepare: Prepare, ranks: Ranks) -> tuple[float, float]:
+    """Loss and accuracy on the test images."""
+    model.eval()
+    tally = Tally(ranks)
+    for images, labels, _ in test_loader(prepare.data, config, ranks.rank, ranks.world):
+        labels = labels.to(ranks.device)
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp):
+            output = model(prepare.test(images.to(ranks.device))).float()
+        tally.add(nn.functional.cross_entropy(output, labels, reduction="sum"), output, labels)
+    return tally.means()
+
+
+class Tally:
+    """Loss and accuracy over many batches and all ranks, summed on the device."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+
+    def add(self, loss: torch.Tensor, output: torch.Tensor, labels: torch.Tensor) -> None:
+        correct = (output.argmax(1) == labels).sum()
+        self.sums += torch.stack([loss, correct, torch.full_like(correct, len(labels))])
+
+    def means(self) -> tuple[float, float]:
+        loss, correct, count = self.ranks.total(self.sums).tolist()
+        return loss / count, correct / count
 
 
 if __name__ == "__main__":
-    presets = {preset().preset: (preset.__doc__ or "", preset()) for preset in PRESETS}
+    presets: dict[str, Any] = {preset().preset: (preset.__doc__ or "", preset()) for preset in PRESETS}
     main(tyro.extras.overridable_config_cli(presets, description=__doc__))
-    sys.exit(0)

@@ -61,6 +61,8 @@ def apply_norm_scaling(
     if init not in (None, "orthogonal"):
         raise ValueError(f"{CALL}: unknown init {init!r}; choose None or 'orthogonal'")
     check_rule(CALL, "gain", gain, GAINS)
+    if init is None and gain != "channels":
+        warnings.warn(f"{CALL}: gain has no effect without init='orthogonal'", stacklevel=2)
     target = "initial" if target is None else target
     check_rule(CALL, "target", target, ("initial", *GAINS))
     weights = select(CALL, module, include, exclude)

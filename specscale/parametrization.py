@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from specscale.matrices import MatrixView
 from specscale.norms import Measurement, Norm
@@ -35,6 +36,8 @@ class NormScaling(nn.Module):
         self.name = name
         self.plain_order = plain_order
         """The names of the module's own parameters as they were before registering moved this one to the end."""
+        self._load_hooks: tuple[RemovableHandle, ...] = ()
+        self._holds_loaded_weight = False
         matrices = self._matrices(weight)
         key = torch.arange(len(matrices), device=weight.device) + (zlib.crc32(name.encode()) << 20)
         self._solver_buffers = []
@@ -118,7 +121,7 @@ def scalings(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, NormScali
 def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     """Hang the scaling on the module; a plain checkpoint still loads into it."""
     parametrize.register_parametrization(module, tensor, scaling, unsafe=True)
-    scaling._load_hooks = (  # type: ignore[assignment]
+    scaling._load_hooks = (
         module.register_load_state_dict_pre_hook(_rename_plain),
         module.register_load_state_dict_post_hook(_solve_missing),
     )
@@ -128,7 +131,7 @@ def unregister(module: nn.Module, tensor: str) -> None:
     """Take the scaling off: the same parameter, under its plain name and in its plain place."""
     scaling = scaling_of(module, tensor)
     assert scaling is not None
-    for hook in scaling._load_hooks:  # type: ignore[union-attr]
+    for hook in scaling._load_hooks:
         hook.remove()
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
     for name in scaling.plain_order:
@@ -148,11 +151,12 @@ def _rename_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         index = list(module.parametrizations[tensor]).index(scaling)  # type: ignore[union-attr, index]
         for name, buffer in scaling.named_buffers():
             state_dict.setdefault(f"{home}{index}.{name}", buffer)
-        scaling._stale = True  # type: ignore[assignment]
+        scaling._holds_loaded_weight = True
 
 
 def _solve_missing(module: nn.Module, _: Any) -> None:
     for tensor in module.parametrizations:  # type: ignore[union-attr]
         scaling = scaling_of(module, tensor)
-        if scaling is not None and scaling.__dict__.pop("_stale", False):
+        if scaling is not None and scaling._holds_loaded_weight:
+            scaling._holds_loaded_weight = False
             scaling.solve_cold_(module.parametrizations[tensor].original)  # type: ignore[union-attr, index]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from specscale.errors import NonFiniteWeightError
 from specscale.parametrization import NormScaling, scaling_of, scalings, unregister
@@ -40,7 +41,7 @@ class NormScaler:
     def __init__(self, model: nn.Module, weights: Iterable[ScaledWeight]) -> None:
         self._model = model
         self._weights = list(weights)
-        self._handles: dict[int, Any] = {}
+        self._handles: list[RemovableHandle] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> "NormScaler":
@@ -75,11 +76,15 @@ class NormScaler:
                 f"attach: {kind} never calls step hooks; attach to the optimizer that it wraps, or call "
                 "scaling.step() after its step"
             )
-        if id(optimizer) in self._handles:
-            raise ValueError(f"attach: this {kind} is attached already; a second hook would scale twice")
-        if not self._owned(optimizer):
+        owned = self._owned(optimizer)
+        if not owned:
             raise ValueError(f"attach: {kind} owns none of the scaled weights; build it from this model's parameters")
-        self._handles[id(optimizer)] = optimizer.register_step_post_hook(self._after_step)
+        # Another handle of the same model counts too, hence the look into the optimizer's own list.
+        holders = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values()]
+        taken = {id(w.scaling) for holder in holders if isinstance(holder, NormScaler) for w in holder._weights}
+        if any(id(weight.scaling) in taken for weight in owned):
+            raise ValueError(f"attach: this {kind} is attached already; a second hook would scale twice")
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
         return self
 
     def _owned(self, optimizer: torch.optim.Optimizer) -> list[ScaledWeight]:
@@ -140,7 +145,7 @@ class NormScaler:
 
     def remove(self) -> nn.Module:
         """Let the optimizers go and return the model, plain again: the same parameters under their plain names."""
-        for handle in self._handles.values():
+        for handle in self._handles:
             handle.remove()
         self._handles.clear()
         for weight in self._weights:

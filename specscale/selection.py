@@ -128,7 +128,7 @@ def select(call: str, module: nn.Module, include: Patterns = None, exclude: Patt
 
     Raises:
         TypeError: `module` is no module, or a pattern is neither a string nor callable.
-        ValueError: a pattern matches nothing, or no weight is left.
+        ValueError: a pattern matches nothing, no weight is left, or one holds no numbers yet.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"{call}: expected a torch.nn.Module, found {type(module).__name__}")
@@ -142,6 +142,14 @@ def select(call: str, module: nn.Module, include: Patterns = None, exclude: Patt
         and (include is None or included(weight.module_name, weight.module))
         and not excluded(weight.module_name, weight.module)
     ]
+    for weight in chosen:
+        if isinstance(weight.parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"{call}: the weight of {weight.name!r} has no shape yet; call the lazy model once first")
+        if weight.parameter.is_meta:
+            raise ValueError(
+                f"{call}: the weight of {weight.name!r} is on the meta device and holds no numbers; "
+                "give the model memory (to_empty) and values first"
+            )
     if not chosen:
         raise ValueError(
             f"{call}: no weight of {type(module).__name__} is selected; it has {len(weights)} that could be scaled "

@@ -141,6 +141,25 @@ def test_bad_input_is_refused_and_the_model_untouched(options, error, text):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_gain_without_an_init_is_said_to_have_no_effect():
+    with pytest.warns(UserWarning, match="gain has no effect without init='orthogonal'"):
+        apply_norm_scaling(small(), gain=2.0)
+
+
+@pytest.mark.parametrize(
+    ("late", "text"),
+    [
+        (lambda: nn.LazyLinear(3), "the weight of '1' has no shape yet; call the lazy model once first"),
+        (lambda: nn.Linear(6, 3, device="meta"), "the weight of '1' is on the meta device"),
+    ],
+)
+def test_a_weight_without_numbers_is_refused(late, text):
+    model = nn.Sequential(nn.Linear(8, 6), late())
+    with pytest.raises(ValueError, match=text):
+        apply_norm_scaling(model)
+    assert not is_norm_scaled(model)
+
+
 def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"apply_norm_scaling: expected a torch.nn.Module, found list"):
         apply_norm_scaling([small()])

@@ -165,8 +165,9 @@ def test_attach_refuses_what_would_not_work():
     with pytest.raises(ValueError, match="SGD owns none of the scaled weights"):
         scaling.attach(torch.optim.SGD(net().parameters(), lr=0.1))
     scaling.attach(optimizer)
-    with pytest.raises(ValueError, match="attached already"):
-        scaling.attach(optimizer)
+    for handle in (scaling, NormScaler.of(model)):
+        with pytest.raises(ValueError, match="SGD is attached already; a second hook would scale twice"):
+            handle.attach(optimizer)
 
 
 def test_the_handle_is_rebuilt_from_the_model_and_lets_go():

@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from presets import digits, mlp_5x2000
+from train import find_problem
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TRAIN = str(ROOT / "recipes" / "train.py")
+COMPARE = str(ROOT / "recipes" / "compare.py")
 
 
 def run(command, cwd, **options):
@@ -76,7 +80,7 @@ def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
 
     for made in (*folder.glob("*.png"), folder / "comparison.md"):
         made.unlink()
-    code, output = run([sys.executable, str(ROOT / "recipes" / "compare.py"), str(folder)], tmp_path)
+    code, output = run([sys.executable, COMPARE, str(folder)], tmp_path)
     assert code == 0, output
     assert (folder / "comparison.md").read_text() == table
     assert {p.name for p in folder.glob("*.png")} == pictures
@@ -106,33 +110,77 @@ def test_a_killed_run_resumes_to_the_same_metrics(norm, tmp_path):
     assert lines(killed) == lines(tmp_path / "whole" / "digits" / f"{norm}-seed0")
 
 
+@pytest.mark.parametrize(
+    "wandb", ["", "raise ImportError('no wandb here')", "def init(**_): raise OSError('disk full')"]
+)
+def test_a_missing_or_failing_wandb_stops_no_training(wandb, tmp_path):
+    (tmp_path / "wandb.py").write_text(wandb)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, TRAIN, "digits", "--norms", "none", "--epochs", "1"]
+    code, output = run(command, tmp_path, env=environment)
+    assert code == 0, output
+    assert "W&B logging is off" in output
+    assert len(lines(tmp_path / "runs" / "digits" / "none-seed0")) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (mlp_5x2000(), "data holds no cifar-100-python; give --data-root DIR, or --download"),
+        (replace(digits(), batch_size=33), "batch size 33 does not divide over 2 processes"),
+        (replace(digits(), resume=True, overwrite=True), "--resume and --overwrite exclude each other"),
+        (replace(digits(), epochs=0), "--epochs must be at least 1, found 0"),
+        (replace(digits(), model="resnet3"), "unknown model 'resnet3'; choose mlp, resnet34, resnet50"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, text):
+    assert re.match(text, find_problem(options, world=2))
+
+
+def test_a_refusal_is_said_once_by_all_ranks_together(tmp_path):
+    code, output = run([*TORCHRUN, TRAIN, "mlp-5x2000"], tmp_path)
+    assert code == 1
+    assert output.count("train: data holds no cifar-100-python") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resuming_with_other_options_is_refused_and_seeds_are_compared(tmp_path):
+    command = [sys.executable, TRAIN, "digits", "--norms", "none", "--epochs", "1", "--wandb", "disabled"]
+    code, output = run(command, tmp_path)
+    assert code == 0, output
+    code, output = run([*command, "--resume", "--lr", "0.01"], tmp_path)
+    assert code == 1
+    assert "none-seed0 was begun with lr = 0.001, found 0.01; --resume with the same options" in output
+    code, output = run([*command, "--seed", "1", "--lr", "0.01"], tmp_path)
+    assert code == 0, output
+    code, output = run([sys.executable, COMPARE, "runs"], tmp_path)
+    assert code == 0, output
+    assert "±" in output
+    assert "The runs differ in lr (0.001, 0.01)." in (tmp_path / "runs" / "digits" / "comparison.md").read_text()
+    code, output = run([sys.executable, COMPARE, "runs/none"], tmp_path)
+    assert code == 1
+    assert "compare: no finished run in runs/none" in output
+
+
 WORKER = """
-import sys, torch, torch.distributed as dist
-from train import distribute
-from specscale import apply_norm_scaling
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(2304, 90))
-scaling = apply_norm_scaling(model, sys.argv[1], init="orthogonal")
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-scaling.attach(optimizer)
-parallel = distribute(model)
-torch.manual_seed(dist.get_rank())
-for _ in range(20):
-    optimizer.zero_grad()
-    parallel(torch.randn(8, 3, 8, 8)).square().mean().backward()
-    optimizer.step()
-torch.save(model.state_dict(), f"{sys.argv[1]}-{dist.get_rank()}.pt")
-dist.destroy_process_group()
+import sys, torch, train
+from presets import digits, replace
+norm, model, rank = sys.argv[1], sys.argv[2], __import__("os").environ["RANK"]
+models, distribute = [], train.distribute
+train.distribute = lambda model, ranks: models.append(model) or distribute(model, ranks)
+train.main(replace(digits(), model=model, norms=(norm,), epochs=1, limit_train=512, width=700, wandb="disabled"))
+torch.save(models[0].state_dict(), f"{rank}.pt")
 """
 
 
+@pytest.mark.parametrize("model", ["mlp", "resnet18"])
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
-def test_ranks_hold_bit_equal_parameters_and_buffers(norm, tmp_path):
+def test_ranks_hold_bit_equal_parameters_and_buffers_after_an_epoch(norm, model, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     environment = os.environ | {"PYTHONPATH": str(ROOT / "recipes")}
-    code, output = run([*TORCHRUN, "worker.py", norm], tmp_path, env=environment)
+    code, output = run([*TORCHRUN, "worker.py", norm, model], tmp_path, env=environment)
     assert code == 0, output
-    first, second = (torch.load(tmp_path / f"{norm}-{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys()
+    assert any("parametrizations" in name for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
