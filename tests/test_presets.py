@@ -1,7 +1,6 @@
 """The presets against the published settings, written out."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,8 +49,3 @@ def test_crop_and_flip_against_one_image_at_a_time():
         padded = torch.nn.functional.pad(image, [4] * 4)
         expected = padded[:, top : top + 32, left : left + 32]
         assert torch.equal(out, expected.flip(-1) if flip else expected)
-
-
-def test_the_readme_runs():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    exec(readme.split("```python\n")[1].split("```")[0], {})
