@@ -15,7 +15,7 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from logs import read_lines, write_atomically
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from presets import HOUSEKEEPING
 
 ORDER = ("none", "frobenius", "spectral")
@@ -77,7 +77,7 @@ def _curves(runs: dict[str, list[list[dict[str, Any]]]], key: str, factor: float
                 marker = "o" if len(run) < 10 else ""
                 axis.plot([e["epoch"] for e in run], values, color=COLOURS[norm], label=label, marker=marker, ms=4)
         axis.set(title=split, xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"{key}{' (%)' if factor == 100 else ''}")
     axes[1].legend(frameon=False)
@@ -99,8 +99,11 @@ def _norms(runs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
             label = name.partition("/")[2] if len(names) <= 8 else None
             axis.plot([e["epoch"] for e in run], [e[name] for e in run], color=colour, label=label, marker=marker, ms=4)
         axis.set(title=norm, xlabel="epoch", yscale="log")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.25, which="both")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axes[0][0].set_ylabel("spectral norm")
     if len(names) <= 8:
         axes[0][-1].legend(frameon=False, title="layer", fontsize="small")
