@@ -72,6 +72,16 @@ def _cifar100(config: Config) -> Data:
     return Data(*splits, 100, mean, std, True)
 
 
+def synthetic(count: int) -> Data:
+    """Noise in CIFAR-100's shapes: for timings where the images do not matter."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 100, (count,), generator=generator)
+    split = _first(TensorDataset(images, labels), None)
+    half = torch.full((3, 1, 1), 0.5)
+    return Data(split, split, 100, half, half, True)
+
+
 def train_loader(data: Data, config: Config, rank: int, world: int, epoch: int) -> DataLoader:
     """This rank's share of the epoch's batches; the ranks' shares together are the same batches for any world size."""
     sampler = DistributedSampler(data.train, world, rank, shuffle=True, seed=config.seed)

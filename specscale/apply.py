@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specscale.errors import NonFiniteWeightError, one_of
+from specscale.errors import non_finite, one_of
 from specscale.initialization import write_orthogonal_
 from specscale.norms import Frobenius, Norm, Spectral
 from specscale.parametrization import NormScaling, register, scaling_of, scalings
@@ -126,12 +126,8 @@ def _refuse_parametrized(weights: list[Weight]) -> None:
 
 
 def _refuse_non_finite(weights: list[Weight]) -> None:
-    for weight in weights:
-        if not bool(weight.parameter.isfinite().all()):
-            raise NonFiniteWeightError(
-                f"{CALL}: the weight of {weight.name!r} holds NaN or infinity; load good weights, "
-                "or start anew with init='orthogonal'"
-            )
+    if bad := [weight.name for weight in weights if not bool(weight.parameter.isfinite().all())]:
+        raise non_finite(CALL, bad, "load good weights, or start anew with init='orthogonal'")
 
 
 def is_norm_scaled(module: nn.Module) -> bool:

@@ -5,7 +5,12 @@ from collections.abc import Iterable
 
 
 class NonFiniteWeightError(ValueError):
-    """A weight holds NaN or infinity; the message names its layer. Nothing was written."""
+    """A weight holds NaN or infinity; the message names its layer. It was not written."""
+
+
+def non_finite(call: str, names: Iterable[str], advice: str) -> NonFiniteWeightError:
+    """The error of a call that found NaN or infinity in the weights of these names."""
+    return NonFiniteWeightError(f"{call}: the weight of {', '.join(map(repr, names))} holds NaN or infinity; {advice}")
 
 
 def one_of(choices: Iterable[str]) -> str:

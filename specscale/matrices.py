@@ -1,5 +1,6 @@
 """How a weight tensor is read as matrices, and how factors of those matrices find their way back."""
 
+import math
 from dataclasses import dataclass
 
 from einops import rearrange
@@ -37,6 +38,11 @@ class MatrixView:
     def matrices(self, weight: Tensor) -> Tensor:
         """The batch of matrices `(k, m, n)`: for reading only, since it is a copy where the strides allow no view."""
         return rearrange(weight, f"{self.axes} -> k o ({self._columns})", k=self.count)
+
+    def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
+        """`(m, n)` of one matrix."""
+        _, m, *columns = self.split(weight).shape
+        return m, math.prod(columns)
 
     def write_(self, weight: Tensor, matrices: Tensor) -> None:
         """Write a batch of matrices `(k, m, n)` into the tensor."""

@@ -1,4 +1,4 @@
-"""The norms that can be held: how each is measured and how a weight is put back on its target.
+"""The norms that can be held: how each is measured and how weights are put back on their targets.
 
 Pure functions of tensors, in the two halves of a step: `measure` only reads, so that every weight can be looked at
 before the first one is written; `restore_` writes.
@@ -19,6 +19,8 @@ class Measurement(NamedTuple):
 
     norm: Tensor
     """`(k,)`: the norm of each matrix; NaN or infinite where the matrix is."""
+    residual: Tensor
+    """`(k,)`: the solver's residual; zero where the norm is exact."""
     factors: Any
     """What `restore_` needs to know of the matrices."""
     state: dict[str, Tensor]
@@ -31,17 +33,26 @@ class Norm(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def joins(self) -> bool:
+        """Whether equally shaped weights are worth a copy, so as to be measured together."""
+
     def of_orthogonal(self, gain: float, m: int, n: int) -> float:
         """The norm of `gain` times a semi-orthogonal matrix `(m, n)`."""
 
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
         """The state for `matrices (k, m, n)` before the first measurement."""
 
-    def measure(self, matrices: Tensor, state: State, *, to_convergence: bool = False) -> Measurement:
+    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
+        """The iterations of a step that reads nothing back, after one of so many that left `residual`, if known."""
+
+    def measure(
+        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
+    ) -> Measurement:
         """The norm of each of `matrices (k, m, n)`, float32 or wider."""
 
-    def restore_(self, split: Tensor, measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
-        """Put the matrices behind `split (k, o, ...)` back to `target (k,)`, those not in `hold (k,)`, in place.
+    def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
+        """Put the matrices behind `splits`, each `(k_i, o, ...)`, back on `target (k,)` in place, unless in `hold`.
 
         Returns the norms `(k,)` that the matrices then have.
         """
@@ -57,6 +68,7 @@ class Frobenius:
     """`W <- W t / ||W||_F`: the Norm Scaling post's Frobenius norm scaling."""
 
     name = "frobenius"
+    joins = False
 
     def of_orthogonal(self, gain: float, m: int, n: int) -> float:
         return gain * math.sqrt(min(m, n))
@@ -64,16 +76,23 @@ class Frobenius:
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def measure(self, matrices: Tensor, state: State, *, to_convergence: bool = False) -> Measurement:
+    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
+        return None
+
+    def measure(
+        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
+    ) -> Measurement:
         # Rows first: short sums keep float32 accurate, and the float64 total cannot overflow.
         rows = torch.linalg.vector_norm(matrices, dim=-1)
         norm = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).to(rows.dtype)
-        return Measurement(norm, None, {})
+        return Measurement(norm, torch.zeros_like(norm), None, {})
 
-    def restore_(self, split: Tensor, measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
+    def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
         norm = measurement.norm.to(target.dtype)
         hold = hold | (norm == 0)
-        split.mul_(_like(torch.where(hold, 1, target / norm), split))
+        factor = torch.where(hold, 1, target / norm)
+        for split, own in zip(splits, factor.split([len(split) for split in splits]), strict=True):
+            split.mul_(_like(own, split))
         return torch.where(hold, norm, target)
 
 
@@ -86,6 +105,7 @@ class Spectral:
 
     solver: Solver
     name = "spectral"
+    joins = True
 
     def of_orthogonal(self, gain: float, m: int, n: int) -> float:
         return gain
@@ -93,17 +113,24 @@ class Spectral:
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
         return self.solver.cold(matrices, key)
 
-    def measure(self, matrices: Tensor, state: State, *, to_convergence: bool = False) -> Measurement:
-        triple, state = self.solver.solve(matrices, state, to_convergence=to_convergence)
-        return Measurement(triple.value, triple, dict(state))
+    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
+        return self.solver.pace(num_iterations, residual)
 
-    def restore_(self, split: Tensor, measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
+    def measure(
+        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
+    ) -> Measurement:
+        triple, state = self.solver.solve(matrices, state, to_convergence=to_convergence, num_iterations=num_iterations)
+        return Measurement(triple.value, triple.residual, triple, state)
+
+    def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
         triple = measurement.factors
         value = triple.value.to(target.dtype)
         hold = hold | (value == 0)
-        coefficient = torch.where(hold, 0, target - value)
-        left = _like(coefficient[:, None] * triple.left, split)
-        right = triple.right.reshape(split.shape[0], 1, *split.shape[2:])
-        # On the split tensor, not on the matrix, a rank-one update is a broadcast product in any memory format.
-        split.addcmul_(left, right)
+        left = torch.where(hold, 0, target - value)[:, None] * triple.left
+        # A vector that is not finite must not reach a weight that is held: zero times it is no zero.
+        left, right = (torch.where(hold[:, None], 0, vectors) for vectors in (left, triple.right))
+        counts = [len(split) for split in splits]
+        for split, own_left, own_right in zip(splits, left.split(counts), right.split(counts), strict=True):
+            # On the split tensor, not on the matrix, a rank-one update is a broadcast product in any memory format.
+            split.addcmul_(_like(own_left, split), own_right.reshape(len(split), 1, *split.shape[2:]))
         return torch.where(hold, value, torch.maximum(target, triple.next_value.to(target.dtype)))

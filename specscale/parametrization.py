@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from specscale.matrices import MatrixView
-from specscale.norms import Measurement, Norm
+from specscale.norms import Norm
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -23,11 +23,13 @@ class NormScaling(nn.Module):
 
     The weight itself is always on its target, so that forward has nothing to do; `restore_` runs after the step.
 
-    Buffers: `target (k,)`, a zero where a matrix is left alone; `norm (k,)`, the norm that is held; the solver's.
+    Buffers: `target (k,)`, a zero where a matrix is left alone; `norm (k,)`, the norm that is held; `residual (k,)`,
+    how far the solver was from it; the solver's own.
     """
 
     target: Tensor
     norm: Tensor
+    residual: Tensor
 
     def __init__(self, kind: Norm, view: MatrixView, name: str, plain_order: tuple[str, ...], weight: Tensor) -> None:
         super().__init__()
@@ -38,14 +40,13 @@ class NormScaling(nn.Module):
         """The names of the module's own parameters as they were before registering moved this one to the end."""
         self._load_hooks: tuple[RemovableHandle, ...] = ()
         self._holds_loaded_weight = False
-        matrices = self._matrices(weight)
+        matrices = self.matrices(weight)
         key = torch.arange(len(matrices), device=weight.device) + (zlib.crc32(name.encode()) << 20)
-        self._solver_buffers = []
-        for buffer, value in kind.cold(matrices, key).items():
+        measurement = kind.measure(matrices, kind.cold(matrices, key), to_convergence=True)
+        self._solver_buffers = tuple(measurement.state)
+        for buffer, value in measurement.state.items():
             self.register_buffer(buffer, value)
-            self._solver_buffers.append(buffer)
-        measurement = kind.measure(matrices, self._state(), to_convergence=True)
-        self._store_state(measurement)
+        self.register_buffer("residual", measurement.residual.clone())
         self.register_buffer("norm", measurement.norm.clone())
         self.register_buffer("target", measurement.norm.clone())
 
@@ -55,35 +56,19 @@ class NormScaling(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
 
-    def _matrices(self, weight: Tensor) -> Tensor:
+    def matrices(self, weight: Tensor) -> Tensor:
+        """The weight as `(k, m, n)`, float32 or wider, for reading."""
         return wide(self.view.matrices(weight.detach()))
 
-    def _state(self) -> dict[str, Tensor]:
+    def solver_state(self) -> dict[str, Tensor]:
+        """The solver's buffers, by name."""
         return {name: self.get_buffer(name) for name in self._solver_buffers}
-
-    def _store_state(self, measurement: Measurement) -> None:
-        for name, value in measurement.state.items():
-            self.get_buffer(name).copy_(value)
-
-    @torch.no_grad()
-    def measure(self, weight: Tensor) -> Measurement:
-        """What the weight's matrices are now; writes nothing."""
-        return self.kind.measure(self._matrices(weight), self._state())
-
-    @torch.no_grad()
-    def restore_(self, weight: Tensor, measurement: Measurement, skip: Tensor | None = None) -> None:
-        """Put the weight back on its target, unless the one-element tensor `skip` is positive."""
-        hold = self.target == 0
-        if skip is not None:
-            hold = hold | (skip > 0)
-        self.norm.copy_(self.kind.restore_(self.view.split(weight.detach()), measurement, self.target, hold))
-        self._store_state(measurement)
 
     @torch.no_grad()
     def solve_cold_(self, weight: Tensor) -> None:
         """Forget the solver's state and measure the weight anew, as after loading other weights."""
         fresh = NormScaling(self.kind, self.view, self.name, self.plain_order, weight)
-        for name in ("norm", *self._solver_buffers):
+        for name in ("norm", "residual", *self._solver_buffers):
             self.get_buffer(name).copy_(fresh.get_buffer(name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

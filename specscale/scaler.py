@@ -1,5 +1,6 @@
 """The handle of a scaled model: it follows an optimizer, takes the scaling step and reports."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -7,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from specscale.errors import NonFiniteWeightError
+from specscale.errors import non_finite
+from specscale.norms import Norm
 from specscale.parametrization import NormScaling, scaling_of, scalings, unregister
+from specscale.step import Member, Readout, measure, restore_
+
+CURE = "Lower the learning rate or clip the gradients"
 
 
 class ScaledWeight(NamedTuple):
@@ -42,6 +47,8 @@ class NormScaler:
         self._model = model
         self._weights = list(weights)
         self._handles: list[RemovableHandle] = []
+        self._last: Readout | None = None
+        self._pace: dict[Norm, int | None] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> "NormScaler":
@@ -58,6 +65,11 @@ class NormScaler:
                 f"NormScaler.of: {type(model).__name__} has no scaled weight; call apply_norm_scaling(model) first"
             )
         return cls(model, weights)
+
+    @property
+    def weights(self) -> list[ScaledWeight]:
+        """The weights that are under scaling, in the model's order."""
+        return [weight for weight in self._weights if weight.is_live]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> "NormScaler":
         """Scale, after every step of the optimizer, the weights that it has stepped.
@@ -89,7 +101,7 @@ class NormScaler:
 
     def _owned(self, optimizer: torch.optim.Optimizer) -> list[ScaledWeight]:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [weight for weight in self._weights if weight.is_live and id(weight.parameter) in owned]
+        return [weight for weight in self.weights if id(weight.parameter) in owned]
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # A parameter without a gradient was not stepped, and the spectral update is not idempotent.
@@ -103,40 +115,61 @@ class NormScaler:
         Raises:
             NonFiniteWeightError: a weight holds NaN or infinity; no weight was written.
         """
-        self._scale([weight for weight in self._weights if weight.is_live], None)
-
-    def _scale(self, weights: list[ScaledWeight], skip: Tensor | None) -> None:
-        measured = [weight.scaling.measure(weight.parameter) for weight in weights]
-        for weight, measurement in zip(weights, measured, strict=True):
-            if not bool(measurement.norm.isfinite().all()):
-                raise NonFiniteWeightError(
-                    f"step: the weight of {weight.name!r} holds NaN or infinity; no weight was scaled. "
-                    "Lower the learning rate or clip the gradients"
-                )
-        for weight, measurement in zip(weights, measured, strict=True):
-            weight.scaling.restore_(weight.parameter, measurement, skip)
+        self._scale(self.weights, None)
 
     @torch.no_grad()
-    def _report(self) -> list[tuple[ScaledWeight, float, float, float]]:
-        """Each weight with its largest norm, largest target and worst excess."""
+    def _scale(self, weights: list[ScaledWeight], skip: Tensor | None) -> None:
+        members = [Member(weight.scaling, weight.parameter.detach()) for weight in weights]
+        if not members:
+            return
+        if all(member.weight.is_cpu for member in members) and not torch.compiler.is_compiling():
+            measured = measure(members)
+            if bad := Readout(measured).non_finite():
+                raise non_finite("step", bad, f"no weight was scaled. {CURE}")
+            restore_(measured, skip)
+            return
+        # Elsewhere the host must not wait for the device: it looks back to the step before, which is long done.
+        if self._last is not None and (bad := self._last.non_finite()):
+            raise non_finite("step", bad, f"the last step did not scale it. {CURE}")
+        self._pace = {m.scaling.kind: self._next_pace(m.scaling.kind) for m in members}
+        measured = measure(members, self._pace)
+        restore_(measured, skip)
+        if not torch.compiler.is_compiling():
+            self._last = Readout(measured)
+
+    def _next_pace(self, kind: Norm) -> int | None:
+        residual = None if self._last is None else self._last.worst_residual(kind)
+        return kind.pace(self._pace.get(kind), residual)
+
+    @torch.no_grad()
+    def _report(self) -> list[tuple[ScaledWeight, float, float, float, float]]:
+        """Each weight with its largest norm, largest target, worst excess and worst residual."""
         rows = []
-        for weight in self._weights:
-            if weight.is_live:
-                norm, target = weight.scaling.norm.double(), weight.scaling.target.double()
-                excess = torch.where(target > 0, norm / target - 1, -torch.inf)
-                rows.append((weight, norm.max().item(), target.max().item(), excess.max().item()))
+        for weight in self.weights:
+            norm, target = weight.scaling.norm.double(), weight.scaling.target.double()
+            excess = torch.where(target > 0, norm / target - 1, -torch.inf)
+            residual = weight.scaling.residual.max().item()
+            rows.append((weight, norm.max().item(), target.max().item(), excess.max().item(), residual))
         return rows
 
     def metrics(self) -> dict[str, float]:
-        """`norm/<layer>`, `target/<layer>` and `excess/<layer>` (norm / target - 1) of every weight, from the buffers.
+        """`norm/<layer>`, `target/<layer>`, `excess/<layer>` and `residual/<layer>` of every weight, from the buffers.
 
-        A tensor that is several matrices reports its largest norm, its largest target and its worst excess. Under
-        spectral scaling the norm is the larger of the target and the solver's second singular value, an estimate from
-        below.
+        The excess is norm / target - 1. The residual is the solver's, `||W^T u - s v|| / s` of the triple that its last
+        iteration set out from, and zero where the norm is exact. A tensor that is several matrices reports the largest
+        of each. Under spectral scaling the norm is the larger of the target and the solver's second singular value, an
+        estimate from below: `audit()` certifies it.
+
+        Raises:
+            NonFiniteWeightError: a weight held NaN or infinity at the last step.
         """
+        rows = self._report()
+        if bad := [weight.name for weight, norm, *_ in rows if not math.isfinite(norm)]:
+            raise non_finite("metrics", bad, f"the last step did not scale it. {CURE}")
         metrics: dict[str, float] = {}
-        for weight, norm, target, excess in self._report():
-            metrics |= {f"norm/{weight.name}": norm, f"target/{weight.name}": target, f"excess/{weight.name}": excess}
+        for weight, *values in rows:
+            keys = (f"{key}/{weight.name}" for key in ("norm", "target", "excess", "residual"))
+            metrics |= dict(zip(keys, values, strict=True))
         return metrics
 
     def plain_state_dict(self) -> dict[str, Any]:
@@ -148,18 +181,17 @@ class NormScaler:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for weight in self._weights:
-            if weight.is_live:
-                unregister(weight.module, weight.tensor)
+        for weight in self.weights:
+            unregister(weight.module, weight.tensor)
         return self._model
 
     def __str__(self) -> str:
-        header = ("layer", "matrices", "shape", "target", "norm", "excess")
+        header = ("layer", "matrices", "shape", "target", "norm", "excess", "residual")
         rows = [header]
-        for weight, norm, target, excess in self._report():
-            count, *shape = weight.scaling.view.matrices(weight.parameter).shape
-            size = "x".join(str(n) for n in shape)
-            rows.append((weight.name, str(count), size, f"{target:.4g}", f"{norm:.4g}", f"{excess:+.2%}"))
+        for weight, norm, target, excess, residual in self._report():
+            m, n = weight.scaling.view.matrix_shape(weight.parameter)
+            numbers = (f"{target:.4g}", f"{norm:.4g}", f"{excess:+.2%}", f"{residual:.1e}" if residual else "exact")
+            rows.append((weight.name, str(weight.scaling.view.count), f"{m}x{n}", *numbers))
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         return "\n".join(
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])

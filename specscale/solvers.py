@@ -12,20 +12,26 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from specscale.algebra import complement, dominant, gram, normal, polish, unit
+
 State = Mapping[str, Tensor]
 
 
 class Triple(NamedTuple):
-    """The first singular triple of each matrix `(..., m, n)`, and what is known beside it."""
+    """The first singular triple of each matrix `(k, m, n)`, and what is known beside it."""
 
     value: Tensor
-    """`(...)`: the largest singular value."""
+    """`(k,)`: the largest singular value."""
     left: Tensor
-    """`(..., m)`: its left singular vector, of unit length (zero where the matrix is zero)."""
+    """`(k, m)`: its left singular vector, of unit length (zero where the matrix is zero)."""
     right: Tensor
-    """`(..., n)`: its right singular vector, of unit length."""
+    """`(k, n)`: its right singular vector, of unit length."""
     next_value: Tensor
-    """`(...)`: the second singular value; an iterative solver estimates it from below."""
+    """`(k,)`: the second singular value; an iterative solver estimates it from below."""
+    residual: Tensor
+    """`(k,)`: `||W^T u - s v|| / s` of the triple that the last iteration set out from, and improved on; else zero."""
+    num_iterations: int
+    """Iterations that were taken, all matrices alike; zero where the solver is exact."""
 
 
 class Solver(Protocol):
@@ -35,60 +41,16 @@ class Solver(Protocol):
         """A state that knows nothing of `matrices (k, m, n)`; `key (k,)`, int64, seeds its random numbers."""
 
     def solve(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False
+        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
     ) -> tuple[Triple, dict[str, Tensor]]:
-        """The triples of `matrices (k, m, n)`, float32 or wider, and the state to go on from."""
+        """The triples of `matrices (k, m, n)`, float32 or wider, and the state to go on from.
 
+        An adaptive solver decides on the host when to stop, or, given `num_iterations`, takes exactly so many and
+        reads nothing back.
+        """
 
-def normal(key: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers `(k, *size)` from int64 keys `(k,)`, by a counter-based generator.
-
-    A hash of (key, position), so there is no generator to store, to seed or to synchronise, and every device and rank
-    draws the same (the idea of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-    """
-    count = torch.Size(size).numel()
-    position = torch.arange(2 * count, device=key.device)
-    bits = _hash32(_hash32(key[:, None]) + position)
-    uniform = (bits.double() + 0.5) / 2**32
-    radius, angle = uniform[:, :count], uniform[:, count:]
-    return ((-2 * radius.log()).sqrt() * (2 * torch.pi * angle).cos()).to(dtype).reshape(-1, *size)
-
-
-def _hash32(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (xor-shift-multiply), in int64, whose wrapping products keep the low 32 bits right."""
-    mask = 0xFFFFFFFF
-    x = (x ^ (x >> 32)) & mask
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
-    return x ^ (x >> 16)
-
-
-def _gram(a: Tensor) -> Tensor:
-    """`a^T a` in float64: small, and its eigenvalues are squares."""
-    a = a.double()
-    return a.mT @ a
-
-
-def _unit(x: Tensor, dim: int = -1) -> Tensor:
-    """`x` at unit length along `dim`; a zero vector stays zero."""
-    return x / x.norm(dim=dim, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-
-
-def _complement(basis: Tensor, directions: Tensor) -> Tensor:
-    """An orthonormal basis of what `directions (..., n, c)` add to the orthonormal `basis (..., n, b)`.
-
-    By eigenvectors of the Gram matrix (Stathopoulos & Wu, "A block orthogonalization procedure with constant
-    synchronization requirements", 2002), whose dependent directions become zero columns instead of noise, so that the
-    shape does not depend on the rank.
-    """
-    directions = _unit(directions - basis @ (basis.mT @ directions), dim=-2)
-    directions = directions - basis @ (basis.mT @ directions)
-    values, vectors = torch.linalg.eigh(_gram(directions))
-    inverse_root = torch.where(values > 1e-8, values.clamp_min(1e-300).rsqrt(), 0)
-    directions = directions @ (vectors * inverse_root[..., None, :]).to(directions.dtype)
-    directions = directions - basis @ (basis.mT @ directions)
-    # One Newton step for the polar factor squares what the float32 product left of the error.
-    return 1.5 * directions - 0.5 * directions @ (directions.mT @ directions)
+    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
+        """The `num_iterations` to take after a solve of so many that left `residual`; None where nothing is known."""
 
 
 def _finite_or_nan(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,15 +69,20 @@ class Block:
     """Warm-started block LOBPCG: a persistent block, refined by as many iterations as its residual asks for.
 
     One iteration is a Rayleigh-Ritz step on `[V, R, P]`: the block, its residuals and its last directions (Knyazev,
-    "Toward the optimal preconditioned eigensolver", 2001, algorithm 4.1), on `W^T W` by products with `W` alone. The
-    error of the singular value is about the square of the residual. The block lives on the matrix's shorter side; a
-    matrix whose shorter side is at most three blocks is solved by its Gram matrix instead, exactly and without state.
+    "Toward the optimal preconditioned eigensolver", 2001, algorithm 4.1), on `W^T W` by products with `W` alone. It
+    divides the residual by about four, and the error of the singular value is about the square of the residual. The
+    last column of the block does not follow the others: it searches outside them, by power iteration that is stirred
+    with fresh noise, so that a singular value that has overtaken the block from outside is found. The first solve after
+    a cold start is a thorough one.
+
+    The block lives on the matrix's shorter side; a matrix whose shorter side is at most three blocks is solved by its
+    Gram matrix instead, exactly and without state.
     """
 
     width: int = 16
     """Columns of the block."""
-    tolerance: float = 5e-3
-    """Iterate until `||W^T u - s v|| / s` is at most this."""
+    tolerance: float = 3e-2
+    """Iterate until an iteration sets out from `||W^T u - s v|| / s` of at most this."""
     max_iterations: int = 8
     """The most iterations of one step."""
 
@@ -132,66 +99,105 @@ class Block:
             return {}
         dtype = torch.promote_types(matrices.dtype, torch.float32)
         basis = torch.linalg.qr(normal(key, (min(m, n), self.width), dtype)).Q
-        return {"basis": basis, "direction": torch.zeros_like(basis)}
+        # `age` counts the solves since the cold start; with the key it seeds the noise.
+        return {
+            "basis": basis,
+            "direction": torch.zeros_like(basis[..., 1:]),
+            "key": key.clone(),
+            "age": torch.zeros_like(key),
+        }
 
     def solve(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False
+        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
     ) -> tuple[Triple, dict[str, Tensor]]:
         tall = matrices.shape[-2] >= matrices.shape[-1]
         oriented = matrices if tall else matrices.mT
         if self._is_small(*matrices.shape[-2:]):
             triple, state = self._solve_small(oriented), {}
         else:
-            tolerance, limit = (1e-5, 300) if to_convergence else (self.tolerance, self.max_iterations)
-            triple, state = self._iterate(oriented, state["basis"], state["direction"], tolerance, limit)
+            tolerance: float | None = self.tolerance
+            limit = self.max_iterations
+            if to_convergence:
+                tolerance, limit = 1e-5, 300
+            elif num_iterations is not None:
+                tolerance, limit = None, num_iterations
+            elif not bool(state["age"].all()):
+                tolerance, limit = self.tolerance / 20, 60
+            triple, state = self._iterate(oriented, state, tolerance, limit)
+            if to_convergence:
+                state["age"] = torch.zeros_like(state["age"])
         if not tall:
             triple = triple._replace(left=triple.right, right=triple.left)
         return triple, dict(state)
 
+    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
+        if num_iterations is None or residual is None:
+            return 2
+        if not residual <= self.tolerance:
+            return min(num_iterations + 1, self.max_iterations)
+        return max(num_iterations - 1, 1) if residual <= self.tolerance / 4 else num_iterations
+
     def _solve_small(self, matrices: Tensor) -> Triple:
         scaled, scale = _finite_or_nan(matrices)
-        right = torch.linalg.eigh(_gram(scaled)).eigenvectors.flip(-1)[..., :2].to(matrices.dtype)
+        right = dominant(gram(scaled.double()), min(2, scaled.shape[-1])).to(matrices.dtype)
         image = scaled @ right
         values = image.norm(dim=-2) * scale[..., None]
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
-        return Triple(values[..., 0], _unit(image[..., 0]), right[..., 0], next_value)
+        return Triple(values[..., 0], unit(image[..., 0]), right[..., 0], next_value, torch.zeros_like(next_value), 0)
 
     def _iterate(
-        self, matrices: Tensor, basis: Tensor, direction: Tensor, tolerance: float, limit: int
+        self, matrices: Tensor, state: State, tolerance: float | None, limit: int
     ) -> tuple[Triple, dict[str, Tensor]]:
-        entry = basis, direction
-        basis = 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
+        basis, direction = state["basis"], state["direction"]
         image = matrices @ basis
         scale = image.abs().amax(dim=(-2, -1))
         finite = torch.isfinite(scale)
+
+        def safe(product: Tensor) -> Tensor:
+            return torch.where(finite[:, None, None], product * unscale, 0)
+
         # A product of two reads would leave float32's range where the entries are near 1e20.
         unscale = torch.where(finite & (scale > 0), scale.reciprocal(), 1)[:, None, None]
-        image = torch.where(finite[:, None, None], image * unscale, 0)
-        for _ in range(limit):
-            back = (matrices.mT @ image) * unscale
-            back = torch.where(finite[:, None, None], back, 0)
+        image = safe(image)
+        probe = basis[..., -1:]
+        for iteration in range(limit):
+            back = safe(matrices.mT @ image)
+            if iteration == 0:
+                probe = unit(back[..., -1:], dim=-2)
             residuals = back - basis @ (basis.mT @ back)
-            complement = _complement(basis, torch.cat([residuals, direction], dim=-1))
-            beyond = torch.where(finite[:, None, None], (matrices @ complement) * unscale, 0)
-            images = torch.cat([image, beyond], dim=-1)
-            ritz = torch.linalg.eigh(_gram(images)).eigenvectors.flip(-1)[..., : self.width].to(image.dtype)
-            direction = complement @ ritz[..., self.width :, :]
-            basis = torch.cat([basis, complement], dim=-1) @ ritz
-            image = images @ ritz
-            values = image.norm(dim=-2)
-            value, left, right = values[..., 0], _unit(image[..., 0]), _unit(basis[..., 0])
-            gradient = (matrices.mT @ left[..., None])[..., 0] * unscale[..., 0]
-            residual = (gradient - value[..., None] * right).norm(dim=-1) / value.clamp_min(
+            length, deviation = image.norm(dim=-2), residuals.norm(dim=-2)
+            value, top = length.max(dim=-1)
+            residual = deviation.gather(-1, top[:, None])[:, 0] / (value * value).clamp_min(
                 torch.finfo(value.dtype).tiny
             )
-            if bool((torch.where(finite, residual, 0) <= tolerance).all()):
+            beyond = complement(basis, torch.cat([residuals, direction], dim=-1))
+            images = torch.cat([image, safe(matrices @ beyond)], dim=-1)
+            ritz = dominant(gram(images), self.width - 1).to(image.dtype)
+            direction = beyond @ ritz[..., basis.shape[-1] :, :]
+            basis, image = polish(torch.cat([basis, beyond], dim=-1) @ ritz, images @ ritz)
+            if tolerance is not None and bool((residual <= tolerance).all()):
                 break
+        norms = basis.norm(dim=-2).clamp_min(torch.finfo(basis.dtype).tiny)
+        values = image.norm(dim=-2) / norms
         undo = torch.where(finite, unscale[:, 0, 0].reciprocal(), torch.nan)
-        basis, direction = (
-            torch.where(finite[:, None, None], new, old) for new, old in zip((basis, direction), entry, strict=True)
+        triple = Triple(
+            value=values[..., 0] * undo,
+            left=unit(image[..., 0]),
+            right=unit(basis[..., 0]),
+            next_value=values[..., 1:].amax(-1) * undo,
+            residual=residual,
+            num_iterations=iteration + 1,
         )
-        triple = Triple(value * undo, left, right, values[..., 1] * undo)
-        return triple, {"basis": basis, "direction": direction}
+        noise = normal(state["key"] + (state["age"] << 32), probe.shape[1:], probe.dtype) / probe.shape[-2] ** 0.5
+        probe = probe + 0.1 * noise
+        probe = unit(probe - basis @ (basis.mT @ probe), dim=-2)
+        keep = finite[:, None, None]
+        return triple, {
+            "basis": torch.where(keep, torch.cat([basis, probe], dim=-1), state["basis"]),
+            "direction": torch.where(keep, direction, state["direction"]),
+            "key": state["key"],
+            "age": state["age"] + 1,
+        }
 
 
 @dataclass(frozen=True)
@@ -203,29 +209,44 @@ class Power:
 
     num_iterations: int = 500
     """Iterations of one step."""
+    warm: bool = False
+    """Go on from the last step's vectors instead of from noise. One iteration a step is what `spectral_norm` does."""
 
     def __post_init__(self) -> None:
         if self.num_iterations < 1:
             raise ValueError(f"{self}: num_iterations must be at least 1")
 
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
-        return {"key": key.clone()}
+        dtype = torch.promote_types(matrices.dtype, torch.float32)
+        return {"columns": normal(key, (matrices.shape[-1], 2), dtype)} if self.warm else {"key": key.clone()}
+
+    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
+        return None
 
     def solve(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False
+        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
     ) -> tuple[Triple, dict[str, Tensor]]:
         scaled, scale = _finite_or_nan(matrices)
-        gram = scaled.mT @ scaled
-        columns = normal(state["key"], (gram.shape[-1], 2), gram.dtype)
+        # Many iterations are cheaper on the Gram matrix, few are not.
+        many = self.num_iterations > matrices.shape[-1] // 4
+        square = scaled.mT @ scaled if many else None
+        columns = state["columns"] if self.warm else normal(state["key"], (scaled.shape[-1], 2), scaled.dtype)
         for _ in range(self.num_iterations):
-            first, second = (gram @ columns).split(1, dim=-1)
-            first = _unit(first, dim=-2)
-            second = _unit(second - first * (first.mT @ second), dim=-2)
+            start = unit(columns[..., 0])
+            columns = square @ columns if square is not None else scaled.mT @ (scaled @ columns)
+            value = (start * columns[..., 0]).sum(-1)
+            residual = (columns[..., 0] - value[..., None] * start).norm(dim=-1) / value.clamp_min(
+                torch.finfo(value.dtype).tiny
+            )
+            first = unit(columns[..., :1], dim=-2)
+            second = unit(columns[..., 1:] - first * (first.mT @ columns[..., 1:]), dim=-2)
             columns = torch.cat([first, second], dim=-1)
         image = scaled @ columns
         values = image.norm(dim=-2) * scale[..., None]
-        triple = Triple(values[..., 0], _unit(image[..., 0]), columns[..., 0], values[..., 1])
-        return triple, {"key": state["key"] + 1}
+        triple = Triple(
+            values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, self.num_iterations
+        )
+        return triple, {"columns": columns} if self.warm else {"key": state["key"] + 1}
 
 
 @dataclass(frozen=True)
@@ -235,15 +256,18 @@ class SVD:
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
         return {}
 
+    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
+        return None
+
     def solve(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False
+        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
     ) -> tuple[Triple, dict[str, Tensor]]:
         scaled, scale = _finite_or_nan(matrices)
         left, values, right = torch.linalg.svd(scaled, full_matrices=False)
         values = values * scale[..., None]
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
         # Equal singular values leave rounding of one part in 1e7 to the pair: the value of the very pair is exact.
-        return Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value), {}
+        return Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, torch.zeros_like(next_value), 0), {}
 
 
 SOLVERS: dict[str, Solver] = {"block": Block(), "power": Power(), "svd": SVD()}

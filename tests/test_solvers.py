@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specscale.solvers import SVD, Block, Power, normal
+from specscale.algebra import normal
+from specscale.solvers import SVD, Block, Power
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 3), (60, 49), (49, 60), (200, 80), (80, 200), (64, 576)]
 

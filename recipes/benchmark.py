@@ -1,0 +1,336 @@
+"""Measure the solvers: how far from the exact singular value (`solver`), and at what price in time (`step`).
+
+Example: python recipes/benchmark.py solver --preset mlp-5x2000 --data-root data
+"""
+
+import json
+import platform
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import torch
+import tyro
+from clock import Clock
+from data import Data, Prepare, load, synthetic, train_loader
+from logs import on_terminal, say, write_atomically
+from models import build, start
+from presets import PRESETS, Config
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from tqdm import tqdm
+
+from specscale import SVD, Block, NormScaler, Power
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "nadam": torch.optim.NAdam}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both benchmarks share."""
+
+    preset: Literal["mlp-5x2000", "mlp-7x4000", "resnet34", "resnet50"] = "mlp-5x2000"
+    """Model and hyper-parameters."""
+    width: int | None = None
+    """Hidden units, where the preset is an MLP and its own are too many."""
+    data_root: Path | None = None
+    """Folder that holds cifar-100-python; without it, noise of the same shapes."""
+    batch_size: int = 512
+    """Images of a step."""
+    lr: float = 1e-3
+    """Learning rate."""
+    optimizer: Literal["adam", "adamw", "nadam"] = "adam"
+    """Optimizer that moves the weights."""
+    steps: int = 200
+    """Training steps."""
+    seed: int = 0
+    """Seed of the init and of the order of the images."""
+    num_threads: int | None = None
+    """Threads of torch on the CPU; None leaves torch's choice."""
+    out: Path = Path("runs/benchmark")
+    """Folder for the table, the numbers and the figure."""
+
+    def config(self) -> Config:
+        (config,) = (preset() for preset in PRESETS if preset().preset == self.preset)
+        root = config.data_root if self.data_root is None else self.data_root
+        width = self.width or config.width
+        return replace(config, batch_size=self.batch_size, seed=self.seed, data_root=root, width=width)
+
+
+@dataclass(frozen=True)
+class SolverOptions(Options):
+    """Every solver beside the same training run, which the default solver steers, against an exact SVD in float64."""
+
+    every: int = 10
+    """Steps between two comparisons."""
+
+
+@dataclass(frozen=True)
+class StepOptions(Options):
+    """Time of a training step under each condition, in turns, against no scaling."""
+
+    steps: int = 12
+    """Timed steps of each condition, after two that are not counted."""
+    reference: bool = True
+    """Also time the post's 500 iterations, which is slow."""
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def images(options: Options) -> tuple[Data, Callable[[], Iterator[tuple[Tensor, Tensor]]]]:
+    """The data set, and an endless stream of prepared batches."""
+    config, ranks = options.config(), Ranks(0, 1, device())
+    data = synthetic(10 * config.batch_size) if options.data_root is None else load(config, ranks)
+    prepare = Prepare(data, ranks.device, torch.contiguous_format)
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = 0
+        while True:
+            epoch += 1
+            prepare.draw(config.seed, epoch)
+            for image, label, index in train_loader(data, config, 0, 1, epoch):
+                yield (
+                    prepare.train(image.to(ranks.device), index.to(ranks.device)),
+                    label.to(ranks.device),
+                )
+
+    return data, stream
+
+
+def model_of(options: Options, data: Data, norm: str, **changes: Any) -> tuple[nn.Module, NormScaler | None]:
+    config = replace(options.config(), **changes)
+    torch.manual_seed(config.seed)
+    model = build(config, data.shape, data.num_classes)
+    scaling = start(config, norm, model, data.shape)
+    return model.to(device()), scaling
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+class TorchSpectralNorm:
+    """`torch.nn.utils.parametrizations.spectral_norm`: its estimate, by one warm power iteration a step."""
+
+    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Any]:
+        twins = [nn.Linear(*reversed(matrix.shape), bias=False).to(matrix) for matrix in matrices]
+        return {"twins": [spectral_norm(twin) for twin in twins]}
+
+    def value(self, matrices: Tensor, state: dict[str, Any]) -> tuple[Tensor, int]:
+        estimates = []
+        for matrix, twin in zip(matrices, state["twins"], strict=True):
+            twin.parametrizations.weight.original.copy_(matrix)
+            estimates.append(matrix.norm() / twin.weight.norm())
+        return torch.stack(estimates), 1
+
+
+CANDIDATES: dict[str, Any] = {
+    "block": Block(),
+    "power, 1 warm": Power(1, warm=True),
+    "power, 20 warm": Power(20, warm=True),
+    "power, 500 cold": Power(),
+    "torch spectral_norm": TorchSpectralNorm(),
+    "svd": SVD(),
+}
+
+
+def value_of(candidate: Any, matrices: Tensor, state: dict[str, Any]) -> tuple[Tensor, int]:
+    """The candidate's singular values and iterations; its state moves on."""
+    if isinstance(candidate, TorchSpectralNorm):
+        return candidate.value(matrices, state)
+    triple, after = candidate.solve(matrices, state)
+    state.update(after)
+    return triple.value, triple.num_iterations
+
+
+def reads(candidate: Any, num_iterations: float) -> float | None:
+    """Passes over W of a step."""
+    if isinstance(candidate, SVD) or candidate == Power():
+        return None
+    return 1 + 2 * num_iterations
+
+
+def measure_solvers(options: SolverOptions) -> dict[str, Any]:
+    """Relative errors of the first singular value, by candidate."""
+    data, stream = images(options)
+    model, scaling = model_of(options, data, "spectral")
+    assert scaling is not None
+    optimizer = OPTIMIZERS[options.optimizer](model.parameters(), lr=options.lr)
+    weights = {weight.name: weight for weight in scaling.weights}
+    states: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in CANDIDATES}
+    errors: dict[str, list[float]] = {name: [] for name in CANDIDATES}
+    iterations: dict[str, list[tuple[int, int]]] = {name: [] for name in CANDIDATES}
+    count = 0
+
+    @torch.no_grad()
+    def before_scaling(*_: Any) -> None:
+        compared = count % options.every == 0
+        for layer, weight in weights.items():
+            matrices = weight.scaling.matrices(weight.parameter)
+            exact = torch.linalg.svdvals(matrices.double())[..., 0] if compared else None
+            for name, candidate in CANDIDATES.items():
+                state = states[name].setdefault(layer, {})
+                if not state:
+                    state.update(candidate.cold(matrices, torch.arange(len(matrices), device=matrices.device)))
+                remembers = not {"basis", "columns", "twins"}.isdisjoint(state)
+                if compared or remembers:
+                    value, taken = value_of(candidate, matrices, state)
+                    if min(matrices.shape[-2:]) > 3 * Block().width:
+                        iterations[name].append((count, taken))
+                if exact is not None:
+                    errors[name] += (value.double() / exact - 1).abs().tolist()
+
+    optimizer.register_step_post_hook(before_scaling)
+    scaling.attach(optimizer)
+    held = 0.0
+    for count, batch in zip(  # noqa: B007  the hook reads it
+        tqdm(range(1, options.steps + 1), "steps", disable=not on_terminal()), stream(), strict=False
+    ):
+        train_step(model, optimizer, batch)
+        held = max(held, worst_hold(scaling))
+    table = []
+    for name, candidate in CANDIDATES.items():
+        taken = [n for _, n in iterations[name]]
+        mean = statistics.mean(taken) if taken else 0.0
+        thirds = [
+            statistics.mean([n for at, n in iterations[name] if low < at <= high] or [0])
+            for low, high in ((0, 10), (10, options.steps // 2), (options.steps // 2, options.steps))
+        ]
+        table.append(
+            {
+                "solver": name,
+                "mean error": statistics.mean(errors[name]),
+                "max error": max(errors[name]),
+                "iterations": mean,
+                "iterations by phase": thirds,
+                "reads of W": reads(candidate, mean),
+            }
+        )
+    return {"worst |u^T W' v / t - 1|": held, "solvers": table}
+
+
+@torch.no_grad()
+def worst_hold(scaling: NormScaler) -> float:
+    """The worst relative distance of `u^T W' v` from the target, over the layers that keep a block."""
+    worst = 0.0
+    for weight in scaling.weights:
+        state = weight.scaling.solver_state()
+        if "basis" in state:
+            matrices = weight.scaling.matrices(weight.parameter).double()
+            matrices = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
+            vector = state["basis"][..., :1].double()
+            held = (matrices @ (vector / vector.norm(dim=-2, keepdim=True))).norm(dim=(-2, -1))
+            worst = max(worst, (held / weight.scaling.target - 1).abs().max().item())
+    return worst
+
+
+def measure_steps(options: StepOptions) -> dict[str, Any]:
+    """Median times of a training step and of its scaling, by condition."""
+    data, stream = images(options)
+    conditions: dict[str, tuple[nn.Module, torch.optim.Optimizer, Clock, Clock]] = {}
+    names = ["none", "frobenius", "spectral", "torch spectral_norm"] + ["power, 500 cold"] * options.reference
+    for name in names:
+        norm = {"torch spectral_norm": "none", "power, 500 cold": "spectral"}.get(name, name)
+        solver = "power" if name == "power, 500 cold" else "block"
+        model, scaling = model_of(options, data, norm, solver=solver)
+        if name == "torch spectral_norm":
+            for module in model.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    spectral_norm(module)
+        optimizer = OPTIMIZERS[options.optimizer](model.parameters(), lr=options.lr)
+        whole, part = Clock(device()), Clock(device())
+        if scaling is not None:
+            optimizer.register_step_post_hook(part.start)
+            scaling.attach(optimizer)
+            optimizer.register_step_post_hook(part.stop)
+        conditions[name] = model, optimizer, whole, part
+    batches = stream()
+    for count in tqdm(range(options.steps + 2), "rounds", disable=not on_terminal()):
+        batch = next(batches)
+        for name, (model, optimizer, whole, part) in conditions.items():
+            if name == "power, 500 cold" and count > 4:
+                continue
+            with whole.span():
+                train_step(model, optimizer, batch)
+            if count == 1:
+                whole.median_ms(), part.median_ms()
+    times = {name: (whole.median_ms(), part.median_ms()) for name, (_, _, whole, part) in conditions.items()}
+    table = [
+        {"condition": name, "ms / step": step, "ms scaling": scaling, "ratio to none": step / times["none"][0]}
+        for name, (step, scaling) in times.items()
+    ]
+    return {"steps": table}
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " / ".join(f"{x:.2f}" for x in value)
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.3f}"
+    return "-" if value is None else str(value)
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    header = list(table[0])
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *[[cell(row[key]) for key in header] for row in table]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw(kind: str, table: list[dict[str, Any]], title: str, path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    if kind == "solver":
+        for row in table:
+            # An exact solver has no number of reads: a line across.
+            if row["reads of W"] is None:
+                axis.axhline(row["max error"], ls=":", color="grey")
+                axis.annotate(row["solver"], (1, row["max error"]), fontsize="small", va="bottom")
+            else:
+                x = row["reads of W"]
+                axis.plot([x, x], [row["mean error"], row["max error"]], "-", color="#1b7fbd")
+                axis.plot([x], [row["mean error"]], "o", color="#1b7fbd")
+                axis.annotate(f" {row['solver']}", (x, row["max error"]), fontsize="small")
+        axis.set(xscale="log", yscale="log", xlabel="reads of W per step", ylabel="relative error of s, mean to max")
+    else:
+        axis.barh([row["condition"] for row in table], [row["ratio to none"] for row in table], color="#1b7fbd")
+        for row in table:
+            axis.annotate(f" {row['ratio to none']:.3f}", (row["ratio to none"], row["condition"]), va="center")
+        axis.axvline(1, color="grey", lw=1)
+        axis.set(xlabel="time of a step, ratio to none", xscale="log")
+    axis.set_title(title, fontsize="medium")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(kind: str, options: Options) -> None:
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    found = measure_solvers(options) if isinstance(options, SolverOptions) else measure_steps(options)  # type: ignore[arg-type]
+    table = found["solvers" if kind == "solver" else "steps"]
+    name = f"{kind}-{options.preset}-{options.optimizer}-{options.lr:g}"
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    facts = {"torch": torch.__version__, "hardware": hardware, "threads": torch.get_num_threads()}
+    options.out.mkdir(parents=True, exist_ok=True)
+    said = json.loads(json.dumps(asdict(options), default=str))
+    write_atomically(options.out / f"{name}.json", json.dumps(said | facts | found, indent=2))
+    data = "noise" if options.data_root is None else "CIFAR-100"
+    title = f"{options.preset}, {data}, {options.optimizer} {options.lr:g}, batch {options.batch_size}"
+    draw(kind, table, title, options.out / f"{name}.png")
+    extra = "".join(f"\n{key}: {value:.1e}\n" for key, value in found.items() if isinstance(value, float))
+    write_atomically(options.out / f"{name}.md", f"# {title}\n\n{markdown(table)}{extra}")
+    say(f"{title}\n\n{markdown(table)}{extra}\n{options.out}/{name}: .md, .json, .png")
+
+
+if __name__ == "__main__":
+    chosen = tyro.extras.subcommand_cli_from_dict({"solver": SolverOptions, "step": StepOptions}, description=__doc__)
+    main("solver" if isinstance(chosen, SolverOptions) else "step", chosen)
