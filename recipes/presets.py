@@ -48,7 +48,7 @@ class Config:
     limit_test: int | None = None
     """Use only so many test images."""
     amp: bool = False
-    """On CUDA, compute in bfloat16 by autocast."""
+    """Compute in bfloat16 by autocast; weights and scaling stay float32."""
     channels_last: bool = False
     """Keep images and convolutions in channels_last memory format."""
     num_workers: int = 0

@@ -41,7 +41,8 @@ def apply_norm_scaling(
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
             `"features"` or `"matrix"` (the norm of an orthogonal matrix with that gain); the norm itself as a number,
             or as a function `(name, module) -> float`.
-        include: shell patterns on module names, or predicates `(name, module) -> bool`; None means all.
+        include: shell patterns on module names, each taking everything below the modules that it matches, or
+            predicates `(name, module) -> bool`; None means all.
         exclude: likewise, what to leave alone.
         solver: of the spectral norm: `"block"`, `"power"`, `"svd"`, or an instance such as `Block(width=8)`.
         gain: of the init: `"channels"` (`sqrt(d_out / d_in)` of the feature or channel counts), `"features"` (of the

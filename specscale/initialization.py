@@ -46,7 +46,8 @@ def orthogonal_init_(
     Args:
         module: the model; its linear, convolution and attention weights that require gradients are overwritten.
         gain: `"channels"`, `"features"`, `"matrix"`, a number, or a function `(name, module) -> float`.
-        include: shell patterns on module names, or predicates `(name, module) -> bool`; None means all.
+        include: shell patterns on module names, each taking everything below the modules that it matches, or
+            predicates `(name, module) -> bool`; None means all.
         exclude: likewise, what to leave alone.
         example_input: for `"features"`, a batch that the model can be called with.
         generator: the source of randomness; None means torch's global one.

@@ -98,17 +98,26 @@ def scalable(module: nn.Module) -> Iterator[Weight]:
             yield Weight(full, name, child, tensor, view)
 
 
-def _matcher(call: str, option: str, patterns: Patterns, names: list[str]) -> Callable[[str, nn.Module], bool]:
-    if isinstance(patterns, str) or callable(patterns):
+def _chain(name: str) -> list[str]:
+    """The module's name and those of all modules that it lies in, itself first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def _matcher(call: str, option: str, patterns: Patterns, names: Iterable[str]) -> Callable[[str, nn.Module], bool]:
+    """Whether a module, or one that it lies in, has a name that a pattern matches; predicates see the module alone."""
+    if patterns is None:
+        patterns = []
+    elif isinstance(patterns, str) or not isinstance(patterns, Iterable):
         patterns = [patterns]
-    patterns = list(patterns or [])
+    patterns, names = list(patterns), list(names)
     for pattern in patterns:
         if not isinstance(pattern, str) and not callable(pattern):
             raise TypeError(
                 f"{call}: {option} takes shell patterns on module names, or predicates (name, module) -> bool, "
                 f"found {type(pattern).__name__}"
             )
-        if isinstance(pattern, str) and not fnmatch.filter(names, pattern):
+        if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"{call}: {option} pattern {pattern!r} matches no module; "
                 f"the nearest names are {nearest(pattern, names)}"
@@ -116,7 +125,9 @@ def _matcher(call: str, option: str, patterns: Patterns, names: list[str]) -> Ca
 
     def matches(name: str, module: nn.Module) -> bool:
         return any(
-            fnmatch.fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern(name, module)
+            any(fnmatch.fnmatchcase(one, pattern) for one in _chain(name))
+            if isinstance(pattern, str)
+            else pattern(name, module)
             for pattern in patterns
         )
 
@@ -126,6 +137,8 @@ def _matcher(call: str, option: str, patterns: Patterns, names: list[str]) -> Ca
 def select(call: str, module: nn.Module, include: Patterns = None, exclude: Patterns = None) -> list[Weight]:
     """The weights that `include` and `exclude` leave, in the model's order.
 
+    A pattern that matches a module takes everything below it too.
+
     Raises:
         TypeError: `module` is no module, or a pattern is neither a string nor callable.
         ValueError: a pattern matches nothing, no weight is left, or one holds no numbers yet.
@@ -133,7 +146,9 @@ def select(call: str, module: nn.Module, include: Patterns = None, exclude: Patt
     if not isinstance(module, nn.Module):
         raise TypeError(f"{call}: expected a torch.nn.Module, found {type(module).__name__}")
     weights = list(scalable(module))
-    included = _matcher(call, "include", include, [weight.module_name for weight in weights])
+    # What holds no weight cannot be included; to exclude it is no mistake.
+    with_weights = dict.fromkeys(name for weight in weights for name in _chain(weight.module_name))
+    included = _matcher(call, "include", include, with_weights)
     excluded = _matcher(call, "exclude", exclude, [name for name, _ in module.named_modules()])
     chosen = [
         weight

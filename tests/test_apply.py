@@ -111,6 +111,17 @@ def test_patterns_and_predicates():
     assert [w.name for w in narrow._weights] == ["2"]
 
 
+def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
+    def names(**options):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)))
+        return [w.name for w in apply_norm_scaling(model, **options).weights]
+
+    assert names(include="1") == ["1.0", "1.2"]
+    assert names(exclude="1") == ["0"]
+    assert names(include="1", exclude="1.0") == ["1.2"]
+    assert names(exclude="1.1") == ["0", "1.0", "1.2"], "a module without weights may be excluded"
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -128,8 +139,9 @@ def test_patterns_and_predicates():
         ({"target": "features"}, ValueError, '"features" needs example_input'),
         ({"include": "layer*"}, ValueError, "include pattern 'layer.' matches no module; the nearest names are '0'"),
         ({"exclude": "*"}, ValueError, "no weight of Sequential is selected; it has 2"),
-        ({"exclude": 3}, TypeError, "'int' object is not iterable"),
-        ({"exclude": [3]}, TypeError, "exclude takes shell patterns on module names"),
+        ({"exclude": 3}, TypeError, "exclude takes shell patterns on module names, or predicates .*, found int"),
+        ({"exclude": [3]}, TypeError, "exclude takes shell patterns on module names, or predicates .*, found int"),
+        ({"include": "1"}, ValueError, "include pattern '1' matches no module; the nearest names are '0', '2'"),
     ],
 )
 def test_bad_input_is_refused_and_the_model_untouched(options, error, text):

@@ -3,8 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
-from data import crop_and_flip
 from models import build, start
 from presets import mlp_5x2000, resnet34, resnet50
 
@@ -36,16 +34,3 @@ def test_the_resnets(preset, count, fc):
     held = [value for name, value in published.items() if "target" in name]
     assert held == pytest.approx([(64 / 3) ** 0.5] * count, rel=1e-4)
     assert not any("downsample" in name for name in described)
-
-
-def test_crop_and_flip_against_one_image_at_a_time():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 255, (5, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    offsets = torch.randint(0, 9, (5, 2), generator=generator)
-    flips = torch.tensor([True, False, True, False, True])
-    for image, (top, left), flip, out in zip(
-        images, offsets, flips, crop_and_flip(images, offsets, flips), strict=True
-    ):
-        padded = torch.nn.functional.pad(image, [4] * 4)
-        expected = padded[:, top : top + 32, left : left + 32]
-        assert torch.equal(out, expected.flip(-1) if flip else expected)

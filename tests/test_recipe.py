@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from presets import digits, mlp_5x2000
-from train import find_problem
+from train import find_problem, main
+
+from specscale import NormScaler
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -88,6 +90,33 @@ def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
     code, output = run([sys.executable, TRAIN, "digits"], tmp_path)
     assert code != 0
     assert re.search(r"none-seed0 holds a finished run; --resume goes on, --overwrite trains again", output)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_the_constraint_holds_after_every_step_of_a_whole_run(norm, tmp_path, monkeypatch):
+    attach, count = NormScaler.attach, 0
+
+    def check(scaling):
+        nonlocal count
+        count += 1
+        for weight in scaling.weights:
+            (matrix,) = weight.scaling.matrices(weight.parameter).double()
+            target, held = weight.scaling.target.item(), weight.scaling.norm.item()
+            if norm == "frobenius":
+                assert torch.linalg.matrix_norm(matrix).item() == pytest.approx(target, rel=1e-5)
+                continue
+            exact = torch.linalg.matrix_norm(matrix, 2).item()
+            assert exact >= target * (1 - 1e-5)
+            # The second singular value, where it is the larger one, is estimated from below.
+            assert exact * (1 - 1e-2) <= held <= exact * (1 + 1e-5)
+
+    def attach_and_check(scaling, optimizer):
+        attach(scaling, optimizer)
+        optimizer.register_step_post_hook(lambda *_: check(scaling))
+
+    monkeypatch.setattr(NormScaler, "attach", attach_and_check)
+    main(replace(digits(), norms=(norm,), out=tmp_path, wandb="disabled"))
+    assert count == 20 * 12
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
@@ -166,9 +195,11 @@ WORKER = """
 import sys, torch, train
 from presets import digits, replace
 norm, model, rank = sys.argv[1], sys.argv[2], __import__("os").environ["RANK"]
+options = {} if model == "mlp" else {"amp": True, "channels_last": True, "num_workers": 1}
 models, distribute = [], train.distribute
 train.distribute = lambda model, ranks: models.append(model) or distribute(model, ranks)
-train.main(replace(digits(), model=model, norms=(norm,), epochs=1, limit_train=512, width=700, wandb="disabled"))
+options |= {"model": model, "norms": (norm,), "epochs": 1, "limit_train": 512, "width": 700, "wandb": "disabled"}
+train.main(replace(digits(), **options))
 torch.save(models[0].state_dict(), f"{rank}.pt")
 """
 

@@ -1,0 +1,91 @@
+"""The data sets, their order and their augmentation."""
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from data import Prepare, crop_and_flip, load, train_loader
+from data import test_loader as loader_of_test
+from presets import digits, mlp_5x2000
+from ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def cifar100(tmp_path, monkeypatch):
+    """Files in CIFAR-100's own format, of noise: torchvision knows the real ones by their checksums."""
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for split, count in (("train", 300), ("test", 70)):
+        found = {
+            "data": random.integers(0, 256, (count, 3072), dtype=np.uint8),
+            "fine_labels": random.integers(0, 100, count).tolist(),
+        }
+        (folder / split).write_bytes(pickle.dumps(found))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    return replace(mlp_5x2000(), data_root=tmp_path, batch_size=64)
+
+
+def epoch_of(config, data, rank=0, world=1):
+    prepare = Prepare(data, ALONE.device, torch.contiguous_format)
+    prepare.draw(config.seed, 3)
+    loader = train_loader(data, config, rank, world, epoch=3)
+    return {int(i): image for images, _, index in loader for i, image in zip(index, prepare.train(images, index))}  # noqa: B905
+
+
+def test_cifar100_is_read_whole_and_limited(cifar100):
+    data = load(cifar100, ALONE)
+    assert (data.shape, data.num_classes, len(data.train), len(data.test)) == ((3, 32, 32), 100, 300, 70)
+    raw = pickle.loads((cifar100.data_root / "cifar-100-python" / "train").read_bytes())
+    assert torch.equal(data.train[5][0], torch.from_numpy(raw["data"][5]).reshape(3, 32, 32))
+    assert data.train[5][1] == raw["fine_labels"][5]
+    data = load(replace(cifar100, limit_train=20, limit_test=10), ALONE)
+    assert (len(data.train), len(data.test)) == (20, 10)
+
+
+def test_an_image_looks_the_same_whatever_the_workers_and_ranks(cifar100):
+    data = load(cifar100, ALONE)
+    whole = epoch_of(cifar100, data)
+    assert sorted(whole) == list(range(300))
+    by_workers = epoch_of(replace(cifar100, num_workers=2), data)
+    assert list(by_workers) == list(whole)
+    by_ranks = epoch_of(cifar100, data, 0, 2) | epoch_of(cifar100, data, 1, 2)
+    for other in (by_workers, by_ranks):
+        assert all(torch.equal(image, whole[index]) for index, image in other.items())
+
+
+def test_a_step_sees_the_same_images_on_any_number_of_ranks():
+    config = digits()
+    data = load(config, ALONE)
+
+    def steps(world):
+        parts = [[index.tolist() for _, _, index in train_loader(data, config, r, world, 1)] for r in range(world)]
+        return [sorted(i for share in shares for i in share) for shares in zip(*parts, strict=True)]
+
+    # The last step is short, and the ranks' shares of it are made equal.
+    assert steps(1)[:-1] == steps(2)[:-1] == steps(4)[:-1]
+
+
+def test_every_test_image_counts_once():
+    config, data = digits(), load(digits(), ALONE)
+    seen = [i for rank in range(3) for _, _, index in loader_of_test(data, config, rank, 3) for i in index.tolist()]
+    assert sorted(seen) == list(range(len(data.test)))
+
+
+def test_crop_and_flip_against_one_image_at_a_time():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 255, (5, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    offsets = torch.randint(0, 9, (5, 2), generator=generator)
+    flips = torch.tensor([True, False, True, False, True])
+    for image, (top, left), flip, out in zip(
+        images, offsets, flips, crop_and_flip(images, offsets, flips), strict=True
+    ):
+        padded = torch.nn.functional.pad(image, [4] * 4)
+        expected = padded[:, top : top + 32, left : left + 32]
+        assert torch.equal(out, expected.flip(-1) if flip else expected)
