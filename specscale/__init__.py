@@ -1,6 +1,7 @@
 """Hold the Frobenius or spectral norm of every weight matrix of a PyTorch model on its target while it trains."""
 
 from specscale.apply import apply_norm_scaling, is_norm_scaled, remove_norm_scaling
+from specscale.audit import Audit, Certificate
 from specscale.errors import NonFiniteWeightError
 from specscale.initialization import orthogonal_init_
 from specscale.measure import spectral_norms
@@ -9,7 +10,9 @@ from specscale.solvers import SVD, Block, Power
 
 __all__ = [
     "SVD",
+    "Audit",
     "Block",
+    "Certificate",
     "NonFiniteWeightError",
     "NormScaler",
     "Power",

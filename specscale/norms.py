@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from specscale.certificates import Bounds, frobenius_bounds, spectral_bounds
 from specscale.solvers import Solver, State
 
 
@@ -57,6 +58,9 @@ class Norm(Protocol):
         Returns the norms `(k,)` that the matrices then have.
         """
 
+    def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
+        """What the norms of `matrices (k, m, n)` truly are, at any price; `key (k,)` seeds random numbers."""
+
 
 def _like(factor: Tensor, split: Tensor) -> Tensor:
     """`(k,)` or `(k, o)` with trailing axes of size one, for broadcasting against `split (k, o, ...)`."""
@@ -94,6 +98,9 @@ class Frobenius:
         for split, own in zip(splits, factor.split([len(split) for split in splits]), strict=True):
             split.mul_(_like(own, split))
         return torch.where(hold, norm, target)
+
+    def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
+        return frobenius_bounds(matrices)
 
 
 @dataclass(frozen=True)
@@ -134,3 +141,6 @@ class Spectral:
             # On the split tensor, not on the matrix, a rank-one update is a broadcast product in any memory format.
             split.addcmul_(_like(own_left, split), own_right.reshape(len(split), 1, *split.shape[2:]))
         return torch.where(hold, value, torch.maximum(target, triple.next_value.to(target.dtype)))
+
+    def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
+        return spectral_bounds(matrices, key, tolerance, miss)

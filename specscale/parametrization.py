@@ -41,8 +41,7 @@ class NormScaling(nn.Module):
         self._load_hooks: tuple[RemovableHandle, ...] = ()
         self._holds_loaded_weight = False
         matrices = self.matrices(weight)
-        key = torch.arange(len(matrices), device=weight.device) + (zlib.crc32(name.encode()) << 20)
-        measurement = kind.measure(matrices, kind.cold(matrices, key), to_convergence=True)
+        measurement = kind.measure(matrices, kind.cold(matrices, self.seeds(weight)), to_convergence=True)
         self._solver_buffers = tuple(measurement.state)
         for buffer, value in measurement.state.items():
             self.register_buffer(buffer, value)
@@ -59,6 +58,10 @@ class NormScaling(nn.Module):
     def matrices(self, weight: Tensor) -> Tensor:
         """The weight as `(k, m, n)`, float32 or wider, for reading."""
         return wide(self.view.matrices(weight.detach()))
+
+    def seeds(self, weight: Tensor, salt: int = 0) -> Tensor:
+        """`(k,)`, int64: what seeds the random numbers of each matrix; a function of the layer's name."""
+        return torch.arange(self.view.count, device=weight.device) + (zlib.crc32(self.name.encode()) + salt << 20)
 
     def solver_state(self) -> dict[str, Tensor]:
         """The solver's buffers, by name."""
