@@ -14,11 +14,20 @@ def normal(key: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     draws the same (the idea of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
     """
     count = torch.Size(size).numel()
-    position = torch.arange(2 * count, device=key.device)
-    bits = _hash32(_hash32(key[:, None]) + position)
-    uniform = (bits.double() + 0.5) / 2**32
+    uniform = (_bits(key, 2 * count).double() + 0.5) / 2**32
     radius, angle = uniform[:, :count], uniform[:, count:]
     return ((-2 * radius.log()).sqrt() * (2 * torch.pi * angle).cos()).to(dtype).reshape(-1, *size)
+
+
+def signs(key: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Ones of random sign, `(k, *size)`, float32, from int64 keys `(k,)`: `normal`'s cheaper sister."""
+    bits = _bits(key, torch.Size(size).numel())
+    return (1 - (bits & 1) * 2).float().reshape(-1, *size)
+
+
+def _bits(key: Tensor, count: int) -> Tensor:
+    """32 random bits at each of `count` positions, `(k, count)`."""
+    return _hash32(_hash32(key[:, None]) + torch.arange(count, device=key.device))
 
 
 def _hash32(x: Tensor) -> Tensor:
@@ -36,33 +45,41 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def gram(a: Tensor) -> Tensor:
-    """`a^T a` in float64, summed in the dtype of `a`."""
-    return (a.mT @ a).double()
+    """`a^T a`, in float64."""
+    a = a.double()
+    return a.mT @ a
 
 
-def polish(basis: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """An almost orthonormal basis, more nearly so, and others that are combined in the same way.
+def rayleigh_ritz(products: Tensor, energies: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The combinations of the columns of `S` that `W` makes longest, from `S^T S` and `(W S)^T (W S)`.
 
-    One Newton step for the polar factor (Higham, "Functions of Matrices", 2008, equation 8.20): it squares the error.
+    Both Gram matrices are `(k, w, w)`, float64. Returns coefficients `(k, w, count)`, in the order of `dominant`, and
+    the lengths `(k, count)` that `W` gives to the combined columns, which are orthonormal.
+
+    The columns of `S` need be neither orthogonal nor independent, and some may be zero: a shift holds back combinations
+    that cancel (as in Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of ill-conditioned
+    matrices", 2020), so that no tall matrix has to be made orthogonal, and one of which nothing but rounding is left
+    is zero.
     """
-    square = basis.mT @ basis
-    return tuple(1.5 * x - 0.5 * x @ square for x in (basis, *others))
-
-
-def complement(basis: Tensor, directions: Tensor) -> Tensor:
-    """An orthonormal basis of what `directions (..., n, c)` add to the orthonormal `basis (..., n, b)`.
-
-    Cholesky QR, twice, with a shift (Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
-    ill-conditioned matrices", 2020). A direction that the others and the basis contain already becomes a short column
-    instead of noise, so that the shape does not depend on the rank.
-    """
-    eps = torch.finfo(directions.dtype).eps
-    directions = unit(directions - basis @ (basis.mT @ directions), dim=-2)
-    for shift in (100 * eps, 10 * eps):
-        directions = _cholesky_qr(directions, shift)
-        # What was short is long now, and so is what it had left within the basis.
-        directions = directions - basis @ (basis.mT @ directions)
-    return polish(directions)[0]
+    identity = torch.eye(products.shape[-1], dtype=products.dtype, device=products.device)
+    length = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    # What is shorter is rounding, down to numbers that have lost their digits.
+    inverse = torch.where(length > 1e-15, 1 / length, 0)[..., None]
+    scaled = inverse * products * inverse.mT
+    image = inverse * energies * inverse.mT
+    # Zero columns and cancelling combinations must come last, behind those that `W` maps to zero.
+    top = image.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(image.dtype).tiny)
+    image = image + 1e-6 * top[:, None, None] * scaled
+    factor = torch.linalg.cholesky_ex(scaled + 1e-5 * identity).L
+    half = torch.linalg.solve_triangular(factor, image, upper=False)
+    square = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    chosen = torch.linalg.solve_triangular(factor.mT, dominant((square + square.mT) / 2, count), upper=True) * inverse
+    # The shift has left them a little short: one Newton step for the polar factor (Higham, "Functions of Matrices",
+    # 2008, equation 8.20) squares the distance from orthonormal.
+    overlap = chosen.mT @ products @ chosen
+    whole = overlap.diagonal(dim1=-2, dim2=-1)[..., None, :] > 0.5
+    chosen = torch.where(whole, chosen @ (1.5 * identity[:count, :count] - 0.5 * overlap), 0)
+    return chosen, (chosen * (energies @ chosen)).sum(-2).clamp_min(0).sqrt()
 
 
 def _cholesky_qr(directions: Tensor, shift: float) -> Tensor:
