@@ -101,7 +101,8 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
     scaling = start(config, norm, model, data.shape)
     model.to(ranks.device, memory_format=memory_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    milestones = [round(fraction * config.epochs) for fraction in config.milestones]
+    # At least one epoch goes by at the initial rate.
+    milestones = [max(1, round(fraction * config.epochs)) for fraction in config.milestones]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
     step_clock, scaling_clock = Clock(ranks.device), Clock(ranks.device)
     if scaling is not None:

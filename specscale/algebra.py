@@ -21,8 +21,7 @@ def normal(key: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def signs(key: Tensor, size: tuple[int, ...]) -> Tensor:
     """Ones of random sign, `(k, *size)`, float32, from int64 keys `(k,)`: `normal`'s cheaper sister."""
-    bits = _bits(key, torch.Size(size).numel())
-    return (1 - (bits & 1) * 2).float().reshape(-1, *size)
+    return (1 - (_bits(key, torch.Size(size).numel()) & 1) * 2).float().reshape(-1, *size)
 
 
 def _bits(key: Tensor, count: int) -> Tensor:

@@ -32,7 +32,8 @@ class Triple(NamedTuple):
     next_value: Tensor
     """`(k,)`: the second singular value; an iterative solver estimates it from below."""
     residual: Tensor
-    """`(k,)`: `||W^T u - s v|| / s` of the triple that the last iteration set out from, and improved on; else zero."""
+    """`(k,)`: `||W^T u - s v|| / s` of the triple that the last iteration set out from, and improved on; what of it lies
+    within a block is not counted. Zero where the solver is exact."""
     num_iterations: int
     """Iterations that were taken, all matrices alike; zero where the solver is exact."""
 
@@ -72,11 +73,12 @@ class Block:
     """Warm-started block LOBPCG: a persistent block, refined by as many iterations as its residual asks for.
 
     One iteration is a Rayleigh-Ritz step on `[V, R, P]`: the block, its residuals and its last directions (Knyazev,
-    "Toward the optimal preconditioned eigensolver", 2001, algorithm 4.1), on `W^T W` by products with `W` alone. It
-    divides the residual by about four, and the error of the singular value is about the square of the residual. The
-    last column of the block does not follow the others: it searches outside them, by power iteration that is stirred
-    with fresh noise, so that a singular value that has overtaken the block from outside is found. The first solve after
-    a cold start is a thorough one.
+    "Toward the optimal preconditioned eigensolver", 2001, algorithm 4.1), on `W^T W` by products with `W` alone: two
+    for the residuals and one for the images of `R` and `P`, of which the first is known in a second iteration. The
+    error of the singular value is about the square of the residual. The last column of the block does not follow the
+    others: it searches outside them, by power iteration that is stirred with fresh noise, so that a singular value that
+    has overtaken the block from outside is found. A block that is cold, or that a jump of the weight has left behind, is
+    solved thoroughly.
 
     The block lives on the matrix's shorter side; a matrix whose shorter side is at most three blocks is solved by its
     Gram matrix instead, exactly and without state.
@@ -85,9 +87,9 @@ class Block:
     width: int = 16
     """Columns of the block; products with multiples of 16 are the fastest."""
     tolerance: float = 1e-1
-    """Iterate until an iteration sets out from `||W^T u - s v|| / s` of at most this."""
+    """Iterate until an iteration sets out from a residual `||W^T u - s v|| / s` of at most this."""
     max_iterations: int = 8
-    """The most iterations of one step."""
+    """The most iterations of one step; a thorough solve takes up to 60."""
 
     def __post_init__(self) -> None:
         if self.width < 2 or self.max_iterations < 1 or not self.tolerance > 0:
@@ -154,21 +156,20 @@ class Block:
         basis, direction = state["basis"], state["direction"]
         image = matrices @ basis
         # A product of two reads would leave float32's range where the entries are near 1e20.
-        scale = torch.linalg.vector_norm(image, torch.inf, dim=(-2, -1))
+        scale = image.abs().amax(dim=(-2, -1))
         finite = scale.isfinite()
         unscale = torch.where(finite & (scale > 0), scale.reciprocal(), 1)[:, None, None]
-        image = image * unscale
         probe, num_iterations = basis[..., -1:], 0
         while num_iterations < limit:
-            back = (matrices.mT @ image) * unscale
+            back = (matrices.mT @ (image * unscale)) * unscale
             if num_iterations == 0:
                 probe = unit(back[..., -1:], dim=-2)
             residuals = torch.baddbmm(back, basis, basis.mT @ back, alpha=-1)
             space = torch.cat([basis, residuals, direction], dim=-1)
-            images = torch.cat([image, (matrices @ space[..., self.width :]) * unscale], dim=-1)
+            images = torch.cat([image, matrices @ space[..., self.width :]], dim=-1)
             # What is not finite would make a factorisation raise.
             products, energies = (torch.where(finite[:, None, None], gram(tall), 0) for tall in (space, images))
-            residual = _residual(products, energies, self.width).to(basis.dtype)
+            residual = (_residual(products, energies, self.width) * scale.double() ** 2).to(basis.dtype)
             ritz, values = rayleigh_ritz(products, energies, self.width)
             ritz = ritz.to(basis.dtype)
             inner, outer = ritz[..., : self.width, :], ritz[..., self.width :, :]
@@ -184,11 +185,11 @@ class Block:
                     tolerance, limit = tolerance / 20, max(limit, 60)
                 if worst <= tolerance:
                     break
-        undo = torch.where(finite, unscale[:, 0, 0].reciprocal(), torch.nan)
-        left, right, leading = image[..., 0], basis[..., 0], basis[..., :-1]
-        value = left.norm(dim=-1) / right.norm(dim=-1).clamp_min(torch.finfo(right.dtype).tiny)
+        left, right, leading = image[..., 0] * unscale[..., 0], basis[..., 0], basis[..., :-1]
+        value = scale * (left.norm(dim=-1) / right.norm(dim=-1).clamp_min(torch.finfo(right.dtype).tiny))
         next_value = values[..., 1:].amax(-1).to(value.dtype)
-        triple = Triple(value * undo, unit(left), unit(right), next_value * undo, residual, num_iterations)
+        value, next_value = (torch.where(finite, found, torch.nan) for found in (value, next_value))
+        triple = Triple(value, unit(left), unit(right), next_value, residual, num_iterations)
         probe = probe + 0.1 / probe.shape[-2] ** 0.5 * signs(state["key"] + (state["age"] << 32), probe.shape[1:])
         probe = unit(probe - leading @ (leading.mT @ probe), dim=-2)
         keep = finite[:, None, None]

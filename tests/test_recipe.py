@@ -62,6 +62,7 @@ def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
         history = lines(one)
         assert [line["epoch"] for line in history] == list(range(1, 21))
         assert history[-1]["test/accuracy"] > 0.88
+        assert [line["lr"] for line in history] == pytest.approx([1e-3] * 6 + [1e-4] * 6 + [1e-5] * 8)
         assert [key for key in history[0] if key.startswith("spectral_norm/")] == [
             f"spectral_norm/{i}" for i in (1, 3, 5)
         ]
@@ -177,6 +178,7 @@ def test_resuming_with_other_options_is_refused_and_seeds_are_compared(tmp_path)
     command = [sys.executable, TRAIN, "digits", "--norms", "none", "--epochs", "1", "--wandb", "disabled"]
     code, output = run(command, tmp_path)
     assert code == 0, output
+    assert [line["lr"] for line in lines(tmp_path / "runs" / "digits" / "none-seed0")] == [1e-3]
     code, output = run([*command, "--resume", "--lr", "0.01"], tmp_path)
     assert code == 1
     assert "none-seed0 was begun with lr = 0.001, found 0.01; --resume with the same options" in output
