@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def may_wait(tensor: Tensor) -> bool:
+    """Whether the host may look at the tensor's numbers: on an accelerator it would wait, and a compiler has none."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
 def normal(key: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Standard normal numbers `(k, *size)` from int64 keys `(k,)`, by a counter-based generator.
 
@@ -95,7 +100,7 @@ def dominant(square: Tensor, count: int) -> Tensor:
     In descending order on a CPU. Elsewhere only the first is an eigenvector, to a relative error of its value below
     1e-6, and the others span, approximately, the dominant subspace: what an iteration that keeps a subspace needs.
     """
-    if square.is_cpu and not torch.compiler.is_compiling():
+    if may_wait(square):
         return torch.linalg.eigh(square).eigenvectors.flip(-1)[..., :count]
     return dominant_by_products(square, count)
 

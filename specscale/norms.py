@@ -34,9 +34,9 @@ class Norm(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def joins(self) -> bool:
-        """Whether equally shaped weights are worth a copy, so as to be measured together."""
+    def workspace(self, m: int, n: int) -> int | None:
+        """The numbers that measuring one matrix `(m, n)` works with beside it, where equally shaped weights are worth a
+        copy, so as to be measured together; else None."""
 
     def of_orthogonal(self, gain: float, m: int, n: int) -> float:
         """The norm of `gain` times a semi-orthogonal matrix `(m, n)`."""
@@ -72,7 +72,9 @@ class Frobenius:
     """`W <- W t / ||W||_F`: the Norm Scaling post's Frobenius norm scaling."""
 
     name = "frobenius"
-    joins = False
+
+    def workspace(self, m: int, n: int) -> int | None:
+        return None
 
     def of_orthogonal(self, gain: float, m: int, n: int) -> float:
         return gain * math.sqrt(min(m, n))
@@ -112,7 +114,9 @@ class Spectral:
 
     solver: Solver
     name = "spectral"
-    joins = True
+
+    def workspace(self, m: int, n: int) -> int | None:
+        return self.solver.workspace(m, n)
 
     def of_orthogonal(self, gain: float, m: int, n: int) -> float:
         return gain

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from specscale import algebra
 from specscale.audit import Audit, Certificate
 from specscale.errors import non_finite
 from specscale.norms import Norm
@@ -124,7 +125,7 @@ class NormScaler:
         members = [Member(weight.scaling, weight.parameter.detach()) for weight in weights]
         if not members:
             return
-        if all(member.weight.is_cpu for member in members) and not torch.compiler.is_compiling():
+        if all(algebra.may_wait(member.weight) for member in members):
             measured = measure(members)
             if bad := Readout(measured).non_finite():
                 raise non_finite("step", bad, f"no weight was scaled. {CURE}")

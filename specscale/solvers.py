@@ -32,8 +32,8 @@ class Triple(NamedTuple):
     next_value: Tensor
     """`(k,)`: the second singular value; an iterative solver estimates it from below."""
     residual: Tensor
-    """`(k,)`: `||W^T u - s v|| / s` of the triple that the last iteration set out from, and improved on; what of it lies
-    within a block is not counted. Zero where the solver is exact."""
+    """`(k,)`: `||W^T u - s v|| / s` of the triple that the last iteration set out from, and improved on, less what lies
+    within a block. Zero where the solver is exact."""
     num_iterations: int
     """Iterations that were taken, all matrices alike; zero where the solver is exact."""
 
@@ -52,6 +52,9 @@ class Solver(Protocol):
         An adaptive solver decides on the host when to stop, or, given `num_iterations`, takes exactly so many and
         reads nothing back.
         """
+
+    def workspace(self, m: int, n: int) -> int:
+        """The numbers, counted as of the matrix's dtype, that a solve of one matrix `(m, n)` works with beside it."""
 
     def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
         """The `num_iterations` to take after a solve of so many that left `residual`; None where nothing is known."""
@@ -77,8 +80,8 @@ class Block:
     for the residuals and one for the images of `R` and `P`, of which the first is known in a second iteration. The
     error of the singular value is about the square of the residual. The last column of the block does not follow the
     others: it searches outside them, by power iteration that is stirred with fresh noise, so that a singular value that
-    has overtaken the block from outside is found. A block that is cold, or that a jump of the weight has left behind, is
-    solved thoroughly.
+    has overtaken the block from outside is found. A block that is cold, or that a jump of the weight has left behind,
+    is solved thoroughly.
 
     The block lives on the matrix's shorter side; a matrix whose shorter side is at most three blocks is solved by its
     Gram matrix instead, exactly and without state.
@@ -134,6 +137,10 @@ class Block:
         if not tall:
             triple = triple._replace(left=triple.right, right=triple.left)
         return triple, dict(state)
+
+    def workspace(self, m: int, n: int) -> int:
+        # `[V, R, P]` and their images, as they are and in float64, and the state before and after.
+        return 12 * self.width * (m + n)
 
     def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
         if num_iterations is None or residual is None:
@@ -229,6 +236,9 @@ class Power:
         dtype = torch.promote_types(matrices.dtype, torch.float32)
         return {"columns": normal(key, (matrices.shape[-1], 2), dtype)} if self.warm else {"key": key.clone()}
 
+    def workspace(self, m: int, n: int) -> int:
+        return m * n + n * n
+
     def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
         return None
 
@@ -264,6 +274,9 @@ class SVD:
 
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
         return {}
+
+    def workspace(self, m: int, n: int) -> int:
+        return 2 * m * n + min(m, n) ** 2
 
     def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
         return None

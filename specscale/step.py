@@ -29,18 +29,21 @@ class Batch(NamedTuple):
 
 
 def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
-    """Members of one kind, shape, dtype and device, no larger together than the largest weight: a bound on the copy."""
+    """Members of one kind, shape, dtype and device; a copy of them and its workspace are no larger than the largest."""
     members = list(members)
     largest = max((member.weight.numel() for member in members), default=0)
     open_batches: dict[object, list[Member]] = {}
     for member in members:
         kind, weight = member.scaling.kind, member.weight
-        if not kind.joins:
+        m, n = member.scaling.view.matrix_shape(weight)
+        workspace = kind.workspace(m, n)
+        if workspace is None:
             yield [member]
             continue
-        key = (kind, member.scaling.view.matrix_shape(weight), weight.dtype, weight.device)
+        key = (kind, m, n, weight.dtype, weight.device)
         batch = open_batches.setdefault(key, [])
-        if batch and (len(batch) + 1) * weight.numel() > largest:
+        matrices = sum(len(one.scaling.target) for one in batch) + len(member.scaling.target)
+        if batch and matrices * (m * n + workspace) > largest:
             yield open_batches.pop(key)
             batch = open_batches.setdefault(key, [])
         batch.append(member)

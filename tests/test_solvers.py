@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specscale.algebra import normal
+from specscale.algebra import dominant_by_products, normal
 from specscale.solvers import SVD, Block, Power
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 3), (60, 49), (49, 60), (200, 80), (80, 200), (64, 576)]
@@ -81,6 +81,75 @@ def test_the_noise_is_normal_and_a_function_of_its_key():
     assert draws.mean(dim=1).abs().max() < 0.02
     assert (draws.std(dim=1) - 1).abs().max() < 0.02
     assert torch.corrcoef(draws)[0, 1].abs() < 0.02
+
+
+def orthonormal(rows, columns, generator):
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
+
+
+def test_a_converged_block_finds_the_value_that_overtakes_it_from_outside():
+    generator = torch.Generator().manual_seed(4)
+    left, right = orthonormal(120, 90, generator), orthonormal(90, 90, generator)
+    values = torch.linspace(1, 0.1, 90, dtype=torch.float64)
+    matrices = ((left * values) @ right.T)[None]
+    solver = Block(width=8)
+    triple, state = solve(solver, matrices)
+    # Blind the block to one singular vector entirely: no product with it will ever show that direction.
+    hidden = right[:, 40]
+    for name in ("basis", "direction"):
+        state[name] = state[name] - hidden[:, None] * (hidden @ state[name])
+    values[40] = 1.5
+    matrices = ((left * values) @ right.T)[None]
+    found = []
+    for _ in range(40):
+        triple, state = solver.solve(matrices, state)
+        found.append(triple.value.item())
+    assert found[0] < 1.01, "the case is what it says"
+    assert found[-1] == pytest.approx(1.5, rel=1e-6)
+
+
+def test_a_jump_of_the_weight_is_solved_as_from_a_cold_start():
+    generator = torch.Generator().manual_seed(5)
+    solver = Block()
+    before, after = (torch.randn(1, 300, 200, generator=generator, dtype=torch.float64) for _ in range(2))
+    _, state = solve(solver, before)
+    triple, _ = solver.solve(after, state)
+    assert triple.num_iterations > solver.max_iterations
+    torch.testing.assert_close(triple.value, torch.linalg.svdvals(after)[:, 0], rtol=1e-5, atol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(49, 130), n=st.integers(49, 130), seed=st.integers(0, 99), drift=st.sampled_from([1e-3, 1e-2, 0.1])
+)
+def test_block_follows_a_drifting_weight_that_is_scaled_at_every_step(m, n, seed, drift):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.linalg.qr(torch.randn(1, max(m, n), min(m, n), generator=generator)).Q
+    weight = weight if m >= n else weight.mT
+    solver = Block()
+    _, state = solve(solver, weight)
+    for _ in range(15):
+        weight = weight + drift * torch.randn(1, m, n, generator=generator) / max(m, n) ** 0.5
+        exact = torch.linalg.svdvals(weight.double())[:, 0]
+        triple, state = solver.solve(weight, state)
+        # Noise on equal singular values is the hardest drift: what a gradient does to a weight has far lower rank.
+        assert ((triple.value / exact - 1).abs() <= drift / 2).all()
+        assert (triple.value <= exact * (1 + 1e-5)).all()
+        weight = weight + (1 - triple.value)[:, None, None] * triple.left[..., None] * triple.right[:, None]
+        held = triple.left.double()[:, None] @ weight.double() @ triple.right.double()[..., None]
+        assert (held - 1).abs().item() <= 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_eigenvectors_by_products_agree_with_eigh(count):
+    generator = torch.Generator().manual_seed(6)
+    for spread in (1e-6, 1e-2, 1.0):
+        basis = orthonormal(48, 48, generator)
+        values = 1 - spread * torch.linspace(0, 1, 48, dtype=torch.float64) ** 0.5
+        square = (basis * values) @ basis.T
+        vectors = dominant_by_products(square[None], count)[0]
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-6)
+        assert vectors[:, 0] @ square @ vectors[:, 0] == pytest.approx(1.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [{"width": 1}, {"tolerance": 0.0}, {"max_iterations": 0}])

@@ -1,0 +1,91 @@
+"""What an accelerator's step must not do, on the code that it runs, which a CPU can run too."""
+
+import pytest
+import torch
+from test_constraint import matrices, net, train
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specscale import NonFiniteWeightError, apply_norm_scaling
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
+DECOMPOSING = {"_linalg_svd", "_linalg_eigh", "linalg_eig", "linalg_qr", "linalg_lu_factor_ex", "_linalg_solve_ex"}
+FACTORING = {"linalg_cholesky_ex", "linalg_solve_triangular"}
+
+
+class Refuse(TorchDispatchMode):
+    """Raises where the host would wait for the device, or something large would be factorised."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in WAITING | DECOMPOSING:
+            raise AssertionError(f"{name} waits for the device")
+        if name in FACTORING and args[0].shape[-1] > 48:
+            raise AssertionError(f"{name} of {tuple(args[0].shape)} is large")
+        if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            raise AssertionError("the result's shape depends on the data")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.setattr("specscale.algebra.may_wait", lambda tensor: False)
+
+
+@pytest.mark.parametrize("look", [lambda x: x.sum().item(), lambda x: x[x > 0], torch.linalg.svdvals, torch.linalg.qr])
+def test_the_guard_sees_what_it_is_for(look):
+    with pytest.raises(AssertionError), Refuse():
+        look(torch.randn(3, 3))
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_no_step_waits_and_every_step_holds(norm, accelerator):
+    model = net()
+    scaling = apply_norm_scaling(model, norm, init="orthogonal")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in train(model, optimizer, 10):
+        with Refuse():
+            scaling.step()
+        metrics = scaling.metrics()
+        for weight in scaling.weights:
+            exact = torch.linalg.matrix_norm(matrices(weight), "fro" if norm == "frobenius" else 2).max().item()
+            # Under spectral scaling, a second singular value above the target is estimated, from below.
+            below = 1e-5 if norm == "frobenius" else 0.05
+            assert exact * (1 - below) <= metrics[f"norm/{weight.name}"] <= exact * (1 + 1e-5)
+            assert exact >= weight.scaling.target.max().item() * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_a_non_finite_weight_is_held_on_the_device_and_named_a_step_later(norm, accelerator):
+    model = net()
+    scaling = apply_norm_scaling(model, norm, target=0.5)
+    scaling.step()
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    before = model.wide.weight.detach().clone()
+    before[0, 0] = float("inf")
+    with torch.no_grad():
+        model.wide.weight.copy_(before)
+    with Refuse():
+        scaling.step()
+    assert torch.equal(model.wide.weight, before)
+    with pytest.raises(NonFiniteWeightError, match="metrics: the weight of 'wide' holds NaN or infinity"):
+        scaling.metrics()
+    with pytest.raises(NonFiniteWeightError, match="step: the weight of 'wide' holds NaN or infinity"):
+        scaling.step()
+    for name, value in model.named_buffers():
+        told = name.endswith((".norm", ".residual", ".age"))
+        assert told or "wide" not in name or torch.equal(value, buffers[name]), name
+    assert scaling.weights[0].parameter.isfinite().all()
+
+
+def test_the_pace_follows_the_residual_of_the_step_before(accelerator):
+    model = net()
+    scaling = apply_norm_scaling(model, init="orthogonal")
+    paces = []
+    for size in (0.0, 0.0, 0.3, 0.3, 0.3, 0.0, 0.0, 0.0, 0.0):
+        for weight in scaling.weights:
+            with torch.no_grad():
+                weight.parameter.add_(size * torch.randn_like(weight.parameter) / weight.parameter.shape[0] ** 0.5)
+        scaling.step()
+        paces += scaling._pace.values()
+    assert max(paces) > 2, "a residual that is too large asks for more"
+    assert paces[-1] < max(paces), "and one that is small for fewer"
