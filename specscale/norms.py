@@ -5,6 +5,7 @@ before the first one is written; `restore_` writes.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -48,9 +49,14 @@ class Norm(Protocol):
         """The iterations of a step that reads nothing back, after one of so many that left `residual`, if known."""
 
     def measure(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
+        self,
+        matrices: Iterable[Tensor],
+        state: State,
+        *,
+        to_convergence: bool = False,
+        num_iterations: int | None = None,
     ) -> Measurement:
-        """The norm of each of `matrices (k, m, n)`, float32 or wider."""
+        """The norms `(k,)` of matrices `(k_i, m_i, n_i)`, float32 or wider; of one shape if there is a `workspace`."""
 
     def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
         """Put the matrices behind `splits`, each `(k_i, o, ...)`, back on `target (k,)` in place, unless in `hold`.
@@ -86,11 +92,18 @@ class Frobenius:
         return None
 
     def measure(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
+        self,
+        matrices: Iterable[Tensor],
+        state: State,
+        *,
+        to_convergence: bool = False,
+        num_iterations: int | None = None,
     ) -> Measurement:
         # Rows first: short sums keep float32 accurate, and the float64 total cannot overflow.
-        rows = torch.linalg.vector_norm(matrices, dim=-1)
-        norm = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).to(rows.dtype)
+        # One after another, since a matrix may be a copy.
+        rows = [torch.linalg.vector_norm(one, dim=-1) for one in matrices]
+        norms = [torch.linalg.vector_norm(one, dim=-1, dtype=torch.float64) for one in rows]
+        norm = torch.cat(norms).to(rows[0].dtype)
         return Measurement(norm, torch.zeros_like(norm), None, {})
 
     def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
@@ -128,9 +141,16 @@ class Spectral:
         return self.solver.pace(num_iterations, residual)
 
     def measure(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
+        self,
+        matrices: Iterable[Tensor],
+        state: State,
+        *,
+        to_convergence: bool = False,
+        num_iterations: int | None = None,
     ) -> Measurement:
-        triple, state = self.solver.solve(matrices, state, to_convergence=to_convergence, num_iterations=num_iterations)
+        first, *others = matrices
+        joined = torch.cat([first, *others]) if others else first
+        triple, state = self.solver.solve(joined, state, to_convergence=to_convergence, num_iterations=num_iterations)
         return Measurement(triple.value, triple.residual, triple, state)
 
     def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:

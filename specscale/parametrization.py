@@ -41,7 +41,7 @@ class NormScaling(nn.Module):
         self._load_hooks: tuple[RemovableHandle, ...] = ()
         self._holds_loaded_weight = False
         matrices = self.matrices(weight)
-        measurement = kind.measure(matrices, kind.cold(matrices, self.seeds(weight)), to_convergence=True)
+        measurement = kind.measure([matrices], kind.cold(matrices, self.seeds(weight)), to_convergence=True)
         self._solver_buffers = tuple(measurement.state)
         for buffer, value in measurement.state.items():
             self.register_buffer(buffer, value)

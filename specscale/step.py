@@ -1,6 +1,6 @@
 """One scaling step over many weights: everything is measured before anything is written.
 
-Weights of one kind and one matrix shape are one batch, so that many layers share their launches.
+Weights of one kind are measured in batches, by shape where the kind works on copies: many layers share their launches.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,7 +29,10 @@ class Batch(NamedTuple):
 
 
 def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
-    """Members of one kind, shape, dtype and device; a copy of them and its workspace are no larger than the largest."""
+    """Members of one kind, dtype and device, and of one shape if they are joined in a copy.
+
+    A copy and its workspace are no larger than the largest weight, unless they are of that very weight.
+    """
     members = list(members)
     largest = max((member.weight.numel() for member in members), default=0)
     open_batches: dict[object, list[Member]] = {}
@@ -37,13 +40,10 @@ def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
         kind, weight = member.scaling.kind, member.weight
         m, n = member.scaling.view.matrix_shape(weight)
         workspace = kind.workspace(m, n)
-        if workspace is None:
-            yield [member]
-            continue
-        key = (kind, m, n, weight.dtype, weight.device)
+        key = (kind, None if workspace is None else (m, n), weight.dtype, weight.device)
         batch = open_batches.setdefault(key, [])
-        matrices = sum(len(one.scaling.target) for one in batch) + len(member.scaling.target)
-        if batch and matrices * (m * n + workspace) > largest:
+        count = sum(one.scaling.view.count for one in (*batch, member))
+        if batch and workspace is not None and count * (m * n + workspace) > largest:
             yield open_batches.pop(key)
             batch = open_batches.setdefault(key, [])
         batch.append(member)
@@ -55,7 +55,7 @@ def measure(members: Iterable[Member], pace: Mapping[Norm, int | None] | None = 
     found = []
     for batch in batches(members):
         scalings = [member.scaling for member in batch]
-        matrices = _join([member.scaling.matrices(member.weight) for member in batch])
+        matrices = (member.scaling.matrices(member.weight) for member in batch)
         states = [scaling.solver_state() for scaling in scalings]
         state = {name: _join([state[name] for state in states]) for name in states[0]}
         kind = scalings[0].kind
@@ -83,8 +83,7 @@ def restore_(measured: list[Batch], skip: Tensor | None) -> None:
         for name, joined in {**measurement.state, "norm": norm, "residual": measurement.residual}.items():
             buffers += [scaling.get_buffer(name) for scaling in scalings]
             values += joined.split(counts)
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.copy_(value)
+    torch._foreach_copy_(buffers, values)
 
 
 class Readout:
