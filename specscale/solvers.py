@@ -139,6 +139,8 @@ class Block:
         return triple, dict(state)
 
     def workspace(self, m: int, n: int) -> int:
+        if self._is_small(m, n):
+            return 3 * m * n + min(m, n) ** 2
         # `[V, R, P]` and their images, as they are and in float64, and the state before and after.
         return 12 * self.width * (m + n)
 
@@ -176,7 +178,8 @@ class Block:
             images = torch.cat([image, matrices @ space[..., self.width :]], dim=-1)
             # What is not finite would make a factorisation raise.
             products, energies = (torch.where(finite[:, None, None], gram(tall), 0) for tall in (space, images))
-            residual = (_residual(products, energies, self.width) * scale.double() ** 2).to(basis.dtype)
+            residual = _residual(products, energies, self.width) * scale.double() ** 2
+            residual = torch.where(finite, residual, 0).to(basis.dtype)
             ritz, values = rayleigh_ritz(products, energies, self.width)
             ritz = ritz.to(basis.dtype)
             inner, outer = ritz[..., : self.width, :], ritz[..., self.width :, :]
