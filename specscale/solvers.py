@@ -101,6 +101,10 @@ class Block:
     def _is_small(self, m: int, n: int) -> bool:
         return min(m, n) <= 3 * self.width
 
+    def _thorough(self, tolerance: float, limit: int) -> tuple[float, int]:
+        """Tolerance and limit of a block that must find its matrix first, where these are not stricter already."""
+        return min(tolerance, self.tolerance / 20), max(limit, 60)
+
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
         _, m, n = matrices.shape
         if self._is_small(m, n):
@@ -130,7 +134,7 @@ class Block:
             elif num_iterations is not None:
                 tolerance, limit = None, num_iterations
             elif not bool(state["age"].all()):
-                tolerance, limit = self.tolerance / 20, 60
+                tolerance, limit = self._thorough(self.tolerance, limit)
             triple, state = self._iterate(oriented, state, tolerance, limit)
             if to_convergence:
                 state["age"] = torch.zeros_like(state["age"])
@@ -153,7 +157,7 @@ class Block:
 
     def _solve_small(self, matrices: Tensor) -> Triple:
         scaled, scale = _finite_or_nan(matrices)
-        right = dominant(gram(scaled.double()), min(2, scaled.shape[-1])).to(matrices.dtype)
+        right = dominant(gram(scaled), min(2, scaled.shape[-1])).to(matrices.dtype)
         image = scaled @ right
         values = image.norm(dim=-2) * scale[..., None]
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
@@ -192,7 +196,7 @@ class Block:
             if tolerance is not None:
                 worst = residual.max().item()
                 if num_iterations == 1 and worst > JUMP:
-                    tolerance, limit = tolerance / 20, max(limit, 60)
+                    tolerance, limit = self._thorough(tolerance, limit)
                 if worst <= tolerance:
                     break
         left, right, leading = image[..., 0] * unscale[..., 0], basis[..., 0], basis[..., :-1]
