@@ -3,6 +3,8 @@
 Nothing here waits for an accelerator: `dominant` avoids `eigh` there, and Cholesky factors come without their check.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,11 @@ def _hash32(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
     x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
     return x ^ (x >> 16)
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors one behind the other, without a copy where there is only one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:

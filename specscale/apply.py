@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from specscale.errors import non_finite, one_of
+from specscale.errors import one_of, refuse_non_finite
 from specscale.initialization import write_orthogonal_
 from specscale.norms import Frobenius, Norm, Spectral
 from specscale.parametrization import NormScaling, register, scaling_of, scalings
@@ -72,7 +72,8 @@ def apply_norm_scaling(
     if target != "initial":
         targets = evaluate(CALL, "target", target, weights, module, example_input)
     if init is None:
-        _refuse_non_finite(weights)
+        named = ((weight.name, weight.parameter) for weight in weights)
+        refuse_non_finite(CALL, named, "load good weights, or start anew with init='orthogonal'")
     else:
         write_orthogonal_(weights, evaluate(CALL, "gain", gain, weights, module, example_input), generator)
     scaled = []
@@ -124,11 +125,6 @@ def _refuse_parametrized(weights: list[Weight]) -> None:
                 f"{CALL}: {weight.tensor!r} of {weight.name!r} has another parametrization; remove it first, "
                 "or exclude the layer"
             )
-
-
-def _refuse_non_finite(weights: list[Weight]) -> None:
-    if bad := [weight.name for weight in weights if not bool(weight.parameter.isfinite().all())]:
-        raise non_finite(CALL, bad, "load good weights, or start anew with init='orthogonal'")
 
 
 def is_norm_scaled(module: nn.Module) -> bool:

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from torch import Tensor
+
 
 class NonFiniteWeightError(ValueError):
     """A weight holds NaN or infinity; the message names its layer. It was not written."""
@@ -11,6 +13,12 @@ class NonFiniteWeightError(ValueError):
 def non_finite(call: str, names: Iterable[str], advice: str) -> NonFiniteWeightError:
     """The error of a call that found NaN or infinity in the weights of these names."""
     return NonFiniteWeightError(f"{call}: the weight of {', '.join(map(repr, names))} holds NaN or infinity; {advice}")
+
+
+def refuse_non_finite(call: str, weights: Iterable[tuple[str, Tensor]], advice: str) -> None:
+    """Raise `NonFiniteWeightError` where any of the named weights holds NaN or infinity."""
+    if bad := [name for name, weight in weights if not bool(weight.isfinite().all())]:
+        raise non_finite(call, bad, advice)
 
 
 def one_of(choices: Iterable[str]) -> str:

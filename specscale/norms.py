@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from specscale.algebra import join
 from specscale.certificates import Bounds, frobenius_bounds, spectral_bounds
 from specscale.solvers import Solver, State
 
@@ -148,8 +149,7 @@ class Spectral:
         to_convergence: bool = False,
         num_iterations: int | None = None,
     ) -> Measurement:
-        first, *others = matrices
-        joined = torch.cat([first, *others]) if others else first
+        joined = join(list(matrices))
         triple, state = self.solver.solve(joined, state, to_convergence=to_convergence, num_iterations=num_iterations)
         return Measurement(triple.value, triple.residual, triple, state)
 

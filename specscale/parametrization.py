@@ -63,6 +63,11 @@ class NormScaling(nn.Module):
         """`(k,)`, int64: what seeds the random numbers of each matrix; a function of the layer's name."""
         return torch.arange(self.view.count, device=weight.device) + (zlib.crc32(self.name.encode()) + salt << 20)
 
+    def excess(self, norm: Tensor) -> Tensor:
+        """`(k,)`, float64: norm / target - 1; minus infinity, never the worst, for a matrix that is left alone."""
+        target = self.target.double()
+        return torch.where(target > 0, norm.double() / target - 1, -torch.inf)
+
     def solver_state(self) -> dict[str, Tensor]:
         """The solver's buffers, by name."""
         return {name: self.get_buffer(name) for name in self._solver_buffers}

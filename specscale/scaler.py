@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from specscale import algebra
 from specscale.audit import Audit, Certificate
-from specscale.errors import non_finite
+from specscale.errors import non_finite, refuse_non_finite
 from specscale.norms import Norm
 from specscale.parametrization import NormScaling, scaling_of, scalings, unregister
 from specscale.step import Member, Readout, measure, restore_
@@ -149,10 +149,10 @@ class NormScaler:
         """Each weight with its largest norm, largest target, worst excess and worst residual."""
         rows = []
         for weight in self.weights:
-            norm, target = weight.scaling.norm.double(), weight.scaling.target.double()
-            excess = torch.where(target > 0, norm / target - 1, -torch.inf)
-            residual = weight.scaling.residual.max().item()
-            rows.append((weight, norm.max().item(), target.max().item(), excess.max().item(), residual))
+            scaling = weight.scaling
+            buffers = (scaling.norm, scaling.target, scaling.excess(scaling.norm), scaling.residual)
+            norm, target, excess, residual = (buffer.max().item() for buffer in buffers)
+            rows.append((weight, norm, target, excess, residual))
         return rows
 
     def metrics(self) -> dict[str, float]:
@@ -193,25 +193,23 @@ class NormScaler:
         """
         if not (0 < tolerance < 1 and 0 < miss < 1):
             raise ValueError(f"audit: tolerance and miss must lie between 0 and 1, found {tolerance} and {miss}")
-        if bad := [w.name for w in self.weights if not bool(w.parameter.isfinite().all())]:
-            raise non_finite("audit", bad, CURE)
+        refuse_non_finite("audit", ((weight.name, weight.parameter) for weight in self.weights), CURE)
         certificates = []
         for weight in self.weights:
             scaling, parameter = weight.scaling, weight.parameter
             matrices = scaling.matrices(parameter)
             bounds = scaling.kind.certify(matrices, scaling.seeds(parameter, seed), tolerance, miss)
-            # A matrix of zeros that is left alone has no excess and no error.
-            norm, target = bounds.lower, scaling.target.double()
-            excess = torch.where(target > 0, norm / target - 1, -torch.inf)
+            norm = bounds.lower
+            # A matrix of zeros has no error.
             error = torch.where(norm > 0, scaling.norm.double() / norm - 1, 0)
             certificates.append(
                 Certificate(
                     name=weight.name,
                     count=scaling.view.count,
                     shape=scaling.view.matrix_shape(parameter),
-                    target=target.max().item(),
+                    target=scaling.target.max().item(),
                     norm=norm.max().item(),
-                    excess=excess.max().item(),
+                    excess=scaling.excess(norm).max().item(),
                     error=error[error.abs().argmax()].item(),
                     method=bounds.method,
                     miss=bounds.miss,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specscale.algebra import join
 from specscale.norms import Measurement, Norm
 from specscale.parametrization import NormScaling
 
@@ -57,7 +58,7 @@ def measure(members: Iterable[Member], pace: Mapping[Norm, int | None] | None = 
         scalings = [member.scaling for member in batch]
         matrices = (member.scaling.matrices(member.weight) for member in batch)
         states = [scaling.solver_state() for scaling in scalings]
-        state = {name: _join([state[name] for state in states]) for name in states[0]}
+        state = {name: join([state[name] for state in states]) for name in states[0]}
         kind = scalings[0].kind
         found.append(Batch(batch, kind.measure(matrices, state, num_iterations=pace[kind] if pace else None)))
     return found
@@ -73,7 +74,7 @@ def restore_(measured: list[Batch], skip: Tensor | None) -> None:
     values: list[Tensor] = []
     for members, measurement in measured:
         scalings = [member.scaling for member in members]
-        target = _join([scaling.target for scaling in scalings])
+        target = join([scaling.target for scaling in scalings])
         hold = (target == 0) | ~measurement.norm.isfinite()
         if skip is not None:
             hold = hold | (skip > 0)
@@ -116,7 +117,3 @@ class Readout:
     def worst_residual(self, kind: Norm) -> float:
         """The largest residual among the weights of a kind."""
         return max(r for k, r in zip(self._kinds, self._read()[1], strict=True) if k == kind)
-
-
-def _join(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
