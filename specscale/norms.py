@@ -24,6 +24,8 @@ class Measurement(NamedTuple):
     """`(k,)`: the norm of each matrix; NaN or infinite where the matrix is."""
     residual: Tensor
     """`(k,)`: the solver's residual; zero where the norm is exact."""
+    error: Tensor
+    """`(k,)`: the relative error of `norm`, by the solver's own estimate; zero where it is exact."""
     factors: Any
     """What `restore_` needs to know of the matrices."""
     state: dict[str, Tensor]
@@ -46,8 +48,8 @@ class Norm(Protocol):
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
         """The state for `matrices (k, m, n)` before the first measurement."""
 
-    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
-        """The iterations of a step that reads nothing back, after one of so many that left `residual`, if known."""
+    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
+        """The iterations of a step that reads nothing back, after one of so many that left `error`, if known."""
 
     def measure(
         self,
@@ -89,7 +91,7 @@ class Frobenius:
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
         return {}
 
-    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
+    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
         return None
 
     def measure(
@@ -105,7 +107,7 @@ class Frobenius:
         rows = [torch.linalg.vector_norm(one, dim=-1) for one in matrices]
         norms = [torch.linalg.vector_norm(one, dim=-1, dtype=torch.float64) for one in rows]
         norm = torch.cat(norms).to(rows[0].dtype)
-        return Measurement(norm, torch.zeros_like(norm), None, {})
+        return Measurement(norm, torch.zeros_like(norm), torch.zeros_like(norm), None, {})
 
     def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
         norm = measurement.norm.to(target.dtype)
@@ -138,8 +140,8 @@ class Spectral:
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
         return self.solver.cold(matrices, key)
 
-    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
-        return self.solver.pace(num_iterations, residual)
+    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
+        return self.solver.pace(num_iterations, error)
 
     def measure(
         self,
@@ -151,7 +153,7 @@ class Spectral:
     ) -> Measurement:
         joined = join(list(matrices))
         triple, state = self.solver.solve(joined, state, to_convergence=to_convergence, num_iterations=num_iterations)
-        return Measurement(triple.value, triple.residual, triple, state)
+        return Measurement(triple.value, triple.residual, triple.error, triple, state)
 
     def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
         triple = measurement.factors

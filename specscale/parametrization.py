@@ -12,6 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from specscale.matrices import MatrixView
 from specscale.norms import Norm
 
+MEASURED = ("norm", "residual", "error")
+"""What a measurement leaves in the buffers, beside the solver's state."""
+
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is where that is wider."""
@@ -23,13 +26,14 @@ class NormScaling(nn.Module):
 
     The weight itself is always on its target, so that forward has nothing to do; `restore_` runs after the step.
 
-    Buffers: `target (k,)`, a zero where a matrix is left alone; `norm (k,)`, the norm that is held; `residual (k,)`,
-    how far the solver was from it; the solver's own.
+    Buffers: `target (k,)`, a zero where a matrix is left alone; `norm (k,)`, the norm that is held; `residual (k,)`
+    and `error (k,)`, how far the solver was from it; the solver's own.
     """
 
     target: Tensor
     norm: Tensor
     residual: Tensor
+    error: Tensor
 
     def __init__(self, kind: Norm, view: MatrixView, name: str, plain_order: tuple[str, ...], weight: Tensor) -> None:
         super().__init__()
@@ -45,8 +49,8 @@ class NormScaling(nn.Module):
         self._solver_buffers = tuple(measurement.state)
         for buffer, value in measurement.state.items():
             self.register_buffer(buffer, value)
-        self.register_buffer("residual", measurement.residual.clone())
-        self.register_buffer("norm", measurement.norm.clone())
+        for name in MEASURED:
+            self.register_buffer(name, getattr(measurement, name).clone())
         self.register_buffer("target", measurement.norm.clone())
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ class NormScaling(nn.Module):
     def solve_cold_(self, weight: Tensor) -> None:
         """Forget the solver's state and measure the weight anew, as after loading other weights."""
         fresh = NormScaling(self.kind, self.view, self.name, self.plain_order, weight)
-        for name in ("norm", "residual", *self._solver_buffers):
+        for name in (*MEASURED, *self._solver_buffers):
             self.get_buffer(name).copy_(fresh.get_buffer(name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -141,25 +141,26 @@ class NormScaler:
             self._last = Readout(measured)
 
     def _next_pace(self, kind: Norm) -> int | None:
-        residual = None if self._last is None else self._last.worst_residual(kind)
-        return kind.pace(self._pace.get(kind), residual)
+        error = None if self._last is None else self._last.worst_error(kind)
+        return kind.pace(self._pace.get(kind), error)
 
     @torch.no_grad()
-    def _report(self) -> list[tuple[ScaledWeight, float, float, float, float]]:
-        """Each weight with its largest norm, largest target, worst excess and worst residual."""
+    def _report(self) -> list[tuple[ScaledWeight, float, float, float, float, float]]:
+        """Each weight with its largest norm, largest target, worst excess, worst residual and worst error."""
         rows = []
         for weight in self.weights:
             scaling = weight.scaling
-            buffers = (scaling.norm, scaling.target, scaling.excess(scaling.norm), scaling.residual)
-            norm, target, excess, residual = (buffer.max().item() for buffer in buffers)
-            rows.append((weight, norm, target, excess, residual))
+            buffers = (scaling.norm, scaling.target, scaling.excess(scaling.norm), scaling.residual, scaling.error)
+            norm, target, excess, residual, error = (buffer.max().item() for buffer in buffers)
+            rows.append((weight, norm, target, excess, residual, error))
         return rows
 
     def metrics(self) -> dict[str, float]:
-        """`norm/<layer>`, `target/<layer>`, `excess/<layer>` and `residual/<layer>` of every weight, from the buffers.
+        """`norm/<layer>`, `target/`, `excess/`, `residual/` and `error/` of every weight, from the buffers.
 
         The excess is norm / target - 1. The residual is the solver's, `||W^T u - s v|| / s` of the triple that its last
-        iteration set out from, and zero where the norm is exact. A tensor that is several matrices reports the largest
+        iteration set out from; the error is its own estimate of how far, relative, the first singular value was too
+        low after it. Both are zero where the norm is exact. A tensor that is several matrices reports the largest
         of each. Under spectral scaling the norm is the larger of the target and the solver's second singular value, an
         estimate from below: `audit()` certifies it.
 
@@ -171,7 +172,7 @@ class NormScaler:
             raise non_finite("metrics", bad, f"the last step did not scale it. {CURE}")
         metrics: dict[str, float] = {}
         for weight, *values in rows:
-            keys = (f"{key}/{weight.name}" for key in ("norm", "target", "excess", "residual"))
+            keys = (f"{key}/{weight.name}" for key in ("norm", "target", "excess", "residual", "error"))
             metrics |= dict(zip(keys, values, strict=True))
         return metrics
 
@@ -231,12 +232,13 @@ class NormScaler:
         return self._model
 
     def __str__(self) -> str:
-        header = ("layer", "matrices", "shape", "target", "norm", "excess", "residual")
-        rows = [header]
-        for weight, norm, target, excess, residual in self._report():
+        header = ("layer", "matrices", "shape", "target", "norm", "excess", "residual", "error")
+        rows: list[tuple[str, ...]] = [header]
+        for weight, norm, target, excess, *solved in self._report():
             m, n = weight.scaling.view.matrix_shape(weight.parameter)
-            numbers = (f"{target:.4g}", f"{norm:.4g}", f"{excess:+.2%}", f"{residual:.1e}" if residual else "exact")
-            rows.append((weight.name, str(weight.scaling.view.count), f"{m}x{n}", *numbers))
+            layer = (weight.name, str(weight.scaling.view.count), f"{m}x{n}")
+            held = (f"{target:.4g}", f"{norm:.4g}", f"{excess:+.2%}")
+            rows.append((*layer, *held, *(f"{value:.1e}" if value else "exact" for value in solved)))
         return aligned(rows)
 
     def __repr__(self) -> str:

@@ -16,6 +16,9 @@ from specscale.algebra import dominant, gram, normal, rayleigh_ritz, signs, unit
 
 State = Mapping[str, Tensor]
 
+CONVERGED = 1e-5
+"""The residual of a block that is as good as float32 makes it."""
+
 JUMP = 0.5
 """The residual of a block that has lost its matrix, and is solved as thoroughly as after a cold start."""
 
@@ -34,6 +37,8 @@ class Triple(NamedTuple):
     residual: Tensor
     """`(k,)`: `||W^T u - s v|| / s` of the triple that the last iteration set out from, and improved on, less what lies
     within a block. Zero where the solver is exact."""
+    error: Tensor
+    """`(k,)`: the solver's own estimate of how far, relative, `value` is too low. Zero where the solver is exact."""
     num_iterations: int
     """Iterations that were taken, all matrices alike; zero where the solver is exact."""
 
@@ -56,8 +61,8 @@ class Solver(Protocol):
     def workspace(self, m: int, n: int) -> int:
         """The numbers, counted as of the matrix's dtype, that a solve of one matrix `(m, n)` works with beside it."""
 
-    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
-        """The `num_iterations` to take after a solve of so many that left `residual`; None where nothing is known."""
+    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
+        """The `num_iterations` to take after a solve of so many that left `error`; None where nothing is known."""
 
 
 def _finite_or_nan(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,15 +78,15 @@ def _finite_or_nan(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Block:
-    """Warm-started block LOBPCG: a persistent block, refined by as many iterations as its residual asks for.
+    """Warm-started block LOBPCG: a persistent block, refined by as many iterations as its error asks for.
 
     One iteration is a Rayleigh-Ritz step on `[V, R, P]`: the block, its residuals and its last directions (Knyazev,
     "Toward the optimal preconditioned eigensolver", 2001, algorithm 4.1), on `W^T W` by products with `W` alone: two
     for the residuals and one for the images of `R` and `P`, of which the first is known in a second iteration. The
-    error of the singular value is about the square of the residual. The last column of the block does not follow the
-    others: it searches outside them, by power iteration that is stirred with fresh noise, so that a singular value that
-    has overtaken the block from outside is found. A block that is cold, or that a jump of the weight has left behind,
-    is solved thoroughly.
+    error that is left in the singular value is estimated from the residuals and the spread of the block, see
+    `_errors`. The last column of the block does not follow the others: it searches outside them, by power iteration
+    that is stirred with fresh noise, so that a singular value that has overtaken the block from outside is found. A
+    block that is cold, or that a jump of the weight has left behind, is solved thoroughly.
 
     The block lives on the matrix's shorter side; a matrix whose shorter side is at most three blocks is solved by its
     Gram matrix instead, exactly and without state.
@@ -89,8 +94,8 @@ class Block:
 
     width: int = 16
     """Columns of the block; products with multiples of 16 are the fastest."""
-    tolerance: float = 1e-1
-    """Iterate until an iteration sets out from a residual `||W^T u - s v|| / s` of at most this."""
+    tolerance: float = 2e-4
+    """Iterate until the estimated relative error of the singular value is at most this."""
     max_iterations: int = 8
     """The most iterations of one step; a thorough solve takes up to 60."""
 
@@ -130,7 +135,7 @@ class Block:
             tolerance: float | None = self.tolerance
             limit = self.max_iterations
             if to_convergence:
-                tolerance, limit = 1e-5, 300
+                tolerance, limit = 0, 300
             elif num_iterations is not None:
                 tolerance, limit = None, num_iterations
             elif not bool(state["age"].all()):
@@ -148,12 +153,12 @@ class Block:
         # `[V, R, P]` and their images, as they are and in float64, and the state before and after.
         return 12 * self.width * (m + n)
 
-    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
-        if num_iterations is None or residual is None:
+    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
+        if num_iterations is None or error is None:
             return 2
-        if not residual <= self.tolerance:
+        if not error <= self.tolerance:
             return min(num_iterations + 1, self.max_iterations)
-        return max(num_iterations - 1, 1) if residual <= self.tolerance / 4 else num_iterations
+        return max(num_iterations - 1, 1) if error <= self.tolerance / 4 else num_iterations
 
     def _solve_small(self, matrices: Tensor) -> Triple:
         scaled, scale = _finite_or_nan(matrices)
@@ -161,7 +166,7 @@ class Block:
         image = scaled @ right
         values = image.norm(dim=-2) * scale[..., None]
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
-        return Triple(values[..., 0], unit(image[..., 0]), right[..., 0], next_value, torch.zeros_like(next_value), 0)
+        return Triple(values[..., 0], unit(image[..., 0]), right[..., 0], next_value, *_exact(next_value))
 
     def _iterate(
         self, matrices: Tensor, state: State, tolerance: float | None, limit: int
@@ -173,7 +178,7 @@ class Block:
         finite = scale.isfinite()
         unscale = torch.where(finite & (scale > 0), scale.reciprocal(), 1)[:, None, None]
         probe, num_iterations = basis[..., -1:], 0
-        while num_iterations < limit:
+        while True:
             back = (matrices.mT @ (image * unscale)) * unscale
             if num_iterations == 0:
                 probe = unit(back[..., -1:], dim=-2)
@@ -182,28 +187,31 @@ class Block:
             images = torch.cat([image, matrices @ space[..., self.width :]], dim=-1)
             # What is not finite would make a factorisation raise.
             products, energies = (torch.where(finite[:, None, None], gram(tall), 0) for tall in (space, images))
-            residual = _residual(products, energies, self.width) * scale.double() ** 2
-            residual = torch.where(finite, residual, 0).to(basis.dtype)
             ritz, values = rayleigh_ritz(products, energies, self.width)
+            residual, error = _errors(products, energies, values, torch.where(finite, scale, 0).double() ** 2)
             ritz = ritz.to(basis.dtype)
             inner, outer = ritz[..., : self.width, :], ritz[..., self.width :, :]
             step = space[..., self.width :] @ outer
             # A direction must not lie in the block, where it would cancel.
             within = products[..., : self.width, self.width :].to(basis.dtype) @ outer
             direction = torch.baddbmm(step, basis, within, alpha=-1)
-            basis, image = torch.baddbmm(step, basis, inner), images @ ritz
+            basis = torch.baddbmm(step, basis, inner)
             num_iterations += 1
             if tolerance is not None:
-                worst = residual.max().item()
-                if num_iterations == 1 and worst > JUMP:
+                farthest, worst = torch.stack([residual.max(), error.max()]).tolist()
+                if num_iterations == 1 and farthest > JUMP:
                     tolerance, limit = self._thorough(tolerance, limit)
-                if worst <= tolerance:
+                if worst <= tolerance or farthest <= CONVERGED:
                     break
-        left, right, leading = image[..., 0] * unscale[..., 0], basis[..., 0], basis[..., :-1]
+            if num_iterations >= limit:
+                break
+            image = images @ ritz
+        left, right, leading = (images @ ritz[..., :1] * unscale)[..., 0], basis[..., 0], basis[..., :-1]
         value = scale * (left.norm(dim=-1) / right.norm(dim=-1).clamp_min(torch.finfo(right.dtype).tiny))
         next_value = values[..., 1:].amax(-1).to(value.dtype)
         value, next_value = (torch.where(finite, found, torch.nan) for found in (value, next_value))
-        triple = Triple(value, unit(left), unit(right), next_value, residual, num_iterations)
+        residual, error = residual.to(value.dtype), error.to(value.dtype)
+        triple = Triple(value, unit(left), unit(right), next_value, residual, error, num_iterations)
         probe = probe + 0.1 / probe.shape[-2] ** 0.5 * signs(state["key"] + (state["age"] << 32), probe.shape[1:])
         probe = unit(probe - leading @ (leading.mT @ probe), dim=-2)
         keep = finite[:, None, None]
@@ -215,12 +223,33 @@ class Block:
         }
 
 
-def _residual(products: Tensor, energies: Tensor, width: int) -> Tensor:
-    """`||R|| / s^2`, `(k,)`, of the column of `V` that `W` makes longest, from the Gram matrices of `[V, R, P]`."""
+def _errors(products: Tensor, energies: Tensor, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`||r|| / s^2` of the longest column before a Rayleigh-Ritz step, and the relative error after it, `(k,)` both.
+
+    From the Gram matrices of `[V, R, P]`, with residuals that are `scale` times `R`, and the values after the step.
+
+    The error is estimated as `rho (rho / gap)^2 / 16`, with `rho` the root mean square of the residuals and `gap` how
+    far, relative, the block's last value lies below its first: a crowded spectrum makes a residual of the same length
+    mean more. The exponents and the 16 are a fit to errors against exact values, on trajectories of two MLPs and a
+    ResNet, where the ratio of error to estimate had a median of 0.9 and lay between 0.3 and 2.5 in nine of ten cases.
+    The residual alone said nothing about the error there.
+    """
+    width = values.shape[-1]
     squares = energies.diagonal(dim1=-2, dim2=-1)[..., :width]
-    rests = products.diagonal(dim1=-2, dim2=-1)[..., width : 2 * width]
+    rests = products.diagonal(dim1=-2, dim2=-1)[..., width : 2 * width].sqrt() * scale[..., None]
+    tiny = torch.finfo(squares.dtype).tiny
     square, top = squares.max(dim=-1, keepdim=True)
-    return (rests.take_along_dim(top, dim=-1).sqrt() / square.clamp_min(torch.finfo(square.dtype).tiny))[..., 0]
+    rests = rests / square.clamp_min(tiny)
+    # The last column is not one of the block: it searches.
+    rho = rests[..., :-1].square().mean(-1).sqrt()
+    gap = 1 - values[..., :-1].amin(-1) / values.amax(-1).clamp_min(tiny)
+    error = rho * (rho / gap.clamp_min(tiny)).square().div(16).clamp_max(1)
+    return rests.take_along_dim(top, dim=-1)[..., 0], error
+
+
+def _exact(like: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Residual, error and iterations of an exact solver."""
+    return torch.zeros_like(like), torch.zeros_like(like), 0
 
 
 @dataclass(frozen=True)
@@ -246,7 +275,7 @@ class Power:
     def workspace(self, m: int, n: int) -> int:
         return m * n + n * n
 
-    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
+    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
         return None
 
     def solve(
@@ -269,8 +298,10 @@ class Power:
             columns = torch.cat([first, second], dim=-1)
         image = scaled @ columns
         values = image.norm(dim=-2) * scale[..., None]
+        # Half of it bounds the distance from some singular value, though it need not be the first.
+        error = residual / 2
         triple = Triple(
-            values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, self.num_iterations
+            values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, self.num_iterations
         )
         return triple, {"columns": columns} if self.warm else {"key": state["key"] + 1}
 
@@ -285,7 +316,7 @@ class SVD:
     def workspace(self, m: int, n: int) -> int:
         return 2 * m * n + min(m, n) ** 2
 
-    def pace(self, num_iterations: int | None, residual: float | None) -> int | None:
+    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
         return None
 
     def solve(
@@ -296,7 +327,7 @@ class SVD:
         values = values * scale[..., None]
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
         # Equal singular values leave rounding of one part in 1e7 to the pair: the value of the very pair is exact.
-        return Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, torch.zeros_like(next_value), 0), {}
+        return Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, *_exact(next_value)), {}
 
 
 SOLVERS: dict[str, Solver] = {"block": Block(), "power": Power(), "svd": SVD()}

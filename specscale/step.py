@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specscale.algebra import join
 from specscale.norms import Measurement, Norm
-from specscale.parametrization import NormScaling
+from specscale.parametrization import MEASURED, NormScaling
 
 
 class Member(NamedTuple):
@@ -81,23 +81,24 @@ def restore_(measured: list[Batch], skip: Tensor | None) -> None:
         splits = [member.scaling.view.split(member.weight) for member in members]
         norm = scalings[0].kind.restore_(splits, measurement, target, hold)
         counts = [len(split) for split in splits]
-        for name, joined in {**measurement.state, "norm": norm, "residual": measurement.residual}.items():
+        told = {name: getattr(measurement, name) for name in MEASURED}
+        for name, joined in {**measurement.state, **told, "norm": norm}.items():
             buffers += [scaling.get_buffer(name) for scaling in scalings]
             values += joined.split(counts)
     torch._foreach_copy_(buffers, values)
 
 
 class Readout:
-    """The norms and residuals of a step on their way to the host, which need not wait for them until it reads."""
+    """The norms and their errors of a step on their way to the host, which need not wait for them until it reads."""
 
     def __init__(self, measured: list[Batch]) -> None:
         scalings = [m.scaling for batch in measured for m in batch.members for _ in range(len(m.scaling.target))]
         self._names = [scaling.name for scaling in scalings]
         self._kinds = [scaling.kind for scaling in scalings]
         norms = torch.cat([batch.measurement.norm.double() for batch in measured])
-        residuals = torch.cat([batch.measurement.residual.double() for batch in measured])
+        errors = torch.cat([batch.measurement.error.double() for batch in measured])
         # To pinned memory, which `to` takes by itself for such a copy.
-        self._values = torch.stack([norms, residuals]).to("cpu", non_blocking=True)
+        self._values = torch.stack([norms, errors]).to("cpu", non_blocking=True)
         self._copied = None
         if not norms.is_cpu:
             self._copied = torch.Event(device=norms.device)
@@ -114,6 +115,6 @@ class Readout:
             dict.fromkeys(n for n, norm in zip(self._names, self._read()[0], strict=True) if not isfinite(norm))
         )
 
-    def worst_residual(self, kind: Norm) -> float:
-        """The largest residual among the weights of a kind."""
-        return max(r for k, r in zip(self._kinds, self._read()[1], strict=True) if k == kind)
+    def worst_error(self, kind: Norm) -> float:
+        """The largest error among the weights of a kind."""
+        return max(e for k, e in zip(self._kinds, self._read()[1], strict=True) if k == kind)

@@ -72,12 +72,12 @@ def test_a_non_finite_weight_is_held_on_the_device_and_named_a_step_later(norm, 
     with pytest.raises(NonFiniteWeightError, match="step: the weight of 'wide' holds NaN or infinity"):
         scaling.step()
     for name, value in model.named_buffers():
-        told = name.endswith((".norm", ".residual", ".age"))
+        told = name.endswith((".norm", ".residual", ".error", ".age"))
         assert told or "wide" not in name or torch.equal(value, buffers[name]), name
     assert scaling.weights[0].parameter.isfinite().all()
 
 
-def test_the_pace_follows_the_residual_of_the_step_before(accelerator):
+def test_the_pace_follows_the_error_of_the_step_before(accelerator):
     model = net()
     scaling = apply_norm_scaling(model, init="orthogonal")
     paces = []
@@ -87,5 +87,5 @@ def test_the_pace_follows_the_residual_of_the_step_before(accelerator):
                 weight.parameter.add_(size * torch.randn_like(weight.parameter) / weight.parameter.shape[0] ** 0.5)
         scaling.step()
         paces += scaling._pace.values()
-    assert max(paces) > 2, "a residual that is too large asks for more"
+    assert max(paces) > 2, "an error that is too large asks for more"
     assert paces[-1] < max(paces), "and one that is small for fewer"
