@@ -236,7 +236,7 @@ def worst_hold(scaling: NormScaler) -> float:
 
 
 def measure_steps(options: StepOptions) -> dict[str, Any]:
-    """Median times of a training step and of its scaling, by condition."""
+    """Median times of a training step and of its scaling, by condition, and their ratios to a plain step."""
     data, stream = images(options)
     conditions: dict[str, tuple[nn.Module, torch.optim.Optimizer, Clock, Clock]] = {}
     names = ["none", "frobenius", "spectral", "torch spectral_norm"] + ["power, 500 cold"] * options.reference
@@ -264,10 +264,22 @@ def measure_steps(options: StepOptions) -> dict[str, Any]:
             with whole.span():
                 train_step(model, optimizer, batch)
             if count == 1:
-                whole.median_ms(), part.median_ms()
-    times = {name: (whole.median_ms(), part.median_ms()) for name, (_, _, whole, part) in conditions.items()}
+                whole.take_ms(), part.take_ms()
+    times = {name: (whole.take_ms(), part.take_ms()) for name, (_, _, whole, part) in conditions.items()}
+    none = times["none"][0]
+
+    def ratio(spans: list[float]) -> float:
+        """The median over the rounds: what slows the machine for a while slows both."""
+        return statistics.median([mine / plain for mine, plain in zip(spans, none, strict=False)] or [0.0])
+
     table = [
-        {"condition": name, "ms / step": step, "ms scaling": scaling, "ratio to none": step / times["none"][0]}
+        {
+            "condition": name,
+            "ms / step": statistics.median(step),
+            "ms scaling": statistics.median(scaling or [0.0]),
+            "scaling / none": ratio(scaling),
+            "ratio to none": ratio(step),
+        }
         for name, (step, scaling) in times.items()
     ]
     return {"steps": table}

@@ -36,10 +36,14 @@ class Clock:
         yield
         self.stop()
 
-    def median_ms(self) -> float:
-        """The median of the spans since the last call, in milliseconds; 0 where there is none."""
+    def take_ms(self) -> list[float]:
+        """The spans since the last call, in milliseconds."""
         if self._cuda:
             torch.cuda.synchronize()
         spans = [begin.elapsed_time(end) if self._cuda else 1000 * (end - begin) for begin, end in self._spans]
         self._spans.clear()
-        return statistics.median(spans) if spans else 0.0
+        return spans
+
+    def median_ms(self) -> float:
+        """Their median; 0 where there is none."""
+        return statistics.median(self.take_ms() or [0.0])
