@@ -42,6 +42,10 @@ class Triple(NamedTuple):
     num_iterations: int
     """Iterations that were taken, all matrices alike; zero where the solver is exact."""
 
+    def transposed(self) -> "Triple":
+        """The triple of the transposed matrices."""
+        return self._replace(left=self.right, right=self.left)
+
 
 class Solver(Protocol):
     """What a solver is: a cold state for a batch of matrices, and a step that improves on a state."""
@@ -143,9 +147,7 @@ class Block:
             triple, state = self._iterate(oriented, state, tolerance, limit)
             if to_convergence:
                 state["age"] = torch.zeros_like(state["age"])
-        if not tall:
-            triple = triple._replace(left=triple.right, right=triple.left)
-        return triple, dict(state)
+        return triple if tall else triple.transposed(), dict(state)
 
     def workspace(self, m: int, n: int) -> int:
         if self._is_small(m, n):
@@ -256,7 +258,8 @@ def _exact(like: Tensor) -> tuple[Tensor, Tensor, int]:
 class Power:
     """Power iteration on `W^T W` from fresh noise at every step, as in the Norm Scaling post: the reference, and slow.
 
-    A second column, kept orthogonal to the first and without influence on it, estimates the next singular value.
+    It runs on the matrix's shorter side. A second column, kept orthogonal to the first and without influence on it,
+    estimates the next singular value.
     """
 
     num_iterations: int = 500
@@ -270,7 +273,7 @@ class Power:
 
     def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
         dtype = torch.promote_types(matrices.dtype, torch.float32)
-        return {"columns": normal(key, (matrices.shape[-1], 2), dtype)} if self.warm else {"key": key.clone()}
+        return {"columns": normal(key, (min(matrices.shape[-2:]), 2), dtype)} if self.warm else {"key": key.clone()}
 
     def workspace(self, m: int, n: int) -> int:
         return m * n + n * n
@@ -281,9 +284,10 @@ class Power:
     def solve(
         self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
     ) -> tuple[Triple, dict[str, Tensor]]:
-        scaled, scale = _finite_or_nan(matrices)
-        # Many iterations are cheaper on the Gram matrix, few are not.
-        many = self.num_iterations > matrices.shape[-1] // 4
+        tall = matrices.shape[-2] >= matrices.shape[-1]
+        scaled, scale = _finite_or_nan(matrices if tall else matrices.mT)
+        # Many iterations are cheaper on the Gram matrix, which is as much arithmetic as n / 2 of them, but much faster.
+        many = self.num_iterations > scaled.shape[-1] // 20
         square = scaled.mT @ scaled if many else None
         columns = state["columns"] if self.warm else normal(state["key"], (scaled.shape[-1], 2), scaled.dtype)
         for _ in range(self.num_iterations):
@@ -303,7 +307,8 @@ class Power:
         triple = Triple(
             values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, self.num_iterations
         )
-        return triple, {"columns": columns} if self.warm else {"key": state["key"] + 1}
+        state = {"columns": columns} if self.warm else {"key": state["key"] + 1}
+        return triple if tall else triple.transposed(), state
 
 
 @dataclass(frozen=True)
