@@ -134,11 +134,12 @@ class NormScaler:
         # Elsewhere the host must not wait for the device: it looks back to the step before, which is long done.
         if self._last is not None and (bad := self._last.non_finite()):
             raise non_finite("step", bad, f"the last step did not scale it. {CURE}")
-        self._pace = {m.scaling.kind: self._next_pace(m.scaling.kind) for m in members}
-        measured = measure(members, self._pace)
+        pace = {m.scaling.kind: self._next_pace(m.scaling.kind) for m in members}
+        measured = measure(members, pace)
         restore_(measured, skip)
+        # A compiled step keeps the pace that it was compiled with: what changes here would compile it anew.
         if not torch.compiler.is_compiling():
-            self._last = Readout(measured)
+            self._pace, self._last = pace, Readout(measured)
 
     def _next_pace(self, kind: Norm) -> int | None:
         error = None if self._last is None else self._last.worst_error(kind)
