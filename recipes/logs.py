@@ -4,11 +4,14 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from presets import Config
+from tqdm import tqdm
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -90,3 +93,13 @@ def say(text: str) -> None:
 
 def on_terminal() -> bool:
     return sys.stderr.isatty()
+
+
+def progress(total: int, label: str) -> Iterator[int]:
+    """1 to total, with a bar on a terminal and a line every half minute in a log."""
+    said = time.monotonic()
+    for count in tqdm(range(1, total + 1), label, disable=not on_terminal()):
+        yield count
+        if not on_terminal() and time.monotonic() - said > 30:
+            said = time.monotonic()
+            say(f"{label}: {count} of {total}")

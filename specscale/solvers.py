@@ -92,7 +92,7 @@ class Block:
     that is stirred with fresh noise, so that a singular value that has overtaken the block from outside is found. A
     block that is cold, or that a jump of the weight has left behind, is solved thoroughly.
 
-    The block lives on the matrix's shorter side; a matrix whose shorter side is at most three blocks is solved by its
+    The block lives on the matrix's shorter side; a matrix whose shorter side is at most four blocks is solved by its
     Gram matrix instead, exactly and without state.
     """
 
@@ -108,7 +108,7 @@ class Block:
             raise ValueError(f"{self}: width must be at least 2, max_iterations at least 1 and tolerance positive")
 
     def _is_small(self, m: int, n: int) -> bool:
-        return min(m, n) <= 3 * self.width
+        return min(m, n) <= 4 * self.width
 
     def _thorough(self, tolerance: float, limit: int) -> tuple[float, int]:
         """Tolerance and limit of a block that must find its matrix first, where these are not stricter already."""

@@ -12,7 +12,7 @@ from specscale import apply_norm_scaling
 def test_the_step_is_one_graph_that_is_compiled_once_and_holds(norm):
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(90, 60), nn.Linear(60, 10))
+    model = nn.Sequential(nn.Linear(90, 80), nn.Linear(80, 10))
     scaling = apply_norm_scaling(model, norm, init="orthogonal")
     # The tracing and the lowering are those of every backend; a machine's C++ compiler is not what is tested here.
     step = torch.compile(scaling.step, fullgraph=True, backend="aot_eager")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from specscale.algebra import dominant_by_products, normal
 from specscale.solvers import SVD, Block, Power
 
-SHAPES = [(1, 1), (1, 7), (7, 1), (5, 3), (60, 49), (49, 60), (200, 80), (80, 200), (64, 576)]
+SHAPES = [(1, 1), (1, 7), (7, 1), (5, 3), (80, 65), (65, 80), (200, 80), (80, 200), (64, 576)]
 
 
 def random_matrices(m, n, seed, dtype=torch.float64):
@@ -56,7 +56,7 @@ def test_block_survives_any_rank_and_scale(m, n, rank, exponent):
 
 
 @pytest.mark.parametrize("solver", [Block(), Power(50), SVD()], ids=repr)
-@pytest.mark.parametrize("shape", [(8, 5), (70, 60)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 5), (90, 80)], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_matrix_says_so_and_leaves_its_neighbour_alone(solver, shape, bad):
     matrices = random_matrices(*shape, seed=2)
@@ -129,7 +129,7 @@ def test_a_jump_of_the_weight_is_solved_as_from_a_cold_start():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    m=st.integers(49, 130), n=st.integers(49, 130), seed=st.integers(0, 99), drift=st.sampled_from([1e-3, 1e-2, 0.1])
+    m=st.integers(65, 130), n=st.integers(65, 130), seed=st.integers(0, 99), drift=st.sampled_from([1e-3, 1e-2, 0.1])
 )
 def test_block_follows_a_drifting_weight_that_is_scaled_at_every_step(m, n, seed, drift):
     generator = torch.Generator().manual_seed(seed)
@@ -149,12 +149,12 @@ def test_block_follows_a_drifting_weight_that_is_scaled_at_every_step(m, n, seed
         assert (held - 1).abs().item() <= 1e-5
 
 
-@pytest.mark.parametrize("count", [1, 2, 16])
-def test_eigenvectors_by_products_agree_with_eigh(count):
+@pytest.mark.parametrize(("width", "count"), [(48, 1), (48, 16), (64, 2)])
+def test_eigenvectors_by_products_agree_with_eigh(width, count):
     generator = torch.Generator().manual_seed(6)
     for spread in (1e-6, 1e-2, 1.0):
-        basis = orthonormal(48, 48, generator)
-        values = 1 - spread * torch.linspace(0, 1, 48, dtype=torch.float64) ** 0.5
+        basis = orthonormal(width, width, generator)
+        values = 1 - spread * torch.linspace(0, 1, width, dtype=torch.float64) ** 0.5
         square = (basis * values) @ basis.T
         vectors = dominant_by_products(square[None], count)[0]
         torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-6)
