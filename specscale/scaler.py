@@ -11,9 +11,10 @@ from torch.utils.hooks import RemovableHandle
 from specscale import algebra
 from specscale.audit import Audit, Certificate
 from specscale.errors import non_finite, refuse_non_finite
+from specscale.graphs import Graphs, obstacle, warn
 from specscale.norms import Norm
 from specscale.parametrization import NormScaling, scaling_of, scalings, unregister
-from specscale.step import Member, Readout, measure, restore_
+from specscale.step import Batch, Member, Readout, measure, restore_
 from specscale.tables import aligned
 
 CURE = "Lower the learning rate or clip the gradients"
@@ -52,6 +53,7 @@ class NormScaler:
         self._handles: list[RemovableHandle] = []
         self._last: Readout | None = None
         self._pace: dict[Norm, int | None] = {}
+        self._graphs: Graphs | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "NormScaler":
@@ -112,6 +114,18 @@ class NormScaler:
         # A fused optimizer is called by GradScaler even for a step that it skips inside.
         self._scale(stepped, getattr(optimizer, "found_inf", None))
 
+    def capture(self) -> "NormScaler":
+        """Replay steps from CUDA graphs from now on: `scaling.capture().attach(optimizer)`.
+
+        The step is the same; its hundreds of small launches become one. Where the weights are not on one CUDA device,
+        or a capture fails, a warning says why and steps run as they are.
+        """
+        why = obstacle(weight.parameter for weight in self.weights)
+        if why is not None:
+            warn(why)
+        self._graphs = Graphs() if why is None else None
+        return self
+
     def step(self) -> None:
         """Put every weight back on its target: for training loops without `attach`, once after each optimizer step.
 
@@ -135,8 +149,14 @@ class NormScaler:
         if self._last is not None and (bad := self._last.non_finite()):
             raise non_finite("step", bad, f"the last step did not scale it. {CURE}")
         pace = {m.scaling.kind: self._next_pace(m.scaling.kind) for m in members}
-        measured = measure(members, pace)
-        restore_(measured, skip)
+
+        def take(skip: Tensor | None) -> list[Batch]:
+            measured = measure(members, pace)
+            restore_(measured, skip)
+            return measured
+
+        graphs = self._graphs
+        measured = take(skip) if graphs is None else graphs.run(members, tuple(pace.items()), skip, take)
         # A compiled step keeps the pace that it was compiled with: what changes here would compile it anew.
         if not torch.compiler.is_compiling():
             self._pace, self._last = pace, Readout(measured)
