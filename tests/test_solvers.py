@@ -149,6 +149,24 @@ def test_block_follows_a_drifting_weight_that_is_scaled_at_every_step(m, n, seed
         assert (held - 1).abs().item() <= 1e-5
 
 
+@pytest.mark.parametrize("rank", [2, 8, 120])
+@pytest.mark.parametrize("drift", [3e-3, 3e-2])
+def test_the_estimated_error_is_of_the_size_of_the_true_one(drift, rank):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.linalg.qr(torch.randn(1, 200, 120, generator=generator)).Q
+    solver = Block()
+    _, state = solve(solver, weight)
+    ratios = []
+    for _ in range(40):
+        a, b = torch.randn(1, 200, rank, generator=generator), torch.randn(1, rank, 120, generator=generator)
+        weight = weight + drift * (a @ b) / (200 * rank) ** 0.5
+        exact = torch.linalg.svdvals(weight.double())[:, 0]
+        triple, state = solver.solve(weight, state, num_iterations=1)
+        ratios.append(((1 - triple.value / exact) / triple.error).item())
+        weight = weight + (1 - triple.value)[:, None, None] * triple.left[..., None] * triple.right[:, None]
+    assert 0.2 < torch.tensor(ratios).median() < 5
+
+
 @pytest.mark.parametrize(("width", "count"), [(48, 1), (48, 16), (64, 2)])
 def test_eigenvectors_by_products_agree_with_eigh(width, count):
     generator = torch.Generator().manual_seed(6)
