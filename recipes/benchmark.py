@@ -27,6 +27,7 @@ from specscale import SVD, Block, NormScaler, Power
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "nadam": torch.optim.NAdam}
 
@@ -300,17 +301,22 @@ def markdown(table: list[dict[str, Any]]) -> str:
 def draw(kind: str, table: list[dict[str, Any]], title: str, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     if kind == "solver":
-        for row in table:
-            # An exact solver has no number of reads: a line across.
-            if row["reads of W"] is None:
-                axis.axhline(row["max error"], ls=":", color="grey")
-                axis.annotate(row["solver"], (1, row["max error"]), fontsize="small", va="bottom")
-            else:
-                x = row["reads of W"]
-                axis.plot([x, x], [row["mean error"], row["max error"]], "-", color="#1b7fbd")
-                axis.plot([x], [row["mean error"]], "o", color="#1b7fbd")
-                axis.annotate(f" {row['solver']}", (x, row["max error"]), fontsize="small")
         axis.set(xscale="log", yscale="log", xlabel="reads of W per step", ylabel="relative error of s, mean to max")
+        axis.set(xlim=(2, 100), xticks=[2, 3, 5, 10, 20, 50, 100])
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.xaxis.set_minor_locator(NullLocator())
+        for index, row in enumerate(table):
+            x, mean, largest = row["reads of W"], row["mean error"], row["max error"]
+            if x is None:
+                # Its price is not counted in reads: a line across.
+                axis.axhline(largest, ls=":", color="grey")
+                axis.annotate(f"{row['solver']}, max", (95, largest), fontsize="small", va="bottom", ha="right")
+            else:
+                axis.plot([x, x], [mean, largest], "-", color="#1b7fbd")
+                axis.plot([x], [mean], "o", color="#1b7fbd")
+                # Every other name stands at the other end: neighbours have about the same errors.
+                at, side = (largest, "bottom") if index % 2 == 0 else (mean, "top")
+                axis.annotate(row["solver"], (x, at), (7, 0), textcoords="offset points", fontsize="small", va=side)
     else:
         axis.barh([row["condition"] for row in table], [row["ratio to none"] for row in table], color="#1b7fbd")
         for row in table:
@@ -327,14 +333,15 @@ def main(kind: str, options: Options) -> None:
         torch.set_num_threads(options.num_threads)
     found = measure_solvers(options) if isinstance(options, SolverOptions) else measure_steps(options)  # type: ignore[arg-type]
     table = found["solvers" if kind == "solver" else "steps"]
-    name = f"{kind}-{options.preset}-{options.optimizer}-{options.lr:g}"
+    model = options.preset if options.width is None else f"{options.preset}-width-{options.width}"
+    name = f"{kind}-{model}-{options.optimizer}-{options.lr:g}"
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     facts = {"torch": torch.__version__, "hardware": hardware, "threads": torch.get_num_threads()}
     options.out.mkdir(parents=True, exist_ok=True)
     said = json.loads(json.dumps(asdict(options), default=str))
     write_atomically(options.out / f"{name}.json", json.dumps(said | facts | found, indent=2))
     data = "noise" if options.data_root is None else "CIFAR-100"
-    title = f"{options.preset}, {data}, {options.optimizer} {options.lr:g}, batch {options.batch_size}"
+    title = f"{model}, {data}, {options.optimizer} {options.lr:g}, batch {options.batch_size}"
     draw(kind, table, title, options.out / f"{name}.png")
     extra = "".join(f"\n{key}: {value:.1e}\n" for key, value in found.items() if isinstance(value, float))
     write_atomically(options.out / f"{name}.md", f"# {title}\n\n{markdown(table)}{extra}")
