@@ -202,7 +202,7 @@ def measure_solvers(options: SolverOptions) -> dict[str, Any]:
     for name, candidate in CANDIDATES.items():
         taken = [n for _, n in iterations[name]]
         mean = statistics.mean(taken) if taken else 0.0
-        thirds = [
+        phases = [
             statistics.mean([n for at, n in iterations[name] if low < at <= high] or [0])
             for low, high in ((0, 10), (10, options.steps // 2), (options.steps // 2, options.steps))
         ]
@@ -212,7 +212,7 @@ def measure_solvers(options: SolverOptions) -> dict[str, Any]:
                 "mean error": statistics.mean(errors[name]),
                 "max error": max(errors[name]),
                 "iterations": mean,
-                "iterations by phase": thirds,
+                "iterations, first 10 / to half / rest": phases,
                 "reads of W": reads(candidate, mean),
             }
         )

@@ -1,0 +1,39 @@
+"""The benchmarks by their real command, on a model that is small enough."""
+
+import json
+import sys
+
+import pytest
+from test_recipe import ROOT, run
+
+from specscale import Block
+
+SMALL = ["--width", "80", "--batch-size", "16", "--num-threads", "1", "--out", "out"]
+
+
+def benchmark(kind, folder, *options):
+    command = [sys.executable, str(ROOT / "recipes" / "benchmark.py"), kind, *SMALL, *options]
+    code, said = run(command, folder)
+    assert code == 0, said
+    stem = f"{kind}-mlp-5x2000-width-80-adam-0.001"
+    assert {path.name for path in (folder / "out").iterdir()} == {f"{stem}.{end}" for end in ("json", "md", "png")}
+    assert (folder / "out" / f"{stem}.md").read_text().splitlines()[2] in said
+    return json.loads((folder / "out" / f"{stem}.json").read_text())
+
+
+def test_the_solvers_are_compared_on_one_training_run(tmp_path):
+    found = benchmark("solver", tmp_path, "--steps", "4", "--every", "2")
+    rows = {row["solver"]: row for row in found["solvers"]}
+    assert rows["svd"]["max error"] < 1e-5
+    assert rows["block"]["max error"] < 10 * Block().tolerance < rows["power, 1 warm"]["max error"]
+    assert 3 <= rows["block"]["reads of W"] < 41 == rows["power, 20 warm"]["reads of W"]
+    assert found["worst |u^T W' v / t - 1|"] < 1e-5
+
+
+def test_the_conditions_are_timed_in_turns(tmp_path):
+    found = benchmark("step", tmp_path, "--steps", "3", "--no-reference")
+    rows = {row["condition"]: row for row in found["steps"]}
+    assert list(rows) == ["none", "frobenius", "spectral", "torch spectral_norm"]
+    assert rows["none"]["ratio to none"] == pytest.approx(1)
+    assert all(row["ms / step"] > row["ms scaling"] >= 0 for row in rows.values())
+    assert rows["spectral"]["scaling / none"] > 0 == rows["none"]["scaling / none"]
