@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Batch]] | None] = {}
+        self._pool: Any = None
         self._skip: Tensor | None = None
         self._failed = False
 
@@ -51,9 +53,11 @@ class Graphs:
         known = self._graphs[kind]
         if known is None:
             graph = torch.cuda.CUDAGraph()
+            # What one replay has found is read before the next: they can share their memory.
+            self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
             try:
                 # A capture only records: the weights are as they were if it fails.
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, pool=self._pool):
                     measured = step(skip)
             except RuntimeError as error:
                 self._failed = True

@@ -233,8 +233,8 @@ def _errors(products: Tensor, energies: Tensor, values: Tensor, scale: Tensor) -
     The error is estimated as `rho (rho / gap)^2 / 16`, with `rho` the root mean square of the residuals and `gap` how
     far, relative, the block's last value lies below its first: a crowded spectrum makes a residual of the same length
     mean more. The exponents and the 16 are a fit to errors against exact values, on trajectories of two MLPs and a
-    ResNet, where the ratio of error to estimate had a median of 0.9 and lay between 0.3 and 2.5 in nine of ten cases
-    (and where `||r||` alone said nothing about the error). Weights that drift in two directions only had errors of
+    ResNet: on each, the ratio of error to estimate had a median of about 1 and lay between 0.2 and 4 in nine of ten
+    cases, while `||r||` alone said nothing about the error. Weights that drift in two directions only had errors of
     three times the estimate.
     """
     width = values.shape[-1]
@@ -245,7 +245,7 @@ def _errors(products: Tensor, energies: Tensor, values: Tensor, scale: Tensor) -
     rests = rests / square.clamp_min(tiny)
     # The last column is not one of the block: it searches.
     rho = rests[..., :-1].square().mean(-1).sqrt()
-    gap = 1 - values[..., :-1].amin(-1) / values.amax(-1).clamp_min(tiny)
+    gap = 1 - values.amin(-1) / values.amax(-1).clamp_min(tiny)
     error = rho * (rho / gap.clamp_min(tiny)).square().div(16).clamp_max(1)
     return rests.take_along_dim(top, dim=-1)[..., 0], error
 
