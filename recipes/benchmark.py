@@ -328,11 +328,14 @@ def draw(kind: str, table: list[dict[str, Any]], title: str, path: Path) -> None
     plt.close(figure)
 
 
-def main(kind: str, options: Options) -> None:
+def main(options: SolverOptions | StepOptions) -> None:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    found = measure_solvers(options) if isinstance(options, SolverOptions) else measure_steps(options)  # type: ignore[arg-type]
-    table = found["solvers" if kind == "solver" else "steps"]
+    if isinstance(options, SolverOptions):
+        kind, found = "solver", measure_solvers(options)
+    else:
+        kind, found = "step", measure_steps(options)
+    table = found[f"{kind}s"]
     model = options.preset if options.width is None else f"{options.preset}-width-{options.width}"
     name = f"{kind}-{model}-{options.optimizer}-{options.lr:g}"
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
@@ -349,5 +352,4 @@ def main(kind: str, options: Options) -> None:
 
 
 if __name__ == "__main__":
-    chosen = tyro.extras.subcommand_cli_from_dict({"solver": SolverOptions, "step": StepOptions}, description=__doc__)
-    main("solver" if isinstance(chosen, SolverOptions) else "step", chosen)
+    main(tyro.extras.subcommand_cli_from_dict({"solver": SolverOptions, "step": StepOptions}, description=__doc__))

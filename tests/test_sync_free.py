@@ -19,7 +19,7 @@ class Refuse(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in WAITING | DECOMPOSING:
             raise AssertionError(f"{name} waits for the device")
-        if name in FACTORING and args[0].shape[-1] > 64:
+        if name in FACTORING and args[0].shape[-1] > 48:
             raise AssertionError(f"{name} of {tuple(args[0].shape)} is large")
         if name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1]):
             raise AssertionError("the result's shape depends on the data")
