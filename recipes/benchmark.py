@@ -4,7 +4,6 @@ Example: python recipes/benchmark.py solver --preset mlp-5x2000 --data-root data
 """
 
 import json
-import platform
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from data import Data, Prepare, load, synthetic, train_loader
 from logs import progress, say, write_atomically
 from models import build, start
 from presets import PRESETS, Config
+from provenance import provenance
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -338,11 +338,9 @@ def main(options: SolverOptions | StepOptions) -> None:
     table = found[f"{kind}s"]
     model = options.preset if options.width is None else f"{options.preset}-width-{options.width}"
     name = f"{kind}-{model}-{options.optimizer}-{options.lr:g}"
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    facts = {"torch": torch.__version__, "hardware": hardware, "threads": torch.get_num_threads()}
     options.out.mkdir(parents=True, exist_ok=True)
     said = json.loads(json.dumps(asdict(options), default=str))
-    write_atomically(options.out / f"{name}.json", json.dumps(said | facts | found, indent=2))
+    write_atomically(options.out / f"{name}.json", json.dumps(said | provenance() | found, indent=2))
     data = "noise" if options.data_root is None else "CIFAR-100"
     title = f"{model}, {data}, {options.optimizer} {options.lr:g}, batch {options.batch_size}"
     draw(kind, table, title, options.out / f"{name}.png")

@@ -1,9 +1,11 @@
 """The benchmarks by their real command, on a model that is small enough."""
 
 import json
+import subprocess
 import sys
 
 import pytest
+import torch
 from test_recipe import ROOT, run
 
 from specscale import Block
@@ -28,6 +30,9 @@ def test_the_solvers_are_compared_on_one_training_run(tmp_path):
     assert rows["block"]["max error"] < 10 * Block().tolerance < rows["power, 1 warm"]["max error"]
     assert 3 <= rows["block"]["reads of W"] < 41 == rows["power, 20 warm"]["reads of W"]
     assert found["worst |u^T W' v / t - 1|"] < 1e-5
+    assert (found["threads"], found["torch"]) == (1, torch.__version__)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found["commit"] == "unknown" or head.stdout.startswith(found["commit"].removesuffix("-dirty"))
 
 
 def test_the_conditions_are_timed_in_turns(tmp_path):

@@ -1,0 +1,37 @@
+"""Where figures come from: the code, the libraries and the machine."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def provenance() -> dict[str, str | int]:
+    """The commit, torch's version, the processor that computes, and torch's threads."""
+    return {
+        "commit": commit(),
+        "torch": torch.__version__,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def commit() -> str:
+    """The commit of these files, marked where they differ from it; "unknown" outside a git checkout."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    """The CPU's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
