@@ -4,7 +4,9 @@ from specscale.apply import apply_norm_scaling, is_norm_scaled, remove_norm_scal
 from specscale.audit import Audit, Certificate
 from specscale.errors import NonFiniteWeightError
 from specscale.initialization import orthogonal_init_
+from specscale.matrices import MatrixView
 from specscale.measure import spectral_norms
+from specscale.rules import LayerRule
 from specscale.scaler import NormScaler, plain_state_dict
 from specscale.solvers import SVD, Block, Power
 
@@ -13,6 +15,8 @@ __all__ = [
     "Audit",
     "Block",
     "Certificate",
+    "LayerRule",
+    "MatrixView",
     "NonFiniteWeightError",
     "NormScaler",
     "Power",

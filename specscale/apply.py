@@ -1,6 +1,7 @@
 """Putting a model under norm scaling, and taking it off."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from specscale.errors import one_of, refuse_non_finite
 from specscale.initialization import write_orthogonal_
 from specscale.norms import Frobenius, Norm, Spectral
 from specscale.parametrization import NormScaling, register, scaling_of, scalings
+from specscale.rules import LayerRule
 from specscale.scaler import NormScaler, ScaledWeight
-from specscale.selection import Patterns, Weight, select
+from specscale.selection import Patterns, Weight, refuse_computed, select
 from specscale.solvers import SOLVERS, SVD, Block, Power, Solver
 from specscale.targets import GAINS, Rule, check_rule, evaluate
 
@@ -27,6 +29,7 @@ def apply_norm_scaling(
     target: Rule | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    rules: Iterable[LayerRule] = (),
     solver: str | Solver = "block",
     gain: Rule = "channels",
     example_input: Any = None,
@@ -35,7 +38,8 @@ def apply_norm_scaling(
     """Put the weights of a model under norm scaling, in place, and return the handle.
 
     Args:
-        module: any model; its linear, convolution and attention weights that require gradients are scaled.
+        module: any model; its linear, convolution and attention weights that require gradients, and those that
+            `rules` add, are scaled.
         norm: `"spectral"` or `"frobenius"`.
         init: None keeps the weights; `"orthogonal"` overwrites them by `gain` times orthogonal matrices.
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
@@ -44,6 +48,7 @@ def apply_norm_scaling(
         include: shell patterns on module names, each taking everything below the modules that it matches, or
             predicates `(name, module) -> bool`; None means all.
         exclude: likewise, what to leave alone.
+        rules: which tensors of other layers are weights too, and as which matrices; they come before the built-in ones.
         solver: of the spectral norm: `"block"`, `"power"`, `"svd"`, or an instance such as `Block(width=8)`.
         gain: of the init: `"channels"` (`sqrt(d_out / d_in)` of the feature or channel counts), `"features"` (of the
             sizes of the module's output and input), `"matrix"` (of the matrix view), a number, or a function.
@@ -55,8 +60,9 @@ def apply_norm_scaling(
 
     Raises:
         TypeError: `module` is no module, or an option has a wrong type.
-        ValueError: an unknown name, a pattern that matches nothing, no weight selected, a gain or target that is not
-            finite and positive, a weight that is scaled already or not finite. The model is then as it was.
+        ValueError: an unknown name, a pattern that matches nothing, a rule that does not fit a layer, no weight
+            selected, a gain or target that is not finite and positive, a weight that is scaled already, computed from
+            others or not finite. The model is then as it was.
     """
     kind = _kind(norm, solver)
     if init not in (None, "orthogonal"):
@@ -66,8 +72,9 @@ def apply_norm_scaling(
         warnings.warn(f"{CALL}: gain has no effect without init='orthogonal'", stacklevel=2)
     target = "initial" if target is None else target
     check_rule(CALL, "target", target, ("initial", *GAINS))
-    weights = select(CALL, module, include, exclude)
-    _refuse_parametrized(weights)
+    weights = select(CALL, module, include, exclude, rules)
+    _refuse_scaled(weights)
+    refuse_computed(CALL, weights)
     targets = None
     if target != "initial":
         targets = evaluate(CALL, "target", target, weights, module, example_input)
@@ -114,16 +121,11 @@ def _kind(norm: str, solver: str | Solver) -> Norm:
     return Spectral(solver) if norm == "spectral" else Frobenius()
 
 
-def _refuse_parametrized(weights: list[Weight]) -> None:
+def _refuse_scaled(weights: list[Weight]) -> None:
     for weight in weights:
         if scaling_of(weight.module, weight.tensor) is not None:
             raise ValueError(
                 f"{CALL}: {weight.name!r} is scaled already; call remove_norm_scaling(model) first, or exclude it"
-            )
-        if weight.is_parametrized:
-            raise ValueError(
-                f"{CALL}: {weight.tensor!r} of {weight.name!r} has another parametrization; remove it first, "
-                "or exclude the layer"
             )
 
 

@@ -1,11 +1,13 @@
 """The method's start: every weight matrix a gain times a random (semi-)orthogonal matrix."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specscale.selection import Patterns, Weight, select
+from specscale.rules import LayerRule
+from specscale.selection import Patterns, Weight, refuse_computed, select
 from specscale.targets import GAINS, Rule, check_rule, evaluate
 
 
@@ -38,6 +40,7 @@ def orthogonal_init_(
     *,
     include: Patterns = None,
     exclude: Patterns = None,
+    rules: Iterable[LayerRule] = (),
     example_input: Any = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
@@ -49,6 +52,7 @@ def orthogonal_init_(
         include: shell patterns on module names, each taking everything below the modules that it matches, or
             predicates `(name, module) -> bool`; None means all.
         exclude: likewise, what to leave alone.
+        rules: which tensors of other layers are weights too, and as which matrices; they come before the built-in ones.
         example_input: for `"features"`, a batch that the model can be called with.
         generator: the source of randomness; None means torch's global one.
 
@@ -57,10 +61,12 @@ def orthogonal_init_(
 
     Raises:
         TypeError: `module` is no module, or an option has a wrong type.
-        ValueError: unknown gain, a gain that is not finite and positive, a pattern that matches nothing.
+        ValueError: unknown gain, a gain that is not finite and positive, a pattern that matches nothing, a rule that
+            does not fit a layer, or a weight that is computed from others.
     """
     call = "orthogonal_init_"
     check_rule(call, "gain", gain, GAINS)
-    weights = select(call, module, include, exclude)
+    weights = select(call, module, include, exclude, rules)
+    refuse_computed(call, weights)
     write_orthogonal_(weights, evaluate(call, "gain", gain, weights, module, example_input), generator)
     return module

@@ -11,33 +11,48 @@ from torch import Tensor
 class MatrixView:
     """A weight tensor read as a batch of `count` matrices, one row per output.
 
-    `axes` names the tensor's axes in einops' notation: `k` counts the matrices, `o` is the outputs, `i` the inputs,
-    and all axes but `k` and `o` together are the columns.
+    `axes` names the tensor's axes in einops' notation: `o` is the outputs, `i` the inputs, `k`, if it is there, counts
+    the matrices; all axes but `k` and `o` together are the columns.
 
-    >>> MatrixView("(k o) i")                  # a linear layer: one matrix (o, i)
+    >>> MatrixView("o i")                      # a linear layer: one matrix (o, i)
     >>> MatrixView("(k o) i", count=3)         # a fused qkv: three matrices
     >>> MatrixView("(k o) i h w", count=2)     # a convolution in two groups: two matrices (o, i h w)
-    >>> MatrixView("(k i) o h w")              # a transposed convolution: outputs are the second axis
+    >>> MatrixView("i o h w")                  # a transposed convolution: outputs are the second axis
+    >>> MatrixView("k i o", count=8)           # eight experts, stacked and transposed
+
+    Raises:
+        ValueError: `axes` has no `o`, `count` is less than 1, or it is more than 1 and `axes` has no `k`.
     """
 
     axes: str
     count: int = 1
 
+    def __post_init__(self) -> None:
+        if "o" not in self._names:
+            raise ValueError(f"{self}: axes must name the outputs o, as in 'o i' or '(k o) i h w'")
+        if self.count < 1 or (self.count > 1 and "k" not in self._names):
+            raise ValueError(f"{self}: count must be 1, or axes must say by k where the matrices are, as in '(k o) i'")
+
     @property
-    def _columns(self) -> str:
-        names = self.axes.replace("(", " ").replace(")", " ").split()
-        return " ".join(name for name in names if name not in ("k", "o"))
+    def _names(self) -> list[str]:
+        return self.axes.replace("(", " ").replace(")", " ").split()
+
+    def _read(self, tensor: Tensor, columns: str) -> Tensor:
+        """The tensor as `k o` and the columns, which the pattern may merge."""
+        lengths = {"k": self.count} if "k" in self._names else {}
+        names = " ".join(name for name in self._names if name not in ("k", "o"))
+        return rearrange(tensor, f"{self.axes} -> {'k' if lengths else '1'} o {columns.format(names)}", **lengths)
 
     def split(self, weight: Tensor) -> Tensor:
         """The tensor as `(k, o, i, ...)`, always a view, whatever the memory format: writing to it writes the weight.
 
         Only splitting and permuting axes never copies; merging them (`matrices`) may.
         """
-        return rearrange(weight, f"{self.axes} -> k o {self._columns}", k=self.count)
+        return self._read(weight, "{}")
 
     def matrices(self, weight: Tensor) -> Tensor:
         """The batch of matrices `(k, m, n)`: for reading only, since it is a copy where the strides allow no view."""
-        return rearrange(weight, f"{self.axes} -> k o ({self._columns})", k=self.count)
+        return self._read(weight, "({})")
 
     def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
         """`(m, n)` of one matrix."""

@@ -1,14 +1,16 @@
-"""Which tensors of a model are weights, as which matrices, and which of them the user means."""
+"""Which tensors of a model are weights, and which of them the caller means."""
 
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from einops import EinopsError
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from specscale.errors import nearest
 from specscale.matrices import MatrixView
+from specscale.parametrization import scaling_of
+from specscale.rules import BUILT_IN, LayerRule
 
 Pattern = str | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Iterable[Pattern] | None
@@ -26,76 +28,63 @@ class Weight:
     view: MatrixView
 
     @property
-    def is_parametrized(self) -> bool:
-        return parametrize.is_parametrized(self.module, self.tensor)
-
-    @property
     def parameter(self) -> Tensor:
-        if self.is_parametrized and self.module.parametrizations[self.tensor].is_tensor:  # type: ignore[union-attr, index]
+        """The weight: the parameter itself, under scaling too, or what is computed from others."""
+        if scaling_of(self.module, self.tensor) is not None:
             return self.module.parametrizations[self.tensor].original  # type: ignore[union-attr, index, return-value]
         return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
 
+    @property
+    def sources(self) -> dict[str, nn.Parameter]:
+        """The layer's parameters that a computed weight may be made of; the weight alone where it is a parameter."""
+        if isinstance(self.parameter, nn.Parameter):
+            return {self.tensor: self.parameter}
+        return {name: parameter for name, parameter in self.module.named_parameters() if self.tensor in name}
 
-def _is_fused_qkv(name: str, module: nn.Module) -> bool:
-    """Whether a linear layer is three projections in one, by the name that it has in most vision transformers."""
-    last = name.rpartition(".")[2].lower()
-    return isinstance(module, nn.Linear) and last.endswith("qkv") and module.out_features == 3 * module.in_features
-
-
-def _grouped(axes: str) -> Callable[[nn.Module], dict[str, MatrixView]]:
-    return lambda module: {"weight": MatrixView(axes, count=module.groups)}  # type: ignore[arg-type]
-
-
-Rule = tuple[Callable[[str, nn.Module], bool], Callable[[nn.Module], dict[str, MatrixView]]]
+    @property
+    def is_trainable(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.sources.values())
 
 
-def _is(kind: type[nn.Module]) -> Callable[[str, nn.Module], bool]:
-    return lambda name, module: isinstance(module, kind)
+def _weight(call: str, name: str, module: nn.Module, tensor: str, view: MatrixView) -> Weight | None:
+    """A tensor that a rule names, or None where the layer leaves it out; the shape must fit the rule."""
+    if not hasattr(module, tensor):
+        names = ", ".join(repr(own) for own, _ in module.named_parameters(recurse=False)) or "none"
+        raise ValueError(
+            f"{call}: the rule for {type(module).__name__} names {tensor!r}, which {name!r} does not have; "
+            f"its parameters are {names}"
+        )
+    weight = Weight(name, name, module, tensor, view)
+    parameter = weight.parameter
+    if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
+        return None
+    if not isinstance(parameter, nn.parameter.UninitializedParameter):
+        try:
+            view.matrix_shape(parameter)
+        except EinopsError:
+            raise ValueError(
+                f"{call}: the rule for {type(module).__name__} reads {tensor!r} of {name!r} as {view}, "
+                f"which its shape {tuple(parameter.shape)} does not fit"
+            ) from None
+    return weight
 
 
-RULES: list[Rule] = [
-    (_is_fused_qkv, lambda module: {"weight": MatrixView("(k o) i", count=3)}),
-    (_is(nn.Linear), lambda module: {"weight": MatrixView("(k o) i")}),
-    (_is(nn.Conv1d), _grouped("(k o) i w")),
-    (_is(nn.Conv2d), _grouped("(k o) i h w")),
-    (_is(nn.Conv3d), _grouped("(k o) i d h w")),
-    (_is(nn.ConvTranspose1d), _grouped("(k i) o w")),
-    (_is(nn.ConvTranspose2d), _grouped("(k i) o h w")),
-    (_is(nn.ConvTranspose3d), _grouped("(k i) o d h w")),
-    (
-        _is(nn.MultiheadAttention),
-        lambda module: {
-            "in_proj_weight": MatrixView("(k o) i", count=3),
-            **{f"{x}_proj_weight": MatrixView("(k o) i") for x in "qkv"},
-        },
-    ),
-]
-"""Predicate and weights of each kind of layer; the first match wins."""
+def scalable(call: str, module: nn.Module, rules: Iterable[LayerRule] = ()) -> Iterator[Weight]:
+    """Every weight of the model that can be scaled, by the first rule that matches its layer: `rules`, then ours.
 
-
-def _weights_of(name: str, module: nn.Module) -> dict[str, MatrixView]:
-    for matches, weights in RULES:
-        if matches(name, module):
-            return weights(module)
-    return {}
-
-
-def scalable(module: nn.Module) -> Iterator[Weight]:
-    """Every weight of the model that can be scaled; a tensor under several names comes once."""
-    seen: set[int] = set()
+    A tensor under several names comes once.
+    """
+    rules = [*rules, *BUILT_IN]
+    seen: dict[int, Tensor] = {}
     for name, child in module.named_modules():
-        found = []
-        for tensor, view in _weights_of(name, child).items():
-            weight = Weight(name, name, child, tensor, view)
-            parameter = weight.parameter
-            if not (isinstance(parameter, nn.Parameter) or weight.is_parametrized):
-                continue
-            if parameter.is_floating_point() and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found.append((tensor, view))
-        for tensor, view in found:
-            full = name if name and len(found) == 1 else f"{name}.{tensor}".lstrip(".")
-            yield Weight(full, name, child, tensor, view)
+        rule = next((rule for rule in rules if rule.matches(name, child)), None)
+        views = rule.views(child) if rule is not None else {}
+        found = [one for tensor, view in views.items() if (one := _weight(call, name, child, tensor, view))]
+        new = [weight for weight in found if id(weight.parameter) not in seen]
+        seen |= {id(parameter): parameter for parameter in (weight.parameter for weight in new)}
+        for weight in new:
+            full = name if name and len(new) == 1 else f"{name}.{weight.tensor}".lstrip(".")
+            yield replace(weight, name=full)
 
 
 def _chain(name: str) -> list[str]:
@@ -134,18 +123,29 @@ def _matcher(call: str, option: str, patterns: Patterns, names: Iterable[str]) -
     return matches
 
 
-def select(call: str, module: nn.Module, include: Patterns = None, exclude: Patterns = None) -> list[Weight]:
-    """The weights that `include` and `exclude` leave, in the model's order.
+def select(
+    call: str,
+    module: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    rules: Iterable[LayerRule] = (),
+) -> list[Weight]:
+    """The weights that `rules` add and that `include` and `exclude` leave, in the model's order.
 
     A pattern that matches a module takes everything below it too.
 
     Raises:
-        TypeError: `module` is no module, or a pattern is neither a string nor callable.
-        ValueError: a pattern matches nothing, no weight is left, or one holds no numbers yet.
+        TypeError: `module` is no module, a pattern is neither a string nor callable, or a rule is no `LayerRule`.
+        ValueError: a pattern matches nothing, a rule does not fit a layer, no weight is left, or one holds no numbers
+            yet.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"{call}: expected a torch.nn.Module, found {type(module).__name__}")
-    weights = list(scalable(module))
+    rules = [rules] if isinstance(rules, LayerRule) else list(rules)
+    for rule in rules:
+        if not isinstance(rule, LayerRule):
+            raise TypeError(f"{call}: rules takes LayerRule objects, found {type(rule).__name__}")
+    weights = list(scalable(call, module, rules))
     # What holds no weight cannot be included; to exclude it is no mistake.
     with_weights = dict.fromkeys(name for weight in weights for name in _chain(weight.module_name))
     included = _matcher(call, "include", include, with_weights)
@@ -153,7 +153,7 @@ def select(call: str, module: nn.Module, include: Patterns = None, exclude: Patt
     chosen = [
         weight
         for weight in weights
-        if weight.parameter.requires_grad
+        if weight.is_trainable
         and (include is None or included(weight.module_name, weight.module))
         and not excluded(weight.module_name, weight.module)
     ]
@@ -168,6 +168,18 @@ def select(call: str, module: nn.Module, include: Patterns = None, exclude: Patt
     if not chosen:
         raise ValueError(
             f"{call}: no weight of {type(module).__name__} is selected; it has {len(weights)} that could be scaled "
-            f"(linear, convolution and attention weights), of which include, exclude and requires_grad leave none"
+            "(linear, convolution and attention weights, and what rules add), "
+            "of which include, exclude and requires_grad leave none"
         )
     return chosen
+
+
+def refuse_computed(call: str, weights: Iterable[Weight]) -> None:
+    """Refuse weights that are no parameters: what is written to one is overwritten by what it is computed from."""
+    for weight in weights:
+        if not isinstance(weight.parameter, nn.Parameter):
+            sources = ", ".join(map(repr, weight.sources))
+            raise ValueError(
+                f"{call}: {weight.tensor!r} of {weight.name!r} is computed from {sources}, "
+                "as by pruning, weight normalisation or a parametrization; remove that first, or exclude the layer"
+            )

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from specscale import (
     NonFiniteWeightError,
@@ -184,12 +185,23 @@ def test_applying_twice_is_refused():
         apply_norm_scaling(model, "frobenius")
 
 
-def test_another_parametrization_is_refused():
+@pytest.mark.parametrize(
+    ("compute", "sources"),
+    [
+        (nn.utils.parametrizations.weight_norm, "'parametrizations.weight.original0', 'parametrizations.weight"),
+        (lambda module: prune.l1_unstructured(module, "weight", 0.5), "'weight_orig'"),
+    ],
+)
+def test_a_weight_that_is_computed_from_others_is_refused_and_can_be_measured(compute, sources):
     model = small()
-    nn.utils.parametrizations.weight_norm(model[2])
-    with pytest.raises(ValueError, match="'weight' of '2' has another parametrization"):
-        apply_norm_scaling(model)
+    compute(model[2])
+    for call in (apply_norm_scaling, orthogonal_init_):
+        with pytest.raises(ValueError, match=rf"{call.__name__}: 'weight' of '2' is computed from {sources}.*exclude"):
+            call(model)
     assert not is_norm_scaled(model)
+    exact = torch.linalg.matrix_norm(model[2].weight.detach(), 2).item()
+    assert spectral_norms(model)["2"] == pytest.approx(exact, rel=1e-5)
+    assert [w.name for w in apply_norm_scaling(model, exclude="2").weights] == ["0"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -17,7 +17,7 @@ from specscale.selection import scalable
 def test_the_state_is_a_small_part_of_the_weights(preset, most):
     with torch.device("meta"):
         model = build(preset(), (3, 32, 32), 100)
-    weights = [weight.view.matrices(weight.parameter) for weight in scalable(model)]
+    weights = [weight.view.matrices(weight.parameter) for weight in scalable("test", model)]
     states = [Block().cold(w, torch.zeros(len(w), dtype=torch.int64, device="meta")) for w in weights]
     state = sum(value.nbytes for one in states for value in one.values())
     assert 0 < state / sum(weight.nbytes for weight in weights) < most

@@ -6,6 +6,11 @@ import torch
 from specscale.matrices import MatrixView
 
 CASES = [
+    (MatrixView("o i"), (6, 4)),
+    (MatrixView("i o"), (6, 4)),
+    (MatrixView("i (k o)", 3), (4, 6)),
+    (MatrixView("k o i", 5), (5, 6, 4)),
+    (MatrixView("k i o", 5), (5, 6, 4)),
     (MatrixView("(k o) i"), (6, 4)),
     (MatrixView("(k o) i", 3), (6, 4)),
     (MatrixView("(k o) i w", 2), (6, 4, 3)),
@@ -46,3 +51,24 @@ def test_a_transposed_convolutions_rows_are_its_outputs():
     weight = torch.randn(6, 4, 3, 2)
     matrices = MatrixView("(k i) o h w", 2).matrices(weight)
     assert torch.equal(matrices[1], weight[3:].transpose(0, 1).flatten(1))
+
+
+def test_stacked_experts_and_transposed_projections():
+    weight = torch.randn(3, 4, 6)
+    assert torch.equal(MatrixView("k i o", 3).matrices(weight), weight.mT)
+    fused = MatrixView("i (k o)", 3).matrices(weight[0])
+    assert torch.equal(fused[1], weight[0, :, 2:4].T)
+    assert MatrixView("i o").matrix_shape(weight[0]) == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("axes", "count", "text"),
+    [
+        ("k i", 2, "axes must name the outputs o"),
+        ("o i", 2, "count must be 1, or axes must say by k"),
+        ("(k o) i", 0, "count must be 1"),
+    ],
+)
+def test_a_view_that_cannot_be_read_is_refused(axes, count, text):
+    with pytest.raises(ValueError, match=text):
+        MatrixView(axes, count)

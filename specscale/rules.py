@@ -1,0 +1,97 @@
+"""Which tensors of which layers are weights, and as which matrices each is read: first the caller's rules, then these.
+
+The rules here are written as a caller would write them.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from specscale.matrices import MatrixView
+
+Views = Mapping[str, MatrixView]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What the weights of one kind of layer are: tensors by name, each with the matrices it is read as.
+
+    >>> LayerRule(Dense, {"kernel": MatrixView("i o")})               # every layer of a type
+    >>> LayerRule(lambda name, module: name == "router", {"weight": MatrixView("o i")})      # or by a predicate
+    >>> LayerRule(Experts, lambda experts: {"w": MatrixView("k i o", len(experts.w))})       # as the layer has it
+    >>> LayerRule(Router, {})                                         # no weight: such layers are left alone
+    """
+
+    layer: type[nn.Module] | Callable[[str, nn.Module], bool]
+    """The type of the layers, subclasses included, or a predicate of a layer's name and the layer."""
+    weights: Views | Callable[[nn.Module], Views]
+    """The view of each weight by the tensor's name, or a function of the layer that returns them."""
+
+    def matches(self, name: str, module: nn.Module) -> bool:
+        if isinstance(self.layer, type):
+            return isinstance(module, self.layer)
+        return self.layer(name, module)
+
+    def views(self, module: nn.Module) -> Views:
+        return self.weights(module) if callable(self.weights) else self.weights
+
+
+def _grouped(axes: str) -> Callable[[nn.Module], Views]:
+    return lambda module: {"weight": MatrixView(axes, module.groups)}  # type: ignore[arg-type]
+
+
+def _is_fused(ending: str, count: int) -> Callable[[str, nn.Module], bool]:
+    """Whether a linear layer is several projections in one, by the name that it has in most transformers."""
+    return lambda name, module: (
+        isinstance(module, nn.Linear)
+        and name.lower().endswith(ending)
+        and module.out_features == count * module.in_features
+    )
+
+
+def _is_transposed_linear(name: str, module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, the linear layer of GPT-2; that package need not be there."""
+    return isinstance(module, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()))
+
+
+def _is_fused_transposed_linear(name: str, module: nn.Module) -> bool:
+    return _is_transposed_linear(name, module) and name.endswith("c_attn") and module.nf == 3 * module.nx  # type: ignore[operator]
+
+
+def _is_experts(name: str, module: nn.Module) -> bool:
+    """Whether it is a mixture's experts, stacked: transformers marks every class of them by these attributes."""
+    return hasattr(module, "is_transposed") and hasattr(module, "is_concatenated")
+
+
+def _experts(module: nn.Module) -> Views:
+    axes = "k i o" if module.is_transposed else "k o i"
+    names = (name for name in ("gate_up_proj", "gate_proj", "up_proj", "down_proj") if hasattr(module, name))
+    return {name: MatrixView(axes, len(getattr(module, name))) for name in names}
+
+
+BUILT_IN = [
+    LayerRule(_is_fused("qkv", 3), {"weight": MatrixView("(k o) i", 3)}),
+    LayerRule(_is_fused("kv", 2), {"weight": MatrixView("(k o) i", 2)}),
+    LayerRule(nn.Linear, {"weight": MatrixView("o i")}),
+    LayerRule(nn.Conv1d, _grouped("(k o) i w")),
+    LayerRule(nn.Conv2d, _grouped("(k o) i h w")),
+    LayerRule(nn.Conv3d, _grouped("(k o) i d h w")),
+    LayerRule(nn.ConvTranspose1d, _grouped("(k i) o w")),
+    LayerRule(nn.ConvTranspose2d, _grouped("(k i) o h w")),
+    LayerRule(nn.ConvTranspose3d, _grouped("(k i) o d h w")),
+    LayerRule(
+        nn.MultiheadAttention,
+        {
+            "in_proj_weight": MatrixView("(k o) i", 3),
+            "q_proj_weight": MatrixView("o i"),
+            "k_proj_weight": MatrixView("o i"),
+            "v_proj_weight": MatrixView("o i"),
+        },
+    ),
+    LayerRule(_is_fused_transposed_linear, {"weight": MatrixView("i (k o)", 3)}),
+    LayerRule(_is_transposed_linear, {"weight": MatrixView("i o")}),
+    LayerRule(_is_experts, _experts),
+]
+"""The rules for torch's layers, and for those of transformers that are none of torch's."""
