@@ -119,7 +119,7 @@ def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     """Hang the scaling on the module; a plain checkpoint still loads into it."""
     parametrize.register_parametrization(module, tensor, scaling, unsafe=True)
     scaling._load_hooks = (
-        module.register_load_state_dict_pre_hook(_rename_plain),
+        module.register_load_state_dict_pre_hook(_complete),
         module.register_load_state_dict_post_hook(_solve_missing),
     )
 
@@ -130,6 +130,9 @@ def unregister(module: nn.Module, tensor: str) -> None:
     assert scaling is not None
     for hook in scaling._load_hooks:
         hook.remove()
+    # A deep copy shares the class that parametrize made for the module, and would lose the tensor with it.
+    kind = type(module)
+    module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
     for name in scaling.plain_order:
         if name in module._parameters:
@@ -138,17 +141,22 @@ def unregister(module: nn.Module, tensor: str) -> None:
             module.register_parameter(name, parameter)
 
 
-def _rename_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give a checkpoint what it lacks: a plain one the weight's name, and any the buffers that it does not hold."""
     for tensor in module.parametrizations:  # type: ignore[union-attr]
         scaling = scaling_of(module, tensor)
-        if scaling is None or prefix + tensor not in state_dict:
+        if scaling is None:
             continue
         home = f"{prefix}parametrizations.{tensor}."
-        state_dict[home + "original"] = state_dict.pop(prefix + tensor)
+        if prefix + tensor in state_dict:
+            state_dict[home + "original"] = state_dict.pop(prefix + tensor)
+        if home + "original" not in state_dict:
+            continue
         index = list(module.parametrizations[tensor]).index(scaling)  # type: ignore[union-attr, index]
         for name, buffer in scaling.named_buffers():
-            state_dict.setdefault(f"{home}{index}.{name}", buffer)
-        scaling._holds_loaded_weight = True
+            if f"{home}{index}.{name}" not in state_dict:
+                state_dict[f"{home}{index}.{name}"] = buffer
+                scaling._holds_loaded_weight = True
 
 
 def _solve_missing(module: nn.Module, _: Any) -> None:

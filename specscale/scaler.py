@@ -29,7 +29,7 @@ class ScaledWeight(NamedTuple):
     scaling: NormScaling
 
     @property
-    def is_live(self) -> bool:
+    def is_scaled(self) -> bool:
         """Whether the scaling is still on the module."""
         return scaling_of(self.module, self.tensor) is self.scaling
 
@@ -73,8 +73,9 @@ class NormScaler:
 
     @property
     def weights(self) -> list[ScaledWeight]:
-        """The weights that are under scaling, in the model's order."""
-        return [weight for weight in self._weights if weight.is_live]
+        """The weights that are under scaling, in the model's order, without layers that the model has lost since."""
+        here = set(self._model.modules())
+        return [weight for weight in self._weights if weight.is_scaled and weight.module in here]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> "NormScaler":
         """Scale, after every step of the optimizer, the weights that it has stepped.
@@ -129,10 +130,47 @@ class NormScaler:
     def step(self) -> None:
         """Put every weight back on its target: for training loops without `attach`, once after each optimizer step.
 
+        A weight that is frozen by now has not moved, and is left alone.
+
         Raises:
             NonFiniteWeightError: a weight holds NaN or infinity; no weight was written.
         """
-        self._scale(self.weights, None)
+        self._scale([weight for weight in self.weights if weight.parameter.requires_grad], None)
+
+    def project(self, model: nn.Module | None = None) -> None:
+        """Put every weight on its target once, wherever it comes from: for a copy of the model that holds an average.
+
+        An average of weights (EMA, SWA) is on no target, and one of singular vectors is none: the vectors are solved
+        anew. Frozen weights are projected too.
+
+        >>> ema = torch.optim.swa_utils.AveragedModel(model)
+        >>> scaling.project(ema)
+
+        Args:
+            model: a copy of the scaled model, or a module that holds one; None means the handle's own model.
+
+        Raises:
+            ValueError: `model` has no scaled weight.
+            NonFiniteWeightError: a weight holds NaN or infinity; no weight was written.
+        """
+        other = self if model is None else NormScaler.of(model)
+        other._solve_anew("project")
+        other._scale(other.weights, None)
+
+    def retarget(self) -> None:
+        """Hold, from now on, the norms that the weights have now: for other weights that were loaded.
+
+        Raises:
+            NonFiniteWeightError: a weight holds NaN or infinity; the targets are as they were.
+        """
+        self._solve_anew("retarget")
+        for weight in self.weights:
+            weight.scaling.target.copy_(weight.scaling.norm)
+
+    def _solve_anew(self, call: str) -> None:
+        refuse_non_finite(call, ((weight.name, weight.parameter) for weight in self.weights), "load good weights first")
+        for weight in self.weights:
+            weight.scaling.solve_cold_(weight.parameter)
 
     @torch.no_grad()
     def _scale(self, weights: list[ScaledWeight], skip: Tensor | None) -> None:

@@ -49,6 +49,19 @@ def test_a_copy_is_scaled_on_its_own():
     assert scaling.metrics()["norm/2.1"] != pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_a_copy_stays_whole_when_the_other_is_plain_again(norm):
+    scaling = apply_norm_scaling(source := model(), norm)
+    first, second = copy.deepcopy(source), copy.deepcopy(source)
+    x = torch.randn(1, 100)
+    NormScaler.of(first).remove()
+    assert torch.equal(first[2](x), source[2](x))
+    scaling.remove()
+    assert torch.equal(second[2](x), source[2](x))
+    NormScaler.of(second).step()
+    assert type(first[2][0]) is type(source[2][0]) is nn.Linear
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_state_is_float32_or_wider_whatever_the_model_is(dtype):
     scaling = apply_norm_scaling(net := model(), target=0.3)

@@ -1,0 +1,452 @@
+"""A scaled model's life: every way in which people train, copy, average, convert and export a model."""
+
+import copy
+from functools import partial
+
+import onnxruntime
+import pytest
+import schedulefree
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from specscale import NonFiniteWeightError, NormScaler, apply_norm_scaling, is_norm_scaled, remove_norm_scaling
+
+both = pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+
+
+class Net(nn.Module):
+    """One layer that the block solves, one that is solved exactly, and one without its bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Linear(8 * 16, 80)
+        self.head = nn.Linear(80, 4, bias=False)
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x).relu().flatten(1)).relu())
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def assert_held(scaling, tolerance=1e-3):
+    """Each Frobenius norm is its target; under spectral scaling a singular value is."""
+    assert scaling.weights
+    for weight in scaling.weights:
+        matrices = weight.scaling.view.matrices(weight.parameter.detach()).double()
+        targets = weight.scaling.target.double()[:, None]
+        if weight.scaling.kind.name == "frobenius":
+            found = torch.linalg.matrix_norm(matrices)[:, None]
+        else:
+            found = torch.linalg.svdvals(matrices)
+        assert ((found / targets - 1).abs().amin(-1) <= tolerance).all(), weight.name
+
+
+def loss_of(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(8, 3, 4, 4, generator=generator)
+    return (model(x) - x.mean((1, 2, 3))[:, None]).square().mean()
+
+
+def train(model, optimizer, scaling, steps=3):
+    for seed in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, seed).backward()
+        optimizer.step()
+        assert_held(scaling)
+
+
+class TwoSteps(torch.optim.Optimizer):
+    """A sharpness-aware optimizer: a step uphill, a gradient there, and the base optimizer's step from where it was."""
+
+    def __init__(self, params, base):
+        super().__init__(params, {})
+        self.base = base
+        self.param_groups = base.param_groups
+
+    def step(self, closure):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        start = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(p.grad, alpha=0.05)
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            for p, value in zip(parameters, start, strict=True):
+                p.copy_(value)
+        self.base.step()
+
+
+OPTIMIZERS = {
+    "foreach": partial(torch.optim.AdamW, lr=1e-2, foreach=True),
+    "fused": partial(torch.optim.AdamW, lr=1e-2, fused=True),
+    "capturable": partial(torch.optim.RMSprop, lr=1e-3),
+    "nadam": partial(torch.optim.NAdam, lr=1e-2),
+    "schedule-free": partial(schedulefree.AdamWScheduleFree, lr=1e-2),
+}
+
+
+@both
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_optimizers_end_each_step_on_the_targets(make, norm):
+    scaling = apply_norm_scaling(model := net(), norm, init="orthogonal")
+    optimizer = make(model.parameters())
+    scaling.attach(optimizer)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    train(model, optimizer, scaling)
+
+
+@both
+def test_muon_beside_adam(norm):
+    scaling = apply_norm_scaling(model := net(), norm)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=1e-2),
+        torch.optim.Adam([p for p in model.parameters() if p.ndim != 2], lr=1e-2),
+    ]
+    for optimizer in optimizers:
+        scaling.attach(optimizer)
+    for seed in range(3):
+        model.zero_grad()
+        loss_of(model, seed).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_held(scaling)
+
+
+@both
+def test_lbfgs_with_a_closure(norm):
+    scaling = apply_norm_scaling(model := net(), norm)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    scaling.attach(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+        assert_held(scaling)
+
+
+@both
+def test_a_sharpness_aware_optimizer_is_attached_by_its_base(norm):
+    scaling = apply_norm_scaling(model := net(), norm)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(base)
+    optimizer = TwoSteps(model.parameters(), base)
+
+    def closure():
+        optimizer.zero_grad()
+        loss_of(model).backward()
+
+    for _ in range(3):
+        closure()
+        optimizer.step(closure)
+        assert_held(scaling)
+
+
+@both
+# Dynamo looks at the gradients of all that it resumes with.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("what", ["model", "step", "training step"])
+def test_compiled(what, norm):
+    torch.compiler.reset()
+    scaling = apply_norm_scaling(model := net(), norm)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scaling.attach(optimizer)
+
+    def training_step(model, step):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        step()
+
+    compiled = partial(torch.compile, backend="aot_eager")
+    call = {
+        "model": lambda: training_step(compiled_model, optimizer.step),
+        "step": lambda: training_step(model, compiled_step),
+        "training step": lambda: compiled_training_step(model, optimizer.step),
+    }[what]
+    compiled_model, compiled_step = compiled(model), compiled(optimizer.step)
+    compiled_training_step = compiled(training_step)
+    before = model.body.weight.detach().clone()
+    for _ in range(3):
+        call()
+        assert_held(scaling)
+    assert not torch.equal(before, model.body.weight)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_mixed_precision(norm, dtype):
+    scaling = apply_norm_scaling(model := net(), norm)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scaling.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    before = model.body.weight.detach().clone()
+    for seed in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss = loss_of(model, seed)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert_held(scaling)
+    assert not torch.equal(before, model.body.weight)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_model_of_another_dtype(norm, dtype):
+    scaling = apply_norm_scaling(model := net().to(dtype), norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    for _ in range(3):
+        model.zero_grad()
+        (model(torch.randn(8, 3, 4, 4).to(dtype)) - 1).square().mean().backward()
+        optimizer.step()
+        # What is stored in so few bits is on target to their rounding.
+        assert_held(scaling, max(1e-3, 2 * torch.finfo(dtype).eps))
+
+
+@both
+def test_gradient_accumulation_scales_once_a_step(norm):
+    scaling = apply_norm_scaling(model := net(), norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    for seed in range(4):
+        before = model.body.weight.detach().clone()
+        loss_of(model, seed).backward()
+        if seed % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.equal(before, model.body.weight) == (seed % 2 == 0)
+        assert_held(scaling)
+
+
+@both
+def test_gradient_checkpointing_gives_the_same_gradients(norm):
+    scaling = apply_norm_scaling(model := net(), norm)
+    scaling.step()
+    loss_of(model).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss_of(lambda x: checkpoint(model, x, use_reentrant=False)).backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(model.parameters(), expected, strict=True))
+
+
+@both
+@pytest.mark.parametrize("kind", ["AveragedModel", "AveragedModel of buffers too", "ModelEmaV3"])
+def test_an_average_of_weights_is_projected(norm, kind):
+    scaling = apply_norm_scaling(model := net(), norm, init="orthogonal")
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
+    scaling.attach(optimizer)
+    if kind == "ModelEmaV3":
+        average = ModelEmaV3(model, decay=0.5)
+        update = average.update
+    else:
+        rule = get_ema_multi_avg_fn(0.5)
+        average = AveragedModel(model, multi_avg_fn=rule, use_buffers="buffers" in kind)
+        update = average.update_parameters
+    for _ in range(4):
+        train(model, optimizer, scaling, steps=1)
+        update(model)
+    with pytest.raises(AssertionError):
+        assert_held(NormScaler.of(average), 1e-5)
+    own = copy.deepcopy(model.state_dict())
+    scaling.project(average)
+    assert_held(NormScaler.of(average), 1e-5)
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+    twin = copy.deepcopy(average)
+    plain = NormScaler.of(twin).remove()
+    assert loss_of(plain.module).item() == pytest.approx(loss_of(average.module).item())
+
+
+def test_what_cannot_be_projected_is_refused():
+    scaling = apply_norm_scaling(model := net())
+    with pytest.raises(ValueError, match=r"NormScaler.of: Net has no scaled weight"):
+        scaling.project(net())
+    model.head.weight.data[0, 0] = torch.nan
+    for call in (scaling.project, scaling.retarget):
+        with pytest.raises(NonFiniteWeightError, match=f"{call.__name__}: the weight of 'head' holds NaN"):
+            call()
+
+
+@both
+def test_functional_call_and_its_gradients(norm):
+    apply_norm_scaling(model := net(), norm)
+    loss_of(model).backward()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    grads = torch.func.grad(lambda p: loss_of(lambda x: torch.func.functional_call(model, p, x)))(parameters)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad)
+
+
+@both
+def test_export_after_removal(norm, tmp_path):
+    scaling = apply_norm_scaling(model := net(), norm)
+    scaling.step()
+    model = scaling.remove().eval()
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x).detach()
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.onnx.export(model, (x,), tmp_path / "net.onnx", dynamo=True)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+@both
+def test_tied_weights_stay_tied(norm):
+    model = nn.ModuleDict({"embed": nn.Embedding(30, 80), "body": nn.Linear(80, 80), "head": nn.Linear(80, 30)})
+    model.head.weight = model.embed.weight
+    scaling = apply_norm_scaling(model, norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.head(model.body(model.embed(torch.arange(30)))).logsumexp(-1).mean().backward()
+        optimizer.step()
+        assert_held(scaling)
+        assert model.head.weight is model.embed.weight
+    plain = scaling.plain_state_dict()
+    assert torch.equal(plain["head.weight"], plain["embed.weight"])
+    scaling.remove()
+    assert model.head.weight is model.embed.weight
+
+
+@both
+def test_a_layer_that_is_frozen_in_the_middle_stays_where_it_is(norm):
+    scaling = apply_norm_scaling(model := net(), norm, init="orthogonal")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    train(model, optimizer, scaling)
+    model.body.requires_grad_(False)
+    body, head = model.body.weight.detach().clone(), model.head.weight.detach().clone()
+    train(model, optimizer, scaling)
+    scaling.step()
+    assert torch.equal(model.body.weight, body)
+    assert not torch.equal(model.head.weight, head)
+    model.body.requires_grad_(True)
+    train(model, optimizer, scaling)
+    assert not torch.equal(model.body.weight, body)
+
+
+@both
+def test_a_classifier_that_is_reset_is_let_go_and_can_be_scaled_again(norm):
+    model = timm.create_model("resnet18", num_classes=3)
+    scaling = apply_norm_scaling(model, norm, include=["layer4.1", "fc"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    model.reset_classifier(5)
+    assert [weight.name for weight in scaling.weights] == ["layer4.1.conv1", "layer4.1.conv2"]
+    assert not any("fc" in key for key in scaling.metrics())
+    apply_norm_scaling(model, norm, include="fc")
+    assert [weight.name for weight in NormScaler.of(model).weights] == ["layer4.1.conv1", "layer4.1.conv2", "fc"]
+    remove_norm_scaling(model)
+    assert not is_norm_scaled(model)
+
+
+@both
+def test_an_old_checkpoint_without_the_buffers_loads(norm):
+    scaling = apply_norm_scaling(source := net(), norm)
+    optimizer = torch.optim.SGD(source.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    train(source, optimizer, scaling)
+    old = {n: v for n, v in source.state_dict().items() if ".0." not in n or n.endswith("target")}
+    other = apply_norm_scaling(model := net(), norm, target=0.7)
+    model.load_state_dict(old, strict=True)
+    assert other.metrics()["target/body"] == scaling.metrics()["target/body"]
+    assert torch.equal(model.body.weight, source.body.weight)
+    assert other.metrics()["norm/body"] == pytest.approx(scaling.metrics()["norm/body"], rel=1e-3)
+
+
+@both
+def test_targets_are_measured_anew_from_loaded_weights(norm):
+    torch.manual_seed(5)
+    other = Net()
+    scaling = apply_norm_scaling(model := net(), norm)
+    before = scaling.metrics()
+    model.load_state_dict(other.state_dict())
+    assert all(scaling.metrics()[key] == value for key, value in before.items() if key.startswith("target"))
+    scaling.retarget()
+    kind = "fro" if norm == "frobenius" else 2
+    exact = torch.linalg.matrix_norm(other.body.weight.detach().double(), kind).item()
+    assert scaling.metrics()["target/body"] == pytest.approx(exact, rel=1e-5)
+    assert scaling.metrics()["excess/body"] == pytest.approx(0, abs=1e-5)
+    for weight in scaling.weights:
+        assert weight.scaling.target != pytest.approx(before[f"target/{weight.name}"], rel=1e-5)
+
+
+@both
+def test_safetensors_and_timm_read_what_was_trained(norm, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    scaling = apply_norm_scaling(model, norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    optimizer.step()
+    save_file(scaling.plain_state_dict(), tmp_path / "model.safetensors")
+    torch.save(scaling.plain_state_dict(), tmp_path / "model.pth")
+    for name in ("model.safetensors", "model.pth"):
+        other = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3, checkpoint_path=str(tmp_path / name)
+        )
+        assert all(torch.equal(v, scaling.plain_state_dict()[k]) for k, v in other.state_dict().items())
+    loaded = apply_norm_scaling(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3), norm)
+    loaded._model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    assert torch.equal(loaded._model.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+
+
+@both
+def test_from_the_meta_device_by_way_of_memory_and_values(norm):
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(
+        ValueError, match=r"on the meta device and holds no numbers; give the model memory \(to_empty\)"
+    ):
+        apply_norm_scaling(model, norm)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    scaling = apply_norm_scaling(model, norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    train(model, optimizer, scaling)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "convnext_atto"])
+def test_timms_parameter_groups_are_those_of_the_plain_model(name):
+    model = timm.create_model(name)
+    rules = [
+        partial(param_groups_weight_decay, no_weight_decay_list=_no_decay(model)),
+        partial(param_groups_layer_decay, no_weight_decay_list=_no_decay(model)),
+    ]
+
+    def groups():
+        return [
+            {id(p): (group["weight_decay"], group.get("lr_scale")) for group in rule(model) for p in group["params"]}
+            for rule in rules
+        ]
+
+    plain = groups()
+    apply_norm_scaling(model, "frobenius")
+    assert groups() == plain
+
+
+def _no_decay(model):
+    return model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
