@@ -281,11 +281,15 @@ class NormScaler:
         """The model's state dict under its plain names, in its plain order, without the scaling's buffers."""
         return plain_state_dict(self._model)
 
-    def remove(self) -> nn.Module:
-        """Let the optimizers go and return the model, plain again: the same parameters under their plain names."""
+    def detach(self) -> None:
+        """Let the optimizers go; the model stays as it is, and its weights keep their state."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def remove(self) -> nn.Module:
+        """Let the optimizers go and return the model, plain again: the same parameters under their plain names."""
+        self.detach()
         for weight in self.weights:
             unregister(weight.module, weight.tensor)
         return self._model

@@ -450,3 +450,48 @@ def test_timms_parameter_groups_are_those_of_the_plain_model(name):
 
 def _no_decay(model):
     return model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+
+
+SCRIPT = """
+import timm, torch
+
+torch.manual_seed(0)
+model = timm.create_model("{name}", num_classes=10, checkpoint_path="{start}"{options})
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+{scale}
+for step in range(20):
+    images, labels = torch.randn(4, 3, 64, 64), torch.randint(10, (4,))
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+{plain}
+torch.save(model.state_dict(), "{end}")
+"""
+
+
+@both
+@pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("vit_tiny_patch16_224", {"img_size": 64})])
+def test_two_lines_in_a_fine_tuning_script_and_plain_timm_reads_its_weights(name, options, norm, tmp_path):
+    start, end = tmp_path / "start.pth", tmp_path / "end.pth"
+    before = timm.create_model(name, num_classes=10, **options)
+    torch.save(before.state_dict(), start)
+    names = {
+        "name": name,
+        "options": "".join(f", {key}={value}" for key, value in options.items()),
+        "start": start,
+        "end": end,
+        "scale": f"scaling = apply_norm_scaling(model, {norm!r}).attach(optimizer)",
+        "plain": "scaling.remove()",
+    }
+    exec(SCRIPT.format(**names), {"apply_norm_scaling": apply_norm_scaling})
+    after = timm.create_model(name, num_classes=10, checkpoint_path=str(end), **options)
+    kind = "fro" if norm == "frobenius" else 2
+    targets = {weight.name: weight.scaling.target for weight in apply_norm_scaling(before, norm).weights}
+    for name, module in after.named_modules():
+        if name in targets:
+            assert not torch.equal(module.weight, before.get_submodule(name).weight)
+            matrices = module.weight.detach().flatten(1).unflatten(0, (len(targets[name]), -1))
+            norms = torch.linalg.matrix_norm(matrices, kind)
+            # Under spectral scaling the second singular value may lie above the target.
+            assert (norms >= (1 - 1e-3) * targets[name]).all()
+            assert norm == "spectral" or (norms <= (1 + 1e-3) * targets[name]).all()

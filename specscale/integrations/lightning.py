@@ -4,7 +4,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from specscale.integrations import let_go
 from specscale.scaler import NormScaler
 
 
@@ -28,7 +27,9 @@ class NormScalingCallback(Callback):
         Raises:
             ValueError: the module has no scaled weight, no optimizer owns one, or one of them is attached already.
         """
-        let_go(self.scaling)
+        # The earlier run's optimizers may come back, and are not to be scaled twice.
+        if self.scaling is not None:
+            self.scaling.detach()
         self.scaling = self._given or NormScaler.of(pl_module)
         owners = [optimizer for optimizer in trainer.optimizers if self.scaling._owned(optimizer)]
         if not owners:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from specscale.integrations import let_go
 from specscale.scaler import NormScaler
 
 
@@ -35,7 +34,9 @@ class NormScalingCallback(TrainerCallback):
             ValueError: the model has no scaled weight, or one that the trainer could not save; the optimizer owns
                 none, or is attached already.
         """
-        let_go(self.scaling)
+        # The earlier run's optimizer may come back, and is not to be scaled twice.
+        if self.scaling is not None:
+            self.scaling.detach()
         self.scaling = self._given or NormScaler.of(model)
         if args.save_strategy != "no":
             _refuse_shared(self.scaling, model)
