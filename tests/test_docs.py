@@ -1,5 +1,7 @@
-"""Every block of Python in the README and the docs runs, a page's blocks one after another."""
+"""What the README and the docs say: every block of Python runs, and every test that is named is there."""
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,23 @@ PAGES = [page for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_blocks_run(page):
+def test_the_blocks_run(page, tmp_path, monkeypatch):
+    """A page's blocks one after another."""
+    monkeypatch.chdir(tmp_path)
     names = {}
     for block in page.read_text().split("```python\n")[1:]:
         exec(block.split("```")[0], names)
+
+
+def test_each_cell_of_the_support_matrix_is_a_test_for_that_norm():
+    tests = {
+        node.name
+        for path in ROOT.glob("tests/test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and "norm" in {argument.arg for argument in node.args.args}
+    }
+    rows = re.findall(r"`(\w+) and frobenius` \| `(\w+) and spectral` \|", (ROOT / "README.md").read_text())
+    assert rows
+    for frobenius, spectral in rows:
+        assert frobenius == spectral
+        assert frobenius in tests
