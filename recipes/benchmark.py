@@ -339,9 +339,10 @@ def main(options: SolverOptions | StepOptions) -> None:
     model = options.preset if options.width is None else f"{options.preset}-width-{options.width}"
     name = f"{kind}-{model}-{options.optimizer}-{options.lr:g}"
     options.out.mkdir(parents=True, exist_ok=True)
-    said = json.loads(json.dumps(asdict(options), default=str))
-    write_atomically(options.out / f"{name}.json", json.dumps(said | provenance() | found, indent=2))
     data = "noise" if options.data_root is None else "CIFAR-100"
+    said = {key: value for key, value in asdict(options).items() if key not in ("data_root", "out")}
+    facts = {"benchmark": kind, "data": data} | said | provenance()
+    write_atomically(options.out / f"{name}.json", json.dumps(facts | found, indent=2))
     title = f"{model}, {data}, {options.optimizer} {options.lr:g}, batch {options.batch_size}"
     draw(kind, table, title, options.out / f"{name}.png")
     extra = "".join(f"\n{key}: {value:.1e}\n" for key, value in found.items() if isinstance(value, float))

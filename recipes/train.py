@@ -163,7 +163,9 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
         targets = {key.removeprefix("target/"): value for key, value in metrics.items() if key.startswith("target/")}
         times = {key: statistics.median(e[key] for e in history) for key in ("time/step_ms", "time/scaling_ms")}
         final = {key: value for key, value in history[-1].items() if not key.startswith("time/")}
-        write_atomically(folder / "summary.json", json.dumps(final | {"targets": targets} | times, indent=2))
+        made_by = provenance() | {"processes": ranks.world}
+        summary = final | {"targets": targets} | times | {"provenance": made_by}
+        write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
         wandb_run.finish()
 
 
