@@ -90,7 +90,7 @@ class TwoSteps(torch.optim.Optimizer):
 OPTIMIZERS = {
     "foreach": partial(torch.optim.AdamW, lr=1e-2, foreach=True),
     "fused": partial(torch.optim.AdamW, lr=1e-2, fused=True),
-    "capturable": partial(torch.optim.RMSprop, lr=1e-3),
+    "rmsprop": partial(torch.optim.RMSprop, lr=1e-3),
     "nadam": partial(torch.optim.NAdam, lr=1e-2),
     "schedule-free": partial(schedulefree.AdamWScheduleFree, lr=1e-2),
 }

@@ -1,0 +1,93 @@
+"""What an error looks like: the page of the docs quotes each refusal as it is."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from timm.optim import Lookahead
+from torch import nn
+from torch.nn.utils import prune
+
+from specscale import LayerRule, MatrixView, NormScaler, apply_norm_scaling
+
+PAGE = " ".join((Path(__file__).parent.parent / "docs" / "errors.md").read_text().split())
+
+
+def net(**options):
+    """Layers called `encoder.0`, `encoder.2` and `head`."""
+    model = nn.Module()
+    model.encoder = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model.head = nn.Linear(8, 3, **options)
+    return model
+
+
+def broken():
+    model = net()
+    model.head.weight.data[0, 0] = torch.nan
+    return model
+
+
+def pruned():
+    model = net()
+    prune.l1_unstructured(model.head, "weight", 0.5)
+    return model
+
+
+def scaled():
+    model = net()
+    return model, apply_norm_scaling(model)
+
+
+def attach(wrap, parameters=None):
+    model, scaling = scaled()
+    scaling.attach(wrap(torch.optim.SGD(parameters or model.parameters(), lr=0.1)))
+
+
+def attach_twice():
+    model, scaling = scaled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer).attach(optimizer)
+
+
+def step_from_bad_weights():
+    model, scaling = scaled()
+    model.head.weight.data.fill_(torch.inf)
+    scaling.step()
+
+
+CASES = {
+    "no module": lambda: apply_norm_scaling([net()]),
+    "unknown norm": lambda: apply_norm_scaling(net(), "nuclear"),
+    "unknown solver": lambda: apply_norm_scaling(net(), solver="qr"),
+    "unknown target": lambda: apply_norm_scaling(net(), target="final"),
+    "negative target": lambda: apply_norm_scaling(net(), target=-1.0),
+    "features without an input": lambda: apply_norm_scaling(net(), target="features"),
+    "pattern": lambda: apply_norm_scaling(net(), exclude="heads"),
+    "nothing left": lambda: apply_norm_scaling(net(), exclude="*"),
+    "rule for a tensor": lambda: apply_norm_scaling(net(), rules=LayerRule(nn.Linear, {"kernel": MatrixView("o i")})),
+    "rule for a shape": lambda: apply_norm_scaling(net(), rules=LayerRule(nn.Linear, {"weight": MatrixView("o i w")})),
+    "view": lambda: MatrixView("o i", count=2),
+    "scaled already": lambda: apply_norm_scaling(scaled()[0]),
+    "computed": lambda: apply_norm_scaling(pruned()),
+    "lazy": lambda: apply_norm_scaling(nn.Sequential(nn.LazyLinear(3))),
+    "meta": lambda: apply_norm_scaling(net(device="meta")),
+    "not finite": lambda: apply_norm_scaling(broken()),
+    "no scaled weight": lambda: NormScaler.of(net()),
+    "no optimizer": lambda: attach(lambda optimizer: optimizer.state),
+    "no hooks": lambda: attach(Lookahead),
+    "foreign optimizer": lambda: attach(lambda optimizer: optimizer, net().parameters()),
+    "attached already": attach_twice,
+    "a step from bad weights": step_from_bad_weights,
+}
+
+
+@pytest.mark.parametrize("call", CASES.values(), ids=CASES)
+def test_the_page_quotes_the_error(call):
+    with pytest.raises((TypeError, ValueError)) as found:
+        call()
+    assert f"{type(found.value).__name__}: {found.value}" in PAGE
+
+
+def test_the_page_quotes_no_error_twice_and_none_that_is_not_tested():
+    assert len(re.findall(r"(TypeError|ValueError|NonFiniteWeightError): ", PAGE)) == len(CASES)
