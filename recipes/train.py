@@ -20,6 +20,7 @@ from data import Data, Prepare, load, test_loader, train_loader
 from logs import WandbRun, as_json, on_terminal, read_lines, say, write_atomically
 from models import build, is_known, left_alone, start
 from presets import HOUSEKEEPING, PRESETS, Config
+from provenance import provenance
 from ranks import Ranks, distribute, join, leave, share_statistics
 from torch import nn
 from tqdm import tqdm
