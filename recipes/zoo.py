@@ -11,6 +11,7 @@ their weights, shapes, and targets by rule.
 
 import gc
 import json
+import resource
 import time
 import warnings
 from collections import defaultdict
@@ -190,6 +191,8 @@ class Options:
     """Larger ones are left for another run."""
     meta_above: float = 5e8
     """The parameters above which an architecture is read on the meta device alone."""
+    max_memory: float = 10e9
+    """Bytes; what asks for more fails, and is not killed."""
     retry: bool = False
     """Do again what failed."""
     num_threads: int | None = None
@@ -282,4 +285,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    chosen = tyro.cli(Options, description=__doc__)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(chosen.max_memory), resource.RLIM_INFINITY))
+    main(chosen)

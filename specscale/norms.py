@@ -38,6 +38,10 @@ class Norm(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def order(self) -> int:
+        """Of the Schatten norm that it is; zero stands for infinity. A checkpoint tells by it what its targets are."""
+
     def workspace(self, m: int, n: int) -> int | None:
         """The numbers that measuring one matrix `(m, n)` works with beside it, where equally shaped weights are worth a
         copy, so as to be measured together; else None."""
@@ -81,6 +85,7 @@ class Frobenius:
     """`W <- W t / ||W||_F`: the Norm Scaling post's Frobenius norm scaling."""
 
     name = "frobenius"
+    order = 2
 
     def workspace(self, m: int, n: int) -> int | None:
         return None
@@ -130,6 +135,7 @@ class Spectral:
 
     solver: Solver
     name = "spectral"
+    order = 0
 
     def workspace(self, m: int, n: int) -> int | None:
         return self.solver.workspace(m, n)

@@ -27,13 +27,14 @@ class NormScaling(nn.Module):
     The weight itself is always on its target, so that forward has nothing to do; `restore_` runs after the step.
 
     Buffers: `target (k,)`, a zero where a matrix is left alone; `norm (k,)`, the norm that is held; `residual (k,)`
-    and `error (k,)`, how far the solver was from it; the solver's own.
+    and `error (k,)`, how far the solver was from it; `order`, which norm it is; the solver's own.
     """
 
     target: Tensor
     norm: Tensor
     residual: Tensor
     error: Tensor
+    order: Tensor
 
     def __init__(self, kind: Norm, view: MatrixView, name: str, plain_order: tuple[str, ...], weight: Tensor) -> None:
         super().__init__()
@@ -52,6 +53,7 @@ class NormScaling(nn.Module):
         for name in MEASURED:
             self.register_buffer(name, getattr(measurement, name).clone())
         self.register_buffer("target", measurement.norm.clone())
+        self.register_buffer("order", torch.tensor(kind.order, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight
@@ -142,7 +144,11 @@ def unregister(module: nn.Module, tensor: str) -> None:
 
 
 def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give a checkpoint what it lacks: a plain one the weight's name, and any the buffers that it does not hold."""
+    """Give a checkpoint what it lacks: a plain one the weight's name, and any the state that this solver goes on from.
+
+    Raises:
+        ValueError: its targets are of another norm.
+    """
     for tensor in module.parametrizations:  # type: ignore[union-attr]
         scaling = scaling_of(module, tensor)
         if scaling is None:
@@ -152,11 +158,21 @@ def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
             state_dict[home + "original"] = state_dict.pop(prefix + tensor)
         if home + "original" not in state_dict:
             continue
-        index = list(module.parametrizations[tensor]).index(scaling)  # type: ignore[union-attr, index]
-        for name, buffer in scaling.named_buffers():
-            if f"{home}{index}.{name}" not in state_dict:
-                state_dict[f"{home}{index}.{name}"] = buffer
-                scaling._holds_loaded_weight = True
+        home += f"{list(module.parametrizations[tensor]).index(scaling)}."  # type: ignore[union-attr, index]
+        own = dict(scaling.named_buffers())
+        held = {key.removeprefix(home): value for key, value in state_dict.items() if key.startswith(home)}
+        if int(held.get("order", scaling.order)) != int(scaling.order):
+            raise ValueError(
+                f"load_state_dict: the checkpoint's target of {scaling.name!r} is not of the {scaling.kind.name} norm; "
+                "apply_norm_scaling with the other norm before loading, or load a plain state dict"
+            )
+        solved = {name: buffer.shape for name, buffer in own.items() if name != "target"}
+        if solved != {name: value.shape for name, value in held.items() if name != "target"}:
+            for name in held.keys() - {"target"}:
+                del state_dict[home + name]
+            for name, buffer in own.items():
+                state_dict.setdefault(home + name, buffer)
+            scaling._holds_loaded_weight = True
 
 
 def _solve_missing(module: nn.Module, _: Any) -> None:

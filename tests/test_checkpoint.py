@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from specscale import NormScaler, apply_norm_scaling
+from specscale import Block, NormScaler, apply_norm_scaling
 
 
 def model():
@@ -39,6 +39,37 @@ def test_a_plain_checkpoint_loads_and_a_plain_state_dict_comes_out(norm):
     out = scaling.plain_state_dict()
     assert list(out) == list(plain.state_dict())
     model().load_state_dict(out)
+
+
+@pytest.mark.parametrize("solver", ["svd", "power", Block(width=8)], ids=str)
+def test_a_checkpoint_of_another_solver_keeps_its_targets_and_is_solved_anew(solver):
+    scaling = apply_norm_scaling(source := wide(), target=0.3)
+    scaling.step()
+    other = apply_norm_scaling(scaled := wide(), init="orthogonal", solver=solver)
+    for here, there in ((scaled, source), (source, scaled)):
+        here.load_state_dict(there.state_dict())
+        assert torch.equal(here[0].weight, there[0].weight)
+    for handle in (scaling, other):
+        handle.step()
+        matrix = handle.weights[0].parameter.detach().double()
+        assert handle.metrics()["target/0"] == pytest.approx(0.3)
+        assert (torch.linalg.svdvals(matrix) / 0.3 - 1).abs().min() < 1e-3
+
+
+def wide():
+    return nn.Sequential(nn.Linear(90, 80))
+
+
+@pytest.mark.parametrize(("norm", "other"), [("frobenius", "spectral"), ("spectral", "frobenius")])
+def test_a_checkpoint_of_another_norm_is_refused(norm, other):
+    apply_norm_scaling(source := model(), norm)
+    apply_norm_scaling(scaled := model(), other)
+    before = copy.deepcopy(scaled.state_dict())
+    with pytest.raises(
+        ValueError, match=rf"load_state_dict: the checkpoint's target of '0' is not of the {other} norm"
+    ):
+        scaled.load_state_dict(source.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in scaled.state_dict().items())
 
 
 def test_a_copy_is_scaled_on_its_own():

@@ -56,6 +56,11 @@ def step_from_bad_weights():
     scaling.step()
 
 
+def load_another_norm():
+    apply_norm_scaling(source := net(), "frobenius")
+    scaled()[0].load_state_dict(source.state_dict())
+
+
 CASES = {
     "no module": lambda: apply_norm_scaling([net()]),
     "unknown norm": lambda: apply_norm_scaling(net(), "nuclear"),
@@ -73,6 +78,7 @@ CASES = {
     "lazy": lambda: apply_norm_scaling(nn.Sequential(nn.LazyLinear(3))),
     "meta": lambda: apply_norm_scaling(net(device="meta")),
     "not finite": lambda: apply_norm_scaling(broken()),
+    "another norm's checkpoint": load_another_norm,
     "no scaled weight": lambda: NormScaler.of(net()),
     "no optimizer": lambda: attach(lambda optimizer: optimizer.state),
     "no hooks": lambda: attach(Lookahead),
