@@ -71,6 +71,10 @@ class Mismatch(Exception):
     """A weight whose norm is not what it must be, by name."""
 
 
+class NotBuilt(Exception):
+    """An architecture that its own package does not build, and why."""
+
+
 def exact_norms(matrices: Tensor) -> Tensor:
     """The spectral norm of each of `matrices (k, m, n)`, in float64."""
     matrices = matrices.detach().double()
@@ -194,7 +198,7 @@ class Options:
     max_memory: float = 10e9
     """Bytes; what asks for more fails, and is not killed."""
     retry: bool = False
-    """Do again what failed."""
+    """Do again what failed or was not built."""
     num_threads: int | None = None
     """Threads of torch on the CPU; None leaves torch's choice."""
     out: Path = Path("runs/zoo")
@@ -203,7 +207,7 @@ class Options:
 
 def one(build: Callable[[], nn.Module], options: Options) -> dict[str, Any] | None:
     """What is found about one architecture; None if it is too large for this run."""
-    model = on_meta(build) or build()
+    model = on_meta(build) or for_real(build)
     params = sum(parameter.numel() for parameter in model.parameters())
     is_large = params > options.meta_above
     if params > options.max_params and not is_large:
@@ -213,7 +217,7 @@ def one(build: Callable[[], nn.Module], options: Options) -> dict[str, Any] | No
     if is_large:
         return facts | read_on_meta(model)
     torch.manual_seed(0)
-    return facts | check(build())
+    return facts | check(for_real(build))
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
@@ -225,12 +229,24 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
         return None
 
 
+def for_real(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model.
+
+    Raises:
+        NotBuilt: what building it raises.
+    """
+    try:
+        return build()
+    except Exception as error:
+        raise NotBuilt(f"{type(error).__name__}: {error}") from error
+
+
 def sweep(options: Options) -> list[dict[str, Any]]:
     """The lines of all architectures that are done."""
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "zoo.jsonl"
     lines = {(line["registry"], line["name"]): line for line in read_lines(path)}
-    done = {key for key, line in lines.items() if not (options.retry and "failed" in line)}
+    done = {key for key, line in lines.items() if not (options.retry and "weights" not in line)}
     builders = {
         (registry, name): build
         for registry in options.registries
@@ -244,6 +260,8 @@ def sweep(options: Options) -> list[dict[str, Any]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = one(build, options)
+        except NotBuilt as error:
+            found = {"not built": f"{error}".splitlines()[0][:300]}
         except Exception as error:
             found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         if found is None:
@@ -261,19 +279,24 @@ def table(lines: list[dict[str, Any]]) -> str:
     by_registry: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         by_registry[line["registry"]].append(line)
-    header = ["registry", "families", "architectures", "for real", "on meta", "failed", "weights", "matrices"]
-    header += ["worst initial target", "worst step, spectral", "worst step, Frobenius"]
+    header = ["registry", "families", "architectures", "for real", "on meta", "failed", "not built"]
+    header += ["weights", "matrices", "worst initial target", "worst step, spectral", "worst step, Frobenius"]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for registry, own in by_registry.items():
-        passed = [line for line in own if "failed" not in line]
+        passed = [line for line in own if "weights" in line]
         real = [line for line in passed if not line["on meta"]]
         counts = [len({line["family"] for line in passed}), len(own), len(real), len(passed) - len(real)]
-        counts += [len(own) - len(passed), *(sum(line[key] for line in passed) for key in ("weights", "matrices"))]
+        counts += [sum(kind in line for line in own) for kind in ("failed", "not built")]
+        counts += [sum(line[key] for line in passed) for key in ("weights", "matrices")]
         keys = ("initial target, spectral", "after a step, spectral", "after a step, frobenius")
         errors = [f"{max((line[key] for line in real), default=0):.1e}" for key in keys]
         rows.append([registry, *(f"{count:,}" for count in counts), *errors])
-    failures = [f"- {line['registry']}, {line['name']}: {line['failed']}\n" for line in lines if "failed" in line]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + ("\n" + "".join(failures) if failures else "")
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    for kind in ("failed", "not built"):
+        if named := [line for line in lines if kind in line]:
+            text += f"\n{kind.capitalize()}:\n\n"
+            text += "".join(f"- {line['registry']}, `{line['name']}`: {line[kind]}\n" for line in named)
+    return text
 
 
 def main(options: Options) -> None:
