@@ -38,8 +38,8 @@ def apply_norm_scaling(
     """Put the weights of a model under norm scaling, in place, and return the handle.
 
     Args:
-        module: any model; its linear, convolution and attention weights that require gradients, and those that
-            `rules` add, are scaled.
+        module: any model; its linear, convolution, attention and recurrent weights that require gradients, and
+            those that `rules` add, are scaled.
         norm: `"spectral"` or `"frobenius"`.
         init: None keeps the weights; `"orthogonal"` overwrites them by `gain` times orthogonal matrices.
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,

@@ -47,7 +47,7 @@ def orthogonal_init_(
     """Overwrite the weights of a model, in place, by gain times (semi-)orthogonal matrices.
 
     Args:
-        module: the model; its linear, convolution and attention weights that require gradients are overwritten.
+        module: the model; the weights that `apply_norm_scaling` would scale are overwritten.
         gain: `"channels"`, `"features"`, `"matrix"`, a number, or a function `(name, module) -> float`.
         include: shell patterns on module names, each taking everything below the modules that it matches, or
             predicates `(name, module) -> bool`; None means all.

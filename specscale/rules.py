@@ -42,6 +42,19 @@ def _grouped(axes: str) -> Callable[[nn.Module], Views]:
     return lambda module: {"weight": MatrixView(axes, module.groups)}  # type: ignore[arg-type]
 
 
+def _gates(module: nn.Module) -> Views:
+    """Each gate of a recurrent layer or cell has a matrix of its own; an LSTM's projection is one."""
+    hidden_size: int = module.hidden_size  # type: ignore[assignment]
+    layers = range(getattr(module, "num_layers", 1))
+    ends = ["", *(f"_l{layer}{way}" for layer in layers for way in ("", "_reverse"))]
+    views = {}
+    for name in (f"weight_{kind}{end}" for end in ends for kind in ("ih", "hh", "hr")):
+        if hasattr(module, name):
+            count = 1 if "_hr" in name else len(getattr(module, name)) // hidden_size
+            views[name] = MatrixView("(k o) i", count)
+    return views
+
+
 def _is_fused(ending: str, count: int) -> Callable[[str, nn.Module], bool]:
     """Whether a linear layer is several projections in one, by the name that it has in most transformers."""
     return lambda name, module: (
@@ -90,6 +103,8 @@ BUILT_IN = [
             "v_proj_weight": MatrixView("o i"),
         },
     ),
+    LayerRule(nn.RNNBase, _gates),
+    LayerRule(nn.RNNCellBase, _gates),
     LayerRule(_is_fused_transposed_linear, {"weight": MatrixView("i (k o)", 3)}),
     LayerRule(_is_transposed_linear, {"weight": MatrixView("i o")}),
     LayerRule(_is_experts, _experts),

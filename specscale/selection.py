@@ -168,7 +168,7 @@ def select(
     if not chosen:
         raise ValueError(
             f"{call}: no weight of {type(module).__name__} is selected; it has {len(weights)} that could be scaled "
-            "(linear, convolution and attention weights, and what rules add), "
+            "(linear, convolution, attention and recurrent weights, and what rules add), "
             "of which include, exclude and requires_grad leave none"
         )
     return chosen

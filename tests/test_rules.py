@@ -80,6 +80,47 @@ def test_fused_projections_are_matrices_of_their_own():
     assert norms(model) == {"qkv": (8, 8), "to_kv": (8, 8), "skv": (20, 8)}
 
 
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (
+            lambda: nn.LSTM(6, 8, num_layers=2, bidirectional=True, proj_size=5),
+            {
+                f"weight_{kind}_l{layer}{way}"
+                for kind in ("ih", "hh", "hr")
+                for layer in (0, 1)
+                for way in ("", "_reverse")
+            },
+        ),
+        (lambda: nn.GRU(6, 8), {"weight_ih_l0", "weight_hh_l0"}),
+        (lambda: nn.RNN(6, 8), {"weight_ih_l0", "weight_hh_l0"}),
+        (lambda: nn.LSTMCell(6, 8), {"weight_ih", "weight_hh"}),
+    ],
+    ids=["LSTM", "GRU", "RNN", "LSTMCell"],
+)
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_each_gate_of_a_recurrent_layer_is_held_and_the_layer_sees_it(make, expected):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(3, 6)
+    scaling = apply_norm_scaling(model, init="orthogonal")
+    assert {weight.name for weight in scaling.weights} == expected
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scaling.attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x)[0].square().sum().backward()
+        optimizer.step()
+        for weight in scaling.weights:
+            gates = weight.parameter.detach().unflatten(0, (weight.scaling.view.count, -1))
+            values = torch.linalg.svdvals(gates)
+            assert ((values / weight.scaling.target[:, None] - 1).abs().amin(-1) < 1e-4).all()
+            assert values.shape[0] == (1 if "hr" in weight.name else len(weight.parameter) // 8)
+    trained = model(x)[0]
+    (plain := make()).load_state_dict(scaling.plain_state_dict())
+    torch.testing.assert_close(plain(x)[0], trained)
+    torch.testing.assert_close(scaling.remove().double()(x.double())[0].float(), trained)
+
+
 def test_the_transposed_layers_of_gpt2():
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=8)
     model = transformers.GPT2LMHeadModel(config)
