@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from einops import rearrange
 from torch import Tensor
@@ -33,7 +34,7 @@ class MatrixView:
         if self.count < 1 or (self.count > 1 and "k" not in self._names):
             raise ValueError(f"{self}: count must be 1, or axes must say by k where the matrices are, as in '(k o) i'")
 
-    @property
+    @cached_property
     def _names(self) -> list[str]:
         return self.axes.replace("(", " ").replace(")", " ").split()
 
