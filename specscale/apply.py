@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from specscale.errors import one_of, refuse_non_finite
 from specscale.initialization import write_orthogonal_
@@ -45,8 +46,8 @@ def apply_norm_scaling(
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
             `"features"` or `"matrix"` (the norm of an orthogonal matrix with that gain); the norm itself as a number,
             or as a function `(name, module) -> float`.
-        include: shell patterns on module names, each taking everything below the modules that it matches, or
-            predicates `(name, module) -> bool`; None means all.
+        include: shell patterns on module names, each taking everything below the modules that it matches, types of
+            layers, or predicates `(name, module) -> bool`; None means all.
         exclude: likewise, what to leave alone.
         rules: which tensors of other layers are weights too, and as which matrices; they come before the built-in ones.
         solver: of the spectral norm: `"block"`, `"power"`, `"svd"`, or an instance such as `Block(width=8)`.
@@ -62,7 +63,7 @@ def apply_norm_scaling(
         TypeError: `module` is no module, or an option has a wrong type.
         ValueError: an unknown name, a pattern that matches nothing, a rule that does not fit a layer, no weight
             selected, a gain or target that is not finite and positive, a weight that is scaled already, computed from
-            others or not finite. The model is then as it was.
+            others, sharded or not finite, a model under DistributedDataParallel. The model is then as it was.
     """
     kind = _kind(norm, solver)
     if init not in (None, "orthogonal"):
@@ -73,6 +74,7 @@ def apply_norm_scaling(
     target = "initial" if target is None else target
     check_rule(CALL, "target", target, ("initial", *GAINS))
     weights = select(CALL, module, include, exclude, rules)
+    _refuse_wrapped(module)
     _refuse_scaled(weights)
     refuse_computed(CALL, weights)
     targets = None
@@ -119,6 +121,14 @@ def _kind(norm: str, solver: str | Solver) -> Norm:
     elif not isinstance(solver, Block | Power | SVD):
         raise TypeError(f"{CALL}: solver must be a name or a Block, Power or SVD, found {type(solver).__name__}")
     return Spectral(solver) if norm == "spectral" else Frobenius()
+
+
+def _refuse_wrapped(module: nn.Module) -> None:
+    if any(isinstance(child, DistributedDataParallel) for child in module.modules()):
+        raise ValueError(
+            f"{CALL}: the model is under DistributedDataParallel already, which would wait for the parameters by their "
+            "old names; scale the model first, then wrap it"
+        )
 
 
 def _refuse_scaled(weights: list[Weight]) -> None:

@@ -49,8 +49,8 @@ def orthogonal_init_(
     Args:
         module: the model; the weights that `apply_norm_scaling` would scale are overwritten.
         gain: `"channels"`, `"features"`, `"matrix"`, a number, or a function `(name, module) -> float`.
-        include: shell patterns on module names, each taking everything below the modules that it matches, or
-            predicates `(name, module) -> bool`; None means all.
+        include: shell patterns on module names, each taking everything below the modules that it matches, types of
+            layers, or predicates `(name, module) -> bool`; None means all.
         exclude: likewise, what to leave alone.
         rules: which tensors of other layers are weights too, and as which matrices; they come before the built-in ones.
         example_input: for `"features"`, a batch that the model can be called with.

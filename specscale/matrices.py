@@ -13,7 +13,7 @@ class MatrixView:
     """A weight tensor read as a batch of `count` matrices, one row per output.
 
     `axes` names the tensor's axes in einops' notation: `o` is the outputs, `i` the inputs, `k`, if it is there, counts
-    the matrices; all axes but `k` and `o` together are the columns.
+    the matrices. All axes but `k` and `o` together are the columns; a gain by channels goes by `o` and `i`.
 
     >>> MatrixView("o i")                      # a linear layer: one matrix (o, i)
     >>> MatrixView("(k o) i", count=3)         # a fused qkv: three matrices
@@ -22,13 +22,17 @@ class MatrixView:
     >>> MatrixView("k i o", count=8)           # eight experts, stacked and transposed
 
     Raises:
-        ValueError: `axes` has no `o`, `count` is less than 1, or it is more than 1 and `axes` has no `k`.
+        ValueError: `axes` does not name each axis once, or has no `o`; `count` is less than 1, or more than 1 where
+            `axes` has no `k`.
     """
 
     axes: str
     count: int = 1
 
     def __post_init__(self) -> None:
+        names = self._names
+        if len(set(names)) < len(names) or not all(map(str.isidentifier, names)) or not _is_balanced(self.axes):
+            raise ValueError(f"{self}: axes must name each axis once, as in 'o i' or '(k o) i h w'")
         if "o" not in self._names:
             raise ValueError(f"{self}: axes must name the outputs o, as in 'o i' or '(k o) i h w'")
         if self.count < 1 or (self.count > 1 and "k" not in self._names):
@@ -66,6 +70,13 @@ class MatrixView:
         split.copy_(matrices.reshape(split.shape))
 
     def channels(self, weight: Tensor) -> tuple[int, int]:
-        """`(d_out, d_in)` of one matrix: its output and input channels, without the kernel's extent."""
-        shape = self.split(weight).shape
-        return shape[1], shape[2]
+        """`(d_out, d_in)` of one matrix: the lengths of `o` and `i`, or all columns where no axis is called `i`."""
+        _, d_out, *columns = self.split(weight).shape
+        names = [name for name in self._names if name not in ("k", "o")]
+        return d_out, columns[names.index("i")] if "i" in names else math.prod(columns)
+
+
+def _is_balanced(axes: str) -> bool:
+    """Whether parentheses open and close in turns."""
+    found = "".join(sign for sign in axes if sign in "()")
+    return found == "()" * (len(found) // 2)

@@ -1,5 +1,6 @@
 """What a scaled weight remembers: a parametrization whose forward is the identity and whose buffers are the state."""
 
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -45,6 +46,7 @@ class NormScaling(nn.Module):
         """The names of the module's own parameters as they were before registering moved this one to the end."""
         self._load_hooks: tuple[RemovableHandle, ...] = ()
         self._holds_loaded_weight = False
+        self._seen: tuple[weakref.ref[Tensor], int] | None = None
         matrices = self.matrices(weight)
         measurement = kind.measure([matrices], kind.cold(matrices, self.seeds(weight)), to_convergence=True)
         self._solver_buffers = tuple(measurement.state)
@@ -78,15 +80,25 @@ class NormScaling(nn.Module):
         """The solver's buffers, by name."""
         return {name: self.get_buffer(name) for name in self._solver_buffers}
 
+    def see(self, weight: Tensor | None) -> None:
+        """Remember that the buffers tell of the weight as it is now; with None, that nobody knows."""
+        self._seen = None if weight is None else (weakref.ref(weight), weight._version)
+
+    def is_behind(self, weight: Tensor) -> bool:
+        """Whether the weight is known to have been written to since the buffers were."""
+        return self._seen is not None and self._seen[0]() is weight and self._seen[1] != weight._version
+
     @torch.no_grad()
     def solve_cold_(self, weight: Tensor) -> None:
         """Forget the solver's state and measure the weight anew, as after loading other weights."""
         fresh = NormScaling(self.kind, self.view, self.name, self.plain_order, weight)
         for name in (*MEASURED, *self._solver_buffers):
             self.get_buffer(name).copy_(fresh.get_buffer(name))
+        self.see(weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.half()` and its like must not round targets and singular vectors: follow the device, not the dtype.
+        self.see(None)
         kept = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -120,6 +132,7 @@ def scalings(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, NormScali
 def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     """Hang the scaling on the module; a plain checkpoint still loads into it."""
     parametrize.register_parametrization(module, tensor, scaling, unsafe=True)
+    scaling.see(module.parametrizations[tensor].original)  # type: ignore[union-attr, index, arg-type]
     scaling._load_hooks = (
         module.register_load_state_dict_pre_hook(_complete),
         module.register_load_state_dict_post_hook(_solve_missing),
@@ -178,6 +191,10 @@ def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
 def _solve_missing(module: nn.Module, _: Any) -> None:
     for tensor in module.parametrizations:  # type: ignore[union-attr]
         scaling = scaling_of(module, tensor)
-        if scaling is not None and scaling._holds_loaded_weight:
+        if scaling is None:
+            continue
+        weight: Tensor = module.parametrizations[tensor].original  # type: ignore[union-attr, index, assignment]
+        scaling.see(weight)
+        if scaling._holds_loaded_weight:
             scaling._holds_loaded_weight = False
-            scaling.solve_cold_(module.parametrizations[tensor].original)  # type: ignore[union-attr, index]
+            scaling.solve_cold_(weight)

@@ -27,7 +27,20 @@ class LayerRule:
     layer: type[nn.Module] | Callable[[str, nn.Module], bool]
     """The type of the layers, subclasses included, or a predicate of a layer's name and the layer."""
     weights: Views | Callable[[nn.Module], Views]
-    """The view of each weight by the tensor's name, or a function of the layer that returns them."""
+    """The view of each weight by the tensor's name, or a function of the layer that returns them.
+
+    Raises:
+        TypeError: `layer` or `weights` is neither.
+    """
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, nn.Module) or not callable(self.layer):
+            raise TypeError(
+                f"LayerRule: layer must be a type of layer, or a predicate (name, module) -> bool, "
+                f"found {type(self.layer).__name__}"
+            )
+        if not callable(self.weights):
+            _check_views(self.weights)
 
     def matches(self, name: str, module: nn.Module) -> bool:
         if isinstance(self.layer, type):
@@ -35,7 +48,17 @@ class LayerRule:
         return self.layer(name, module)
 
     def views(self, module: nn.Module) -> Views:
-        return self.weights(module) if callable(self.weights) else self.weights
+        if not callable(self.weights):
+            return self.weights
+        views = self.weights(module)
+        _check_views(views)
+        return views
+
+
+def _check_views(views: Views) -> None:
+    """Refuse what is no mapping from tensors' names to views."""
+    if not isinstance(views, Mapping) or not all(isinstance(view, MatrixView) for view in views.values()):
+        raise TypeError(f"LayerRule: weights must map tensors' names to MatrixView objects, found {views!r}")
 
 
 def _grouped(axes: str) -> Callable[[nn.Module], Views]:

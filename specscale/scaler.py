@@ -1,6 +1,7 @@
 """The handle of a scaled model: it follows an optimizer, takes the scaling step and reports."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from specscale.errors import non_finite, refuse_non_finite
 from specscale.graphs import Graphs, obstacle, warn
 from specscale.norms import Norm
 from specscale.parametrization import NormScaling, scaling_of, scalings, unregister
+from specscale.selection import refuse_sharded
 from specscale.step import Batch, Member, Readout, measure, restore_
 from specscale.tables import aligned
 
@@ -84,7 +86,8 @@ class NormScaler:
 
         Raises:
             TypeError: `optimizer` is no torch optimizer.
-            ValueError: it would never call a step hook, owns none of the weights, or is attached already.
+            ValueError: it would never call a step hook, owns none of the weights, is attached already, or its weights
+                have been sharded.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"attach: expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
@@ -97,6 +100,7 @@ class NormScaler:
         owned = self._owned(optimizer)
         if not owned:
             raise ValueError(f"attach: {kind} owns none of the scaled weights; build it from this model's parameters")
+        refuse_sharded("attach", owned)
         # Another handle of the same model counts too, hence the look into the optimizer's own list.
         holders = [getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values()]
         taken = {id(w.scaling) for holder in holders if isinstance(holder, NormScaler) for w in holder._weights}
@@ -138,10 +142,10 @@ class NormScaler:
         self._scale([weight for weight in self.weights if weight.parameter.requires_grad], None)
 
     def project(self, model: nn.Module | None = None) -> None:
-        """Put every weight on its target once, wherever it comes from: for a copy of the model that holds an average.
+        """Take one scaling step from vectors that are solved anew: for a copy of the model that holds an average.
 
-        An average of weights (EMA, SWA) is on no target, and one of singular vectors is none: the vectors are solved
-        anew. Frozen weights are projected too.
+        An average of weights (EMA, SWA) is on no target, and one of singular vectors is none. Frozen weights are scaled
+        too.
 
         >>> ema = torch.optim.swa_utils.AveragedModel(model)
         >>> scaling.project(ema)
@@ -182,11 +186,15 @@ class NormScaler:
             if bad := Readout(measured).non_finite():
                 raise non_finite("step", bad, f"no weight was scaled. {CURE}")
             restore_(measured, skip)
+            for weight in weights:
+                weight.scaling.see(weight.parameter)
             return
-        # Elsewhere the host must not wait for the device: it looks back to the step before, which is long done.
-        if self._last is not None and (bad := self._last.non_finite()):
-            raise non_finite("step", bad, f"the last step did not scale it. {CURE}")
         pace = {m.scaling.kind: self._next_pace(m.scaling.kind) for m in members}
+        # Elsewhere the host must not wait for the device: it looks back to the step before, which is long done. An
+        # error is raised once, so that good weights can be loaded and gone on with.
+        last, self._last = self._last, None
+        if last is not None and (bad := last.non_finite()):
+            raise non_finite("step", bad, f"the last step did not scale it. {CURE}")
 
         def take(skip: Tensor | None) -> list[Batch]:
             measured = measure(members, pace)
@@ -198,6 +206,8 @@ class NormScaler:
         # A compiled step keeps the pace that it was compiled with: what changes here would compile it anew.
         if not torch.compiler.is_compiling():
             self._pace, self._last = pace, Readout(measured)
+        for weight in weights:
+            weight.scaling.see(None if torch.compiler.is_compiling() else weight.parameter)
 
     def _next_pace(self, kind: Norm) -> int | None:
         error = None if self._last is None else self._last.worst_error(kind)
@@ -206,6 +216,13 @@ class NormScaler:
     @torch.no_grad()
     def _report(self) -> list[tuple[ScaledWeight, float, float, float, float, float]]:
         """Each weight with its largest norm, largest target, worst excess, worst residual and worst error."""
+        if behind := [weight.name for weight in self.weights if weight.scaling.is_behind(weight.parameter)]:
+            names = ", ".join(map(repr, behind))
+            warnings.warn(
+                f"the weight of {names} has changed since it was last scaled, and what is told of it is of then; "
+                "attach the optimizer that steps it, or call scaling.step() after each of its steps",
+                stacklevel=3,
+            )
         rows = []
         for weight in self.weights:
             scaling = weight.scaling
@@ -222,6 +239,8 @@ class NormScaler:
         low after it. Both are zero where the norm is exact. A tensor that is several matrices reports the largest
         of each. Under spectral scaling the norm is the larger of the target and the solver's second singular value, an
         estimate from below: `audit()` certifies it.
+
+        A warning names the weights that have been changed since they were last scaled.
 
         Raises:
             NonFiniteWeightError: a weight held NaN or infinity at the last step.

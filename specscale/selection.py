@@ -1,8 +1,10 @@
 """Which tensors of a model are weights, and which of them the caller means."""
 
 import fnmatch
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from einops import EinopsError
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from specscale.matrices import MatrixView
 from specscale.parametrization import scaling_of
 from specscale.rules import BUILT_IN, LayerRule
 
-Pattern = str | Callable[[str, nn.Module], bool]
+Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Iterable[Pattern] | None
 
 
@@ -74,10 +76,12 @@ def scalable(call: str, module: nn.Module, rules: Iterable[LayerRule] = ()) -> I
 
     A tensor under several names comes once.
     """
-    rules = [*rules, *BUILT_IN]
+    own = list(rules)
+    unused = list(own)
     seen: dict[int, Tensor] = {}
     for name, child in module.named_modules():
-        rule = next((rule for rule in rules if rule.matches(name, child)), None)
+        rule = next((rule for rule in (*own, *BUILT_IN) if rule.matches(name, child)), None)
+        unused = [one for one in unused if one is not rule]
         views = rule.views(child) if rule is not None else {}
         found = [one for tensor, view in views.items() if (one := _weight(call, name, child, tensor, view))]
         new = [weight for weight in found if id(weight.parameter) not in seen]
@@ -85,6 +89,9 @@ def scalable(call: str, module: nn.Module, rules: Iterable[LayerRule] = ()) -> I
         for weight in new:
             full = name if name and len(new) == 1 else f"{name}.{weight.tensor}".lstrip(".")
             yield replace(weight, name=full)
+    if unused:
+        layer = getattr(unused[0].layer, "__name__", repr(unused[0].layer))
+        raise ValueError(f"{call}: the rule for {layer} matches no layer of {type(module).__name__}")
 
 
 def _chain(name: str) -> list[str]:
@@ -94,17 +101,17 @@ def _chain(name: str) -> list[str]:
 
 
 def _matcher(call: str, option: str, patterns: Patterns, names: Iterable[str]) -> Callable[[str, nn.Module], bool]:
-    """Whether a module, or one that it lies in, has a name that a pattern matches; predicates see the module alone."""
+    """Whether a module, or one that it lies in, has a name that a pattern matches; else the module alone is seen."""
     if patterns is None:
         patterns = []
     elif isinstance(patterns, str) or not isinstance(patterns, Iterable):
         patterns = [patterns]
     patterns, names = list(patterns), list(names)
     for pattern in patterns:
-        if not isinstance(pattern, str) and not callable(pattern):
+        if isinstance(pattern, nn.Module) or not (isinstance(pattern, str) or callable(pattern)):
             raise TypeError(
-                f"{call}: {option} takes shell patterns on module names, or predicates (name, module) -> bool, "
-                f"found {type(pattern).__name__}"
+                f"{call}: {option} takes shell patterns on module names, types of layers, or predicates "
+                f"(name, module) -> bool, found {type(pattern).__name__}"
             )
         if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise ValueError(
@@ -112,15 +119,12 @@ def _matcher(call: str, option: str, patterns: Patterns, names: Iterable[str]) -
                 f"the nearest names are {nearest(pattern, names)}"
             )
 
-    def matches(name: str, module: nn.Module) -> bool:
-        return any(
-            any(fnmatch.fnmatchcase(one, pattern) for one in _chain(name))
-            if isinstance(pattern, str)
-            else pattern(name, module)
-            for pattern in patterns
-        )
+    def matches(name: str, module: nn.Module, pattern: Pattern) -> bool:
+        if isinstance(pattern, str):
+            return any(fnmatch.fnmatchcase(one, pattern) for one in _chain(name))
+        return isinstance(module, pattern) if isinstance(pattern, type) else pattern(name, module)
 
-    return matches
+    return lambda name, module: any(matches(name, module, pattern) for pattern in patterns)
 
 
 def select(
@@ -135,9 +139,10 @@ def select(
     A pattern that matches a module takes everything below it too.
 
     Raises:
-        TypeError: `module` is no module, a pattern is neither a string nor callable, or a rule is no `LayerRule`.
-        ValueError: a pattern matches nothing, a rule does not fit a layer, no weight is left, or one holds no numbers
-            yet.
+        TypeError: `module` is no module, a pattern is neither a string, a type nor a predicate, or a rule is no
+            `LayerRule`.
+        ValueError: a pattern or a rule matches nothing, a rule does not fit a layer, no weight is left, or one holds no
+            numbers yet or is sharded.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"{call}: expected a torch.nn.Module, found {type(module).__name__}")
@@ -165,6 +170,7 @@ def select(
                 f"{call}: the weight of {weight.name!r} is on the meta device and holds no numbers; "
                 "give the model memory (to_empty) and values first"
             )
+    refuse_sharded(call, chosen)
     if not chosen:
         raise ValueError(
             f"{call}: no weight of {type(module).__name__} is selected; it has {len(weights)} that could be scaled "
@@ -172,6 +178,25 @@ def select(
             "of which include, exclude and requires_grad leave none"
         )
     return chosen
+
+
+class Named(Protocol):
+    """A weight of a model, by name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parameter(self) -> Tensor: ...
+
+
+def refuse_sharded(call: str, weights: Iterable[Named]) -> None:
+    """Refuse weights of which this process holds a part."""
+    # Whoever shards has imported it.
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    for weight in weights:
+        if isinstance(weight.parameter, sharded):
+            raise ValueError(f"{call}: the weight of {weight.name!r} is sharded (a DTensor), which is not supported")
 
 
 def refuse_computed(call: str, weights: Iterable[Weight]) -> None:

@@ -115,6 +115,6 @@ class Readout:
             dict.fromkeys(n for n, norm in zip(self._names, self._read()[0], strict=True) if not isfinite(norm))
         )
 
-    def worst_error(self, kind: Norm) -> float:
-        """The largest error among the weights of a kind."""
-        return max(e for k, e in zip(self._kinds, self._read()[1], strict=True) if k == kind)
+    def worst_error(self, kind: Norm) -> float | None:
+        """The largest error among the weights of a kind; None where there was none of it."""
+        return max((e for k, e in zip(self._kinds, self._read()[1], strict=True) if k == kind), default=None)

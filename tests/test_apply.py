@@ -110,6 +110,8 @@ def test_patterns_and_predicates():
     assert [w.name for w in apply_norm_scaling(small(), exclude=["2"])._weights] == ["0"]
     narrow = apply_norm_scaling(small(), include=lambda name, module: module.out_features == 3)
     assert [w.name for w in narrow._weights] == ["2"]
+    mixed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 3))
+    assert [w.name for w in apply_norm_scaling(mixed, exclude=nn.Conv2d).weights] == ["1"]
 
 
 def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
@@ -140,8 +142,8 @@ def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
         ({"target": "features"}, ValueError, '"features" needs example_input'),
         ({"include": "layer*"}, ValueError, "include pattern 'layer.' matches no module; the nearest names are '0'"),
         ({"exclude": "*"}, ValueError, "no weight of Sequential is selected; it has 2"),
-        ({"exclude": 3}, TypeError, "exclude takes shell patterns on module names, or predicates .*, found int"),
-        ({"exclude": [3]}, TypeError, "exclude takes shell patterns on module names, or predicates .*, found int"),
+        ({"exclude": 3}, TypeError, "exclude takes shell patterns on module names, types of layers.*, found int"),
+        ({"exclude": [nn.ReLU()]}, TypeError, "exclude takes shell patterns on module names, types.*, found ReLU"),
         ({"include": "1"}, ValueError, "include pattern '1' matches no module; the nearest names are '0', '2'"),
     ],
 )

@@ -182,3 +182,25 @@ def test_the_handle_is_rebuilt_from_the_model_and_lets_go():
     for _ in train(model, optimizer, 1):
         pass
     assert scaling.metrics() == {}
+
+
+def test_who_forgets_to_attach_is_told():
+    model = net()
+    scaling = apply_norm_scaling(model)
+    optimizer = torch.optim.SGD([*model.head.parameters(), *model.qkv.parameters()], lr=0.1)
+    for _ in train(model, optimizer, 1):
+        pass
+    for call in (scaling.metrics, lambda: str(scaling)):
+        with pytest.warns(
+            UserWarning, match="the weight of 'qkv', 'head' has changed since it was last scaled.*attach"
+        ):
+            call()
+    scaling.step()
+    scaling.metrics()
+    scaling.attach(optimizer)
+    for _ in train(model, optimizer, 1):
+        scaling.metrics()
+    NormScaler.of(copy.deepcopy(model)).metrics()
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    model.double()
+    scaling.metrics()

@@ -67,8 +67,19 @@ def test_stacked_experts_and_transposed_projections():
         ("k i", 2, "axes must name the outputs o"),
         ("o i", 2, "count must be 1, or axes must say by k"),
         ("(k o) i", 0, "count must be 1"),
+        ("(k h i o", 2, "axes must name each axis once"),
+        ("k o i o", 2, "axes must name each axis once"),
+        ("k i ... o", 2, "axes must name each axis once"),
+        ("((k o) i)", 2, "axes must name each axis once"),
     ],
 )
 def test_a_view_that_cannot_be_read_is_refused(axes, count, text):
     with pytest.raises(ValueError, match=text):
         MatrixView(axes, count)
+
+
+def test_channels_go_by_the_axes_names():
+    weight = torch.zeros(3, 2, 16, 32)
+    assert MatrixView("h w i o").channels(weight) == (32, 16)
+    assert MatrixView("h w c o").channels(weight) == (32, 3 * 2 * 16)
+    assert MatrixView("(k i) o h w", 3).channels(weight) == (2, 1)

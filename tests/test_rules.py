@@ -67,12 +67,27 @@ def test_stacked_matrices_are_initialised_and_held_one_by_one():
             ValueError,
             r"'kernel' of '0' as .*shape \(8, 6\) does not",
         ),
+        ([LayerRule(nn.Bilinear, {})], ValueError, "the rule for Bilinear matches no layer of Sequential"),
         ([Dense], TypeError, "rules takes LayerRule objects, found type"),
     ],
 )
 def test_a_rule_that_does_not_fit_is_refused(rules, error, text):
     with pytest.raises(error, match=f"apply_norm_scaling: .*{text}"):
         apply_norm_scaling(nn.Sequential(Dense(8, 6)), rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("layer", "weights", "text"),
+    [
+        ("Dense", {}, r"layer must be a type of layer, or a predicate \(name, module\) -> bool, found str"),
+        ((Dense, nn.Linear), {}, "layer must be a type of layer.*, found tuple"),
+        (Dense, {"kernel": "i o"}, "weights must map tensors' names to MatrixView objects, found {'kernel': 'i o'}"),
+        (Dense, None, "weights must map"),
+    ],
+)
+def test_what_is_no_rule_is_refused(layer, weights, text):
+    with pytest.raises(TypeError, match=f"LayerRule: {text}"):
+        LayerRule(layer, weights)
 
 
 def test_fused_projections_are_matrices_of_their_own():

@@ -5,7 +5,7 @@ import torch
 from test_constraint import matrices, net, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specscale import NonFiniteWeightError, apply_norm_scaling
+from specscale import NonFiniteWeightError, NormScaler, apply_norm_scaling
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 DECOMPOSING = {"_linalg_svd", "_linalg_eigh", "linalg_eig", "linalg_qr", "linalg_lu_factor_ex", "_linalg_solve_ex"}
@@ -75,6 +75,32 @@ def test_a_non_finite_weight_is_held_on_the_device_and_named_a_step_later(norm, 
         told = name.endswith((".norm", ".residual", ".error", ".age"))
         assert told or "wide" not in name or torch.equal(value, buffers[name]), name
     assert scaling.weights[0].parameter.isfinite().all()
+    # It is said once: good weights can be gone on with.
+    with torch.no_grad():
+        model.wide.weight.normal_()
+    for _ in range(2):
+        scaling.step()
+    scaling.metrics()
+
+
+def test_two_optimizers_of_two_norms_share_a_handle(accelerator):
+    model = net()
+    apply_norm_scaling(model, "frobenius", include=["conv", "grouped", "up"])
+    apply_norm_scaling(model, "spectral", exclude=["conv", "grouped", "up"])
+    scaling = NormScaler.of(model)
+    parts = [model.conv, model.wide]
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]
+    for optimizer in optimizers:
+        scaling.attach(optimizer)
+    for _ in range(3):
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for part in parts:
+        handle = part.parametrizations.weight[0]
+        values = torch.linalg.svdvals(part.weight.detach().flatten(1).double())
+        held = values.square().sum().sqrt() if part is model.conv else values
+        assert (held / handle.target - 1).abs().min() < 1e-3
 
 
 def test_the_pace_follows_the_error_of_the_step_before(accelerator):
