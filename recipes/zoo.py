@@ -162,7 +162,7 @@ def check(model: nn.Module) -> dict[str, Any]:
 
 def read_on_meta(model: nn.Module) -> dict[str, Any]:
     """The weights of a model that holds no numbers: that each is found, has a shape, and a target by rule."""
-    weights: list[Weight] = list(scalable("zoo", model))
+    weights: list[Weight] = scalable("zoo", model)
     targets = evaluate("zoo", "target", "channels", weights, model, None)
     if not weights or len(targets) != len(weights):
         raise Mismatch(f"{len(weights)} weights have {len(targets)} targets")

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -64,8 +65,13 @@ class NormScaler:
         Raises:
             ValueError: the model has no scaled weight.
         """
+        found = list(scalings(model))
+        in_one = Counter(name for name, *_ in found)
         weights = [
-            ScaledWeight(scaling.name, module, tensor, scaling) for _, module, tensor, scaling in scalings(model)
+            ScaledWeight(
+                name if name and in_one[name] == 1 else f"{name}.{tensor}".lstrip("."), module, tensor, scaling
+            )
+            for name, module, tensor, scaling in found
         ]
         if not weights:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 import fnmatch
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,10 +24,11 @@ class Weight:
 
     name: str
     """The module's name; with the tensor's behind it where the module has several weights."""
-    module_name: str
     module: nn.Module
     tensor: str
     view: MatrixView
+    places: list[tuple[str, nn.Module]]
+    """The layers that hold it, by name: a tied weight has several, of which `module` is the first."""
 
     @property
     def parameter(self) -> Tensor:
@@ -56,7 +57,7 @@ def _weight(call: str, name: str, module: nn.Module, tensor: str, view: MatrixVi
             f"{call}: the rule for {type(module).__name__} names {tensor!r}, which {name!r} does not have; "
             f"its parameters are {names}"
         )
-    weight = Weight(name, name, module, tensor, view)
+    weight = Weight(name, module, tensor, view, [(name, module)])
     parameter = weight.parameter
     if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
         return None
@@ -71,27 +72,32 @@ def _weight(call: str, name: str, module: nn.Module, tensor: str, view: MatrixVi
     return weight
 
 
-def scalable(call: str, module: nn.Module, rules: Iterable[LayerRule] = ()) -> Iterator[Weight]:
+def scalable(call: str, module: nn.Module, rules: Iterable[LayerRule] = ()) -> list[Weight]:
     """Every weight of the model that can be scaled, by the first rule that matches its layer: `rules`, then ours.
 
     A tensor under several names comes once.
     """
     own = list(rules)
     unused = list(own)
-    seen: dict[int, Tensor] = {}
+    # With the tensors themselves, since one that is computed anew could take a lost one's id.
+    found: dict[int, tuple[Tensor, Weight]] = {}
     for name, child in module.named_modules():
         rule = next((rule for rule in (*own, *BUILT_IN) if rule.matches(name, child)), None)
         unused = [one for one in unused if one is not rule]
         views = rule.views(child) if rule is not None else {}
-        found = [one for tensor, view in views.items() if (one := _weight(call, name, child, tensor, view))]
-        new = [weight for weight in found if id(weight.parameter) not in seen]
-        seen |= {id(parameter): parameter for parameter in (weight.parameter for weight in new)}
-        for weight in new:
-            full = name if name and len(new) == 1 else f"{name}.{weight.tensor}".lstrip(".")
-            yield replace(weight, name=full)
+        weights = [one for tensor, view in views.items() if (one := _weight(call, name, child, tensor, view))]
+        tensors = [weight.parameter for weight in weights]
+        new = sum(id(tensor) not in found for tensor in tensors)
+        for tensor, weight in zip(tensors, weights, strict=True):
+            if id(tensor) in found:
+                found[id(tensor)][1].places.append((name, child))
+            else:
+                full = name if name and new == 1 else f"{name}.{weight.tensor}".lstrip(".")
+                found[id(tensor)] = tensor, replace(weight, name=full)
     if unused:
         layer = getattr(unused[0].layer, "__name__", repr(unused[0].layer))
         raise ValueError(f"{call}: the rule for {layer} matches no layer of {type(module).__name__}")
+    return [weight for _, weight in found.values()]
 
 
 def _chain(name: str) -> list[str]:
@@ -136,7 +142,7 @@ def select(
 ) -> list[Weight]:
     """The weights that `rules` add and that `include` and `exclude` leave, in the model's order.
 
-    A pattern that matches a module takes everything below it too.
+    A pattern that matches a module takes everything below it too; a tied weight goes by any of its layers.
 
     Raises:
         TypeError: `module` is no module, a pattern is neither a string, a type nor a predicate, or a rule is no
@@ -150,17 +156,17 @@ def select(
     for rule in rules:
         if not isinstance(rule, LayerRule):
             raise TypeError(f"{call}: rules takes LayerRule objects, found {type(rule).__name__}")
-    weights = list(scalable(call, module, rules))
+    weights = scalable(call, module, rules)
     # What holds no weight cannot be included; to exclude it is no mistake.
-    with_weights = dict.fromkeys(name for weight in weights for name in _chain(weight.module_name))
+    with_weights = dict.fromkeys(name for weight in weights for place, _ in weight.places for name in _chain(place))
     included = _matcher(call, "include", include, with_weights)
     excluded = _matcher(call, "exclude", exclude, [name for name, _ in module.named_modules()])
     chosen = [
         weight
         for weight in weights
         if weight.is_trainable
-        and (include is None or included(weight.module_name, weight.module))
-        and not excluded(weight.module_name, weight.module)
+        and (include is None or any(included(*place) for place in weight.places))
+        and not any(excluded(*place) for place in weight.places)
     ]
     for weight in chosen:
         if isinstance(weight.parameter, nn.parameter.UninitializedParameter):

@@ -114,6 +114,26 @@ def test_patterns_and_predicates():
     assert [w.name for w in apply_norm_scaling(mixed, exclude=nn.Conv2d).weights] == ["1"]
 
 
+def test_a_tied_weight_goes_by_any_of_its_names():
+    def names(**options):
+        model = nn.ModuleDict({"body": nn.Linear(4, 4), "first": nn.Linear(3, 3), "second": nn.Linear(3, 3)})
+        model.second.weight = model.first.weight
+        return [w.name for w in apply_norm_scaling(model, **options).weights]
+
+    assert names() == ["body", "first"]
+    assert names(include="second") == ["first"]
+    assert names(exclude="second") == ["body"]
+
+
+def test_the_handle_of_a_model_names_its_layers_as_the_model_does():
+    model = nn.ModuleDict({"encoder": small(), "decoder": small()})
+    apply_norm_scaling(model.encoder, "frobenius")
+    apply_norm_scaling(model.decoder, "spectral")
+    scaling = NormScaler.of(model)
+    assert [w.name for w in scaling.weights] == ["encoder.0", "encoder.2", "decoder.0", "decoder.2"]
+    assert len(scaling.metrics()) == 4 * 5
+
+
 def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
     def names(**options):
         model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)))

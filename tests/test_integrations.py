@@ -186,8 +186,8 @@ def test_lightning_holds_the_norms_and_logs_them(norm, accumulate, tmp_path):
         trainer.fit(module, batches(6 * accumulate))
     assert len(errors) == 6
     assert max(errors) <= 1e-4
-    assert logged_steps(trainer, "norm/0") == logged_steps(trainer, "loss") == [1, 3, 5]
-    metrics, last = callback.scaling.metrics(), logged(trainer, "norm/0")[-1]
+    assert logged_steps(trainer, "norm/net.0") == logged_steps(trainer, "loss") == [1, 3, 5]
+    metrics, last = callback.scaling.metrics(), logged(trainer, "norm/net.0")[-1]
     assert {name: float(last[name]) for name in metrics} == pytest.approx(metrics)
 
 
@@ -199,7 +199,7 @@ def test_lightning_attaches_to_every_optimizer_that_owns_a_weight(tmp_path):
     assert [hooks(optimizer) for optimizer in trainer.optimizers] == [1, 1, 0]
     assert len(errors) == 9 + 3
     assert max(errors) <= 1e-4
-    assert logged_steps(trainer, "norm/0") == logged_steps(trainer, "loss") == [4]
+    assert logged_steps(trainer, "norm/net.0") == logged_steps(trainer, "loss") == [4]
 
 
 def test_lightning_fits_twice(tmp_path):
@@ -218,7 +218,7 @@ def test_lightning_fits_twice(tmp_path):
             trainer.fit(other, batches(4))
         assert len(errors) == 4
         assert max(errors) <= 1e-4
-    assert logged_steps(trainer, "norm/0") == [1, 3, 5, 7]
+    assert logged_steps(trainer, "norm/net.0") == [1, 3, 5, 7]
 
 
 def test_lightning_takes_a_handle(tmp_path):
@@ -247,7 +247,7 @@ def test_lightning_resumes_to_the_same_weights(tmp_path):
     assert max(errors) <= 1e-4
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-    assert logged_steps(second, "norm/0") == [5, 7, 9]
+    assert logged_steps(second, "norm/net.0") == [5, 7, 9]
 
 
 def test_lightning_says_what_is_missing(tmp_path):
