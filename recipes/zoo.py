@@ -93,7 +93,7 @@ def norms_of(scaling: NormScaler, weight_norms: Callable[[Tensor], Tensor]) -> I
 
 
 def worst(what: str, found: Iterable[tuple[str, Tensor, Tensor]], tolerance: float) -> float:
-    """The largest relative distance from the target.
+    """The largest relative distance from the target, to two digits.
 
     Raises:
         Mismatch: it is larger than `tolerance`; the message names the layer.
@@ -102,7 +102,7 @@ def worst(what: str, found: Iterable[tuple[str, Tensor, Tensor]], tolerance: flo
     name = max(distances, key=lambda name: distances[name])
     if not distances[name] <= tolerance:
         raise Mismatch(f"{what}: {name} is {distances[name]:.1e} from its target")
-    return distances[name]
+    return float(f"{distances[name]:.1e}")
 
 
 @torch.no_grad()
@@ -138,14 +138,14 @@ def check(model: nn.Module) -> dict[str, Any]:
         with warnings.catch_warnings(record=True) as skipped:
             warnings.simplefilter("always")
             scaling = apply_norm_scaling(model, norm)
-        found[f"seconds to apply, {norm}"] = round(time.monotonic() - start, 2)
+        found[f"{norm} apply s"] = round(time.monotonic() - start, 2)
         found["weights"] = len(scaling.weights)
         found["matrices"] = sum(weight.scaling.view.count for weight in scaling.weights)
-        found["weights with zero matrices"] = sum("holds a zero matrix" in str(one.message) for one in skipped)
-        found[f"initial target, {norm}"] = worst(f"{norm} target", norms_of(scaling, weight_norms), 1e-4)
+        found["with zeros"] = sum("holds a zero matrix" in str(one.message) for one in skipped)
+        found[f"{norm} target error"] = worst(f"{norm} target", norms_of(scaling, weight_norms), 1e-4)
         spike_(scaling, seed=0)
         scaling.step()
-        found[f"after a step, {norm}"] = worst(f"{norm} step", norms_of(scaling, weight_norms), 1e-3)
+        found[f"{norm} step error"] = worst(f"{norm} step", norms_of(scaling, weight_norms), 1e-3)
         with torch.no_grad():
             for weight in scaling.weights:
                 weight.parameter.copy_(before[names[weight.parameter]])
@@ -288,7 +288,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         counts = [len({line["family"] for line in passed}), len(own), len(real), len(passed) - len(real)]
         counts += [sum(kind in line for line in own) for kind in ("failed", "not built")]
         counts += [sum(line[key] for line in passed) for key in ("weights", "matrices")]
-        keys = ("initial target, spectral", "after a step, spectral", "after a step, frobenius")
+        keys = ("spectral target error", "spectral step error", "frobenius step error")
         errors = [f"{max((line[key] for line in real), default=0):.1e}" for key in keys]
         rows.append([registry, *(f"{count:,}" for count in counts), *errors])
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows)

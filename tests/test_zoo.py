@@ -109,7 +109,7 @@ def test_the_sweep_goes_on_where_it_stopped_and_says_what_failed(tmp_path, monke
     zoo.main(options)
     lines = {line["name"]: line for line in map(json.loads, (tmp_path / "zoo.jsonl").read_text().splitlines())}
     assert lines["small"]["weights"] == 2
-    assert lines["small"]["after a step, spectral"] < 1e-3
+    assert lines["small"]["spectral step error"] < 1e-3
     assert lines["broken"]["not built"] == "RuntimeError: no such weights"
     assert lines["lazy"]["failed"].startswith("ValueError")
     assert (lines["large"]["on meta"], lines["large"]["weights"]) == (True, 1)
