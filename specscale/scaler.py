@@ -103,7 +103,7 @@ class NormScaler:
                 f"attach: {kind} never calls step hooks; attach to the optimizer that it wraps, or call "
                 "scaling.step() after its step"
             )
-        owned = self._owned(optimizer)
+        owned = self.owned_by(optimizer)
         if not owned:
             raise ValueError(f"attach: {kind} owns none of the scaled weights; build it from this model's parameters")
         refuse_sharded("attach", owned)
@@ -115,13 +115,14 @@ class NormScaler:
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
         return self
 
-    def _owned(self, optimizer: torch.optim.Optimizer) -> list[ScaledWeight]:
+    def owned_by(self, optimizer: torch.optim.Optimizer) -> list[ScaledWeight]:
+        """The scaled weights among the optimizer's parameters."""
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [weight for weight in self.weights if id(weight.parameter) in owned]
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # A parameter without a gradient was not stepped, and the spectral update is not idempotent.
-        stepped = [weight for weight in self._owned(optimizer) if weight.parameter.grad is not None]
+        stepped = [weight for weight in self.owned_by(optimizer) if weight.parameter.grad is not None]
         # A fused optimizer is called by GradScaler even for a step that it skips inside.
         self._scale(stepped, getattr(optimizer, "found_inf", None))
 

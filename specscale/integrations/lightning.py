@@ -31,7 +31,7 @@ class NormScalingCallback(Callback):
         if self.scaling is not None:
             self.scaling.detach()
         self.scaling = self._given or NormScaler.of(pl_module)
-        owners = [optimizer for optimizer in trainer.optimizers if self.scaling._owned(optimizer)]
+        owners = [optimizer for optimizer in trainer.optimizers if self.scaling.owned_by(optimizer)]
         if not owners:
             found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise ValueError(
