@@ -281,7 +281,7 @@ def measure_steps(options: StepOptions) -> dict[str, Any]:
         }
         for name, (step, scaling) in times.items()
     ]
-    return {"steps": table}
+    return {"conditions": table}
 
 
 def cell(value: Any) -> str:
@@ -333,9 +333,10 @@ def main(options: SolverOptions | StepOptions) -> None:
         torch.set_num_threads(options.num_threads)
     if isinstance(options, SolverOptions):
         kind, found = "solver", measure_solvers(options)
+        table = found["solvers"]
     else:
         kind, found = "step", measure_steps(options)
-    table = found[f"{kind}s"]
+        table = found["conditions"]
     model = options.preset if options.width is None else f"{options.preset}-width-{options.width}"
     name = f"{kind}-{model}-{options.optimizer}-{options.lr:g}"
     options.out.mkdir(parents=True, exist_ok=True)

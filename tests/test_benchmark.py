@@ -37,7 +37,8 @@ def test_the_solvers_are_compared_on_one_training_run(tmp_path):
 
 def test_the_conditions_are_timed_in_turns(tmp_path):
     found = benchmark("step", tmp_path, "--steps", "3", "--no-reference")
-    rows = {row["condition"]: row for row in found["steps"]}
+    rows = {row["condition"]: row for row in found["conditions"]}
+    assert found["steps"] == 3
     assert list(rows) == ["none", "frobenius", "spectral", "torch spectral_norm"]
     assert rows["none"]["ratio to none"] == pytest.approx(1)
     assert all(row["ms / step"] > row["ms scaling"] >= 0 for row in rows.values())
