@@ -20,6 +20,7 @@ from models import build, start
 from presets import PRESETS, Config
 from provenance import provenance
 from ranks import Ranks
+from tables import markdown
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -292,12 +293,6 @@ def cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def markdown(table: list[dict[str, Any]]) -> str:
-    header = list(table[0])
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *[[cell(row[key]) for key in header] for row in table]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def draw(kind: str, table: list[dict[str, Any]], title: str, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     if kind == "solver":
@@ -346,9 +341,10 @@ def main(options: SolverOptions | StepOptions) -> None:
     write_atomically(options.out / f"{name}.json", json.dumps(facts | found, indent=2))
     title = f"{model}, {data}, {options.optimizer} {options.lr:g}, batch {options.batch_size}"
     draw(kind, table, title, options.out / f"{name}.png")
+    text = markdown(list(table[0]), [[cell(value) for value in row.values()] for row in table])
     extra = "".join(f"\n{key}: {value:.1e}\n" for key, value in found.items() if isinstance(value, float))
-    write_atomically(options.out / f"{name}.md", f"# {title}\n\n{markdown(table)}{extra}")
-    say(f"{title}\n\n{markdown(table)}{extra}\n{options.out}/{name}: .md, .json, .png")
+    write_atomically(options.out / f"{name}.md", f"# {title}\n\n{text}{extra}")
+    say(f"{title}\n\n{text}{extra}\n{options.out}/{name}: .md, .json, .png")
 
 
 if __name__ == "__main__":

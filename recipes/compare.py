@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from logs import read_lines, write_atomically
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from presets import HOUSEKEEPING
+from tables import markdown
 
 ORDER = ("none", "frobenius", "spectral")
 COLOURS = {"none": "#444444", "frobenius": "#1b7fbd", "spectral": "#d1495b"}
@@ -60,11 +61,6 @@ def table(runs: dict[str, list[list[dict[str, Any]]]]) -> list[list[str]]:
         row.append(f"{steps[norm] / steps['none']:.3f}" if "none" in steps else "-")
         rows.append(row)
     return rows
-
-
-def markdown(rows: list[list[str]]) -> str:
-    lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _curves(runs: dict[str, list[list[dict[str, Any]]]], key: str, factor: float, path: Path) -> None:
@@ -124,7 +120,9 @@ def compare(folder: Path) -> list[list[str]]:
     """Write `comparison.md` and the figures into the folder of one preset's runs; returns the table's rows."""
     runs = read(folder)
     rows = table(runs)
-    write_atomically(folder / "comparison.md", f"# {folder.resolve().name}\n\n{markdown(rows)}{differences(folder)}")
+    write_atomically(
+        folder / "comparison.md", f"# {folder.resolve().name}\n\n{markdown(HEADER, rows)}{differences(folder)}"
+    )
     _curves(runs, "accuracy", 100, folder / "accuracy.png")
     _curves(runs, "loss", 1, folder / "loss.png")
     _norms(runs, folder / "spectral_norms.png")
@@ -143,7 +141,7 @@ def main(folder: tyro.conf.Positional[Path]) -> None:
     if not found:
         sys.exit(f"compare: no finished run in {folder}; a run's folder is called NORM-seedK and holds summary.json")
     for one in found:
-        print(f"{one}\n{markdown(compare(one))}{differences(one)}")
+        print(f"{one}\n{markdown(HEADER, compare(one))}{differences(one)}")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ import checkpoint
 import torch
 import tyro
 from clock import Clock
-from compare import HEADER, compare, markdown
+from compare import HEADER, compare
 from data import Data, Prepare, load, test_loader, train_loader
 from logs import WandbRun, as_json, on_terminal, read_lines, say, write_atomically
 from models import build, is_known, left_alone, start
 from presets import HOUSEKEEPING, PRESETS, Config
 from provenance import provenance
 from ranks import Ranks, distribute, join, leave, share_statistics
+from tables import markdown
 from torch import nn
 from tqdm import tqdm
 
@@ -41,7 +42,7 @@ def main(config: Config) -> None:
         wandb_run = WandbRun(config, folder, "comparison", config.preset)
         wandb_run.log_comparison(folder, HEADER, rows)
         wandb_run.finish()
-        say(f"\n{markdown(rows)}\n{folder}/: comparison.md, accuracy.png, loss.png, spectral_norms.png")
+        say(f"\n{markdown(HEADER, rows)}\n{folder}/: comparison.md, accuracy.png, loss.png, spectral_norms.png")
     leave()
 
 

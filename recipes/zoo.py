@@ -24,16 +24,15 @@ from typing import Any, Literal
 import torch
 import tyro
 from logs import progress, read_lines, say, write_atomically
+from tables import markdown
 from torch import Tensor, nn
 
 from specscale import NormScaler, apply_norm_scaling
-from specscale.certificates import spectral_bounds
+from specscale.certificates import EXACT_SIDE, spectral_bounds
 from specscale.selection import Weight, scalable
 from specscale.targets import evaluate
 
 Registry = Literal["timm", "torchvision", "transformers"]
-EXACT_SIDE = 1024
-"""The longest shorter side whose singular values are all computed; above it, Lanczos iteration finds the first."""
 
 
 def architectures(registry: Registry) -> dict[str, Callable[[], nn.Module]]:
@@ -110,13 +109,13 @@ def spike_(scaling: NormScaler, seed: int) -> None:
     """Add to each matrix one of rank one and of 1.5 times its norm."""
     generator = torch.Generator().manual_seed(seed)
     for weight in scaling.weights:
-        split = weight.scaling.view.split(weight.parameter)
-        left = torch.randn(split.shape[:2], generator=generator)
-        right = torch.randn(len(split), split[0, 0].numel(), generator=generator)
+        view, parameter = weight.scaling.view, weight.parameter
+        matrices = view.matrices(parameter)
+        left = torch.randn(matrices.shape[:2], generator=generator)
+        right = torch.randn(matrices.shape[::2], generator=generator)
         size = 1.5 * weight.scaling.norm.cpu().float() / (left.norm(dim=1) * right.norm(dim=1))
-        left, right = (size[:, None] * left).to(split), right.to(split)
-        trailing = [1] * (split.ndim - 2)
-        split.addcmul_(left.reshape(*left.shape, *trailing), right.reshape(len(split), 1, *split.shape[2:]))
+        spike = (size[:, None] * left)[:, :, None] * right[:, None, :]
+        view.write_(parameter, matrices + spike.to(matrices))
 
 
 def check(model: nn.Module) -> dict[str, Any]:
@@ -281,7 +280,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         by_registry[line["registry"]].append(line)
     header = ["registry", "families", "architectures", "for real", "on meta", "failed", "not built"]
     header += ["weights", "matrices", "worst initial target", "worst step, spectral", "worst step, Frobenius"]
-    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows = []
     for registry, own in by_registry.items():
         passed = [line for line in own if "weights" in line]
         real = [line for line in passed if not line["on meta"]]
@@ -291,7 +290,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         keys = ("spectral target error", "spectral step error", "frobenius step error")
         errors = [f"{max((line[key] for line in real), default=0):.1e}" for key in keys]
         rows.append([registry, *(f"{count:,}" for count in counts), *errors])
-    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    text = markdown(header, rows)
     for kind in ("failed", "not built"):
         if named := [line for line in lines if kind in line]:
             text += f"\n{kind.capitalize()}:\n\n"

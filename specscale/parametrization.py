@@ -120,19 +120,36 @@ def scaling_of(module: nn.Module, tensor: str) -> NormScaling | None:
     return found[0] if found else None
 
 
+def original(module: nn.Module, tensor: str) -> nn.Parameter:
+    """The parameter behind a scaled tensor."""
+    return module.parametrizations[tensor].original  # type: ignore[union-attr, index, return-value]
+
+
 def scalings(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, NormScaling]]:
     """Every scaled weight below `module`: module name, module, tensor name and scaling."""
     for name, child in module.named_modules():
-        if parametrize.is_parametrized(child):
-            for tensor in child.parametrizations:  # type: ignore[union-attr]
-                if (scaling := scaling_of(child, tensor)) is not None:
-                    yield name, child, tensor, scaling
+        for tensor, scaling in _own_scalings(child):
+            yield name, child, tensor, scaling
+
+
+def _own_scalings(module: nn.Module) -> Iterator[tuple[str, NormScaling]]:
+    if parametrize.is_parametrized(module):
+        for tensor in module.parametrizations:  # type: ignore[union-attr]
+            if (scaling := scaling_of(module, tensor)) is not None:
+                yield tensor, scaling
+
+
+def places(module: nn.Module, tensor: str, scaling: NormScaling, prefix: str) -> tuple[str, str]:
+    """Where a state dict holds a scaled weight, and what the names of its scaling's buffers begin with."""
+    home = f"{prefix}parametrizations.{tensor}."
+    index = list(module.parametrizations[tensor]).index(scaling)  # type: ignore[union-attr, index]
+    return f"{home}original", f"{home}{index}."
 
 
 def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     """Hang the scaling on the module; a plain checkpoint still loads into it."""
     parametrize.register_parametrization(module, tensor, scaling, unsafe=True)
-    scaling.see(module.parametrizations[tensor].original)  # type: ignore[union-attr, index, arg-type]
+    scaling.see(original(module, tensor))
     scaling._load_hooks = (
         module.register_load_state_dict_pre_hook(_complete),
         module.register_load_state_dict_post_hook(_solve_missing),
@@ -162,16 +179,12 @@ def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
     Raises:
         ValueError: its targets are of another norm.
     """
-    for tensor in module.parametrizations:  # type: ignore[union-attr]
-        scaling = scaling_of(module, tensor)
-        if scaling is None:
-            continue
-        home = f"{prefix}parametrizations.{tensor}."
+    for tensor, scaling in _own_scalings(module):
+        weight, home = places(module, tensor, scaling, prefix)
         if prefix + tensor in state_dict:
-            state_dict[home + "original"] = state_dict.pop(prefix + tensor)
-        if home + "original" not in state_dict:
+            state_dict[weight] = state_dict.pop(prefix + tensor)
+        if weight not in state_dict:
             continue
-        home += f"{list(module.parametrizations[tensor]).index(scaling)}."  # type: ignore[union-attr, index]
         own = dict(scaling.named_buffers())
         held = {key.removeprefix(home): value for key, value in state_dict.items() if key.startswith(home)}
         if int(held.get("order", scaling.order)) != int(scaling.order):
@@ -189,11 +202,8 @@ def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
 
 
 def _solve_missing(module: nn.Module, _: Any) -> None:
-    for tensor in module.parametrizations:  # type: ignore[union-attr]
-        scaling = scaling_of(module, tensor)
-        if scaling is None:
-            continue
-        weight: Tensor = module.parametrizations[tensor].original  # type: ignore[union-attr, index, assignment]
+    for tensor, scaling in _own_scalings(module):
+        weight = original(module, tensor)
         scaling.see(weight)
         if scaling._holds_loaded_weight:
             scaling._holds_loaded_weight = False

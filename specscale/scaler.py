@@ -15,8 +15,8 @@ from specscale.audit import Audit, Certificate
 from specscale.errors import non_finite, refuse_non_finite
 from specscale.graphs import Graphs, obstacle, warn
 from specscale.norms import Norm
-from specscale.parametrization import NormScaling, scaling_of, scalings, unregister
-from specscale.selection import refuse_sharded
+from specscale.parametrization import NormScaling, original, places, scaling_of, scalings, unregister
+from specscale.selection import refuse_sharded, weight_name
 from specscale.step import Batch, Member, Readout, measure, restore_
 from specscale.tables import aligned
 
@@ -38,7 +38,7 @@ class ScaledWeight(NamedTuple):
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.module.parametrizations[self.tensor].original  # type: ignore[union-attr, index, return-value]
+        return original(self.module, self.tensor)
 
 
 class NormScaler:
@@ -68,9 +68,7 @@ class NormScaler:
         found = list(scalings(model))
         in_one = Counter(name for name, *_ in found)
         weights = [
-            ScaledWeight(
-                name if name and in_one[name] == 1 else f"{name}.{tensor}".lstrip("."), module, tensor, scaling
-            )
+            ScaledWeight(weight_name(name, tensor, alone=in_one[name] == 1), module, tensor, scaling)
             for name, module, tensor, scaling in found
         ]
         if not weights:
@@ -339,11 +337,10 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     state = model.state_dict()
     for name, module, tensor, scaling in scalings(model):
         prefix = f"{name}." if name else ""
-        home = f"{prefix}parametrizations.{tensor}."
-        state[prefix + tensor] = state.pop(home + "original")
-        index = list(module.parametrizations[tensor]).index(scaling)  # type: ignore[union-attr, index]
+        weight, home = places(module, tensor, scaling, prefix)
+        state[prefix + tensor] = state.pop(weight)
         for buffer, _ in scaling.named_buffers():
-            state.pop(f"{home}{index}.{buffer}")
+            state.pop(home + buffer)
         own = [prefix + parameter for parameter in scaling.plain_order]
         # The weight went to the end: bring it back into its module's place.
         keys = list(state)

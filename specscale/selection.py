@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from specscale.errors import nearest
 from specscale.matrices import MatrixView
-from specscale.parametrization import scaling_of
+from specscale.parametrization import original, scaling_of
 from specscale.rules import BUILT_IN, LayerRule
 
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -34,7 +34,7 @@ class Weight:
     def parameter(self) -> Tensor:
         """The weight: the parameter itself, under scaling too, or what is computed from others."""
         if scaling_of(self.module, self.tensor) is not None:
-            return self.module.parametrizations[self.tensor].original  # type: ignore[union-attr, index, return-value]
+            return original(self.module, self.tensor)
         return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
 
     @property
@@ -47,6 +47,11 @@ class Weight:
     @property
     def is_trainable(self) -> bool:
         return any(parameter.requires_grad for parameter in self.sources.values())
+
+
+def weight_name(module_name: str, tensor: str, *, alone: bool) -> str:
+    """What a weight is called: as its layer, and by the tensor behind it where the layer has several or no name."""
+    return module_name if module_name and alone else f"{module_name}.{tensor}".lstrip(".")
 
 
 def _weight(call: str, name: str, module: nn.Module, tensor: str, view: MatrixView) -> Weight | None:
@@ -92,7 +97,7 @@ def scalable(call: str, module: nn.Module, rules: Iterable[LayerRule] = ()) -> l
             if id(tensor) in found:
                 found[id(tensor)][1].places.append((name, child))
             else:
-                full = name if name and new == 1 else f"{name}.{weight.tensor}".lstrip(".")
+                full = weight_name(name, weight.tensor, alone=new == 1)
                 found[id(tensor)] = tensor, replace(weight, name=full)
     if unused:
         layer = getattr(unused[0].layer, "__name__", repr(unused[0].layer))

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
+from held import off_target
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -31,18 +32,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def off_target(weight):
-    """How far, relative, the weight's norm is from its target, by torch.linalg; the worst of its matrices."""
-    matrices = weight.scaling.view.matrices(weight.parameter.detach()).double()
-    target = weight.scaling.target.double()[:, None]
-    if weight.scaling.kind.name == "frobenius":
-        held = torch.linalg.matrix_norm(matrices)[:, None]
-    else:
-        # The first singular value is put on the target: where it then is the second, another one is the norm.
-        held = torch.linalg.svdvals(matrices)
-    return (held / target - 1).abs().min(dim=1).values.max().item()
 
 
 @contextlib.contextmanager
