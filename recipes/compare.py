@@ -3,40 +3,24 @@
 Example: python recipes/compare.py runs
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from logs import read_lines, write_atomically
+from logs import write_atomically
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from presets import HOUSEKEEPING
+from runs import Run, layers, read
 from tables import markdown
 
-ORDER = ("none", "frobenius", "spectral")
 COLOURS = {"none": "#444444", "frobenius": "#1b7fbd", "spectral": "#d1495b"}
 HEADER = ["condition", "test accuracy %", "test loss", "train accuracy %", "train loss"]
 HEADER += ["spectral norm, mean", "spectral norm, deviation", "ms / step", "ratio to none"]
-
-
-def read(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
-    """The metrics of every finished run, by condition, one list of epochs for each seed."""
-    runs: dict[str, list[list[dict[str, Any]]]] = {}
-    for norm in ORDER:
-        for path in sorted(folder.glob(f"{norm}-seed*")):
-            if (path / "summary.json").exists():
-                runs.setdefault(norm, []).append(read_lines(path / "metrics.jsonl"))
-    return runs
-
-
-def spectral_norms(line: dict[str, Any]) -> list[float]:
-    return [value for name, value in line.items() if name.startswith("spectral_norm/")]
 
 
 def _mean(values: list[float], digits: int) -> str:
@@ -44,34 +28,34 @@ def _mean(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def table(runs: dict[str, list[list[dict[str, Any]]]]) -> list[list[str]]:
+def table(runs: dict[str, list[Run]]) -> list[list[str]]:
     """One row a condition, averaged over seeds."""
-    steps = {n: statistics.mean(statistics.median(e["time/step_ms"] for e in r) for r in s) for n, s in runs.items()}
     rows = []
-    for norm, seeds in runs.items():
-        last = [run[-1] for run in seeds]
-        row = [norm]
-        for key, factor, digits in (("accuracy", 100, 2), ("loss", 1, 4)):
-            row.append(_mean([factor * line[f"test/{key}"] for line in last], digits))
-        for key, factor, digits in (("accuracy", 100, 2), ("loss", 1, 4)):
-            row.append(_mean([factor * line[f"train/{key}"] for line in last], digits))
-        row.append(_mean([statistics.mean(spectral_norms(line)) for line in last], 3))
-        row.append(_mean([statistics.pstdev(spectral_norms(line)) for line in last], 3))
-        row.append(f"{steps[norm]:.2f}")
-        row.append(f"{steps[norm] / steps['none']:.3f}" if "none" in steps else "-")
+    steps = {name: statistics.mean(run.summary["time/step_ms"] for run in seeds) for name, seeds in runs.items()}
+    for name, seeds in runs.items():
+        last = [run.epochs[-1] for run in seeds]
+        norms = [list(layers(line, "spectral_norm").values()) for line in last]
+        row = [name]
+        for split in ("test", "train"):
+            for key, factor, digits in (("accuracy", 100, 2), ("loss", 1, 4)):
+                row.append(_mean([factor * line[f"{split}/{key}"] for line in last], digits))
+        row.append(_mean([statistics.mean(values) for values in norms], 3))
+        row.append(_mean([statistics.pstdev(values) for values in norms], 3))
+        row.append(f"{steps[name]:.2f}")
+        row.append(f"{steps[name] / steps['none']:.3f}" if "none" in steps else "-")
         rows.append(row)
     return rows
 
 
-def _curves(runs: dict[str, list[list[dict[str, Any]]]], key: str, factor: float, path: Path) -> None:
+def _curves(runs: dict[str, list[Run]], key: str, factor: float, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, split in zip(axes, ("train", "test"), strict=True):
         for norm, seeds in runs.items():
-            for number, run in enumerate(seeds):
+            for number, run in enumerate(one.epochs for one in seeds):
                 values = [factor * line[f"{split}/{key}"] for line in run]
                 label = norm if number == 0 else None
                 marker = "o" if len(run) < 10 else ""
-                axis.plot([e["epoch"] for e in run], values, color=COLOURS[norm], label=label, marker=marker, ms=4)
+                axis.plot([e["epoch"] for e in run], values, color=COLOURS.get(norm), label=label, marker=marker, ms=4)
         axis.set(title=split, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.25)
@@ -81,12 +65,12 @@ def _curves(runs: dict[str, list[list[dict[str, Any]]]], key: str, factor: float
     plt.close(figure)
 
 
-def _norms(runs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+def _norms(runs: dict[str, list[Run]], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(runs), figsize=(4.2 * len(runs), 4), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (norm, seeds) in zip(axes[0], runs.items(), strict=True):
-        run = seeds[0]
+        run = seeds[0].epochs
         names = [name for name in run[0] if name.startswith("spectral_norm/")]
         for depth, name in enumerate(names):
             # Darker lines are earlier layers.
@@ -109,8 +93,8 @@ def _norms(runs: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
 
 def differences(folder: Path) -> str:
     """The options in which the runs differ, which no table should hide; nothing where the conditions alone do."""
-    configs = [json.loads((path.parent / "config.json").read_text()) for path in folder.glob("*-seed*/summary.json")]
-    names = [name for name in configs[0] if name not in (*HOUSEKEEPING, "norm", "seed")]
+    configs = [run.config for seeds in read(folder).values() for run in seeds]
+    names = [name for name in configs[0] if name not in (*HOUSEKEEPING, "norm", "targets", "seed")]
     found = {name: sorted({str(config.get(name)) for config in configs}) for name in names}
     told = [f"{name} ({', '.join(values)})" for name, values in found.items() if len(values) > 1]
     return f"\nThe runs differ in {'; '.join(told)}.\n" if told else ""

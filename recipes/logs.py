@@ -27,6 +27,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def append(path: Path, line: dict[str, Any]) -> None:
+    """One more line of a JSONL file."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def as_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 

@@ -75,14 +75,15 @@ def left_alone(model: nn.Module) -> str | None:
 def start(config: Config, norm: str, model: nn.Module, shape: tuple[int, int, int]) -> NormScaler | None:
     """The scaled orthogonal init of every condition, and the scaling of those that have one."""
     example = torch.zeros(1, *shape)
-    gains: Any = published_gains(config, model) if config.targets == "published" else "features"
+    rules = {"described": "features", "channels": "channels"}
+    gains: Any = rules.get(config.targets) or published_gains(config, model)
     options: dict[str, Any] = {"exclude": left_alone(model), "example_input": example}
     gain = gains if isinstance(gains, str) else lambda name, module: gains[name]
     orthogonal_init_(model, gain, generator=torch.Generator().manual_seed(config.seed), **options)
     if norm == "none":
         return None
     target: Any = "initial"
-    if norm == "spectral" and config.targets == "published":
+    if norm != "frobenius" and config.targets == "published":
         # The post's code never advances past the first layer's target.
         weights = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
         first = next(iter(gains.values())) if isinstance(gains, dict) else None

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-Condition = Literal["none", "frobenius", "spectral"]
+Condition = Literal["none", "frobenius", "spectral", "clipped"]
+Targets = Literal["described", "published", "channels"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,11 @@ class Config:
     download: bool = False
     """Download CIFAR-100 into data_root if it is not there."""
     norms: tuple[Condition, ...] = ("none", "frobenius", "spectral")
-    """Conditions to train under; none starts from the same scaled orthogonal init."""
-    targets: Literal["described", "published"] = "described"
-    """described: gains from real activation sizes, own targets. published: as the post's code did."""
+    """Conditions to train under; none starts from the same scaled orthogonal init. clipped is spectral, and brings
+    every other singular value that is above the target down to it too."""
+    targets: Targets = "described"
+    """described: gains from real activation sizes, own targets. published: as the post's code did. channels: as
+    described, from the channel counts alone."""
     solver: Literal["block", "power", "svd"] = "block"
     """Solver of the spectral condition; power is the post's, 500 iterations from noise at every step."""
     epochs: int = 20
@@ -41,6 +44,8 @@ class Config:
     """Fractions of the epochs after which the learning rate drops."""
     gamma: float = 0.1
     """Factor of the learning rate at a milestone."""
+    spectra: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 1.0)
+    """Fractions of the epochs after which every weight's spectrum and ranks are recorded; 0 is the init."""
     seed: int = 0
     """Seed of the init, the order of the images and their augmentation."""
     limit_train: int | None = None
@@ -59,14 +64,22 @@ class Config:
     """Go on after an interruption; finished runs are kept."""
     overwrite: bool = False
     """Train again what is there already."""
+    compare: bool = True
+    """Compare the preset's runs at the end; runs side by side leave that to one call of compare.py."""
     wandb: Literal["disabled", "offline", "online"] = "offline"
     """W&B mode; offline needs no account."""
     wandb_project: str = "specscale"
     """W&B project."""
 
 
-HOUSEKEEPING = ("norms", "data_root", "download", "num_workers", "out", "resume", "overwrite", "wandb", "wandb_project")
+HOUSEKEEPING = ("norms", "data_root", "download", "num_workers", "out", "resume", "overwrite", "compare")
+HOUSEKEEPING += ("wandb", "wandb_project")
 """The fields that leave a run's numbers alone."""
+
+
+def condition(norm: str, targets: str) -> str:
+    """The name of what a run trains under: the norm, and the rule of its targets where it is not the usual one."""
+    return norm if targets == "described" else f"{norm}-{targets}"
 
 
 def digits() -> Config:

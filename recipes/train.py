@@ -4,10 +4,12 @@ Example: torchrun --standalone --nproc-per-node=2 recipes/train.py digits
 """
 
 import json
+import shlex
 import shutil
 import statistics
 import sys
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,17 @@ import tyro
 from clock import Clock
 from compare import HEADER, compare
 from data import Data, Prepare, load, test_loader, train_loader
-from logs import WandbRun, as_json, on_terminal, read_lines, say, write_atomically
+from logs import WandbRun, append, as_json, on_terminal, read_lines, say, write_atomically
 from models import build, is_known, left_alone, start
-from presets import HOUSEKEEPING, PRESETS, Config
+from presets import HOUSEKEEPING, PRESETS, Config, condition
 from provenance import provenance
 from ranks import Ranks, distribute, join, leave, share_statistics
+from spectra import snapshot
 from tables import markdown
 from torch import nn
 from tqdm import tqdm
 
-from specscale import spectral_norms
+from specscale import NormScaler, spectral_norms
 
 
 def main(config: Config) -> None:
@@ -36,7 +39,7 @@ def main(config: Config) -> None:
     for norm in config.norms:
         train(config, norm, data, ranks)
         ranks.wait()
-    if ranks.leads:
+    if ranks.leads and config.compare:
         folder = config.out / config.preset
         rows = compare(folder)
         wandb_run = WandbRun(config, folder, "comparison", config.preset)
@@ -86,7 +89,7 @@ def find_problem(config: Config, world: int) -> str | None:
 
 
 def run_folder(config: Config, norm: str) -> Path:
-    return config.out / config.preset / f"{norm}-seed{config.seed}"
+    return config.out / config.preset / f"{condition(norm, config.targets)}-seed{config.seed}"
 
 
 def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
@@ -106,31 +109,44 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
     # At least one epoch goes by at the initial rate.
     milestones = [max(1, round(fraction * config.epochs)) for fraction in config.milestones]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, config.gamma)
-    step_clock, scaling_clock = Clock(ranks.device), Clock(ranks.device)
+    step_clock, scaling_clock, iterations = Clock(ranks.device), Clock(ranks.device), Iterations(scaling)
     if scaling is not None:
         optimizer.register_step_post_hook(scaling_clock.start)
         scaling.attach(optimizer)
         optimizer.register_step_post_hook(scaling_clock.stop)
+        optimizer.register_step_post_hook(iterations.count)
 
-    done, run_id, history = 0, uuid.uuid4().hex[:8], []
+    done, run_id, history, snapshots = 0, uuid.uuid4().hex[:8], [], []
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if config.resume and (folder / "checkpoint.pt").exists():
         facts = checkpoint.load(folder / "checkpoint.pt", parts, ranks.device)
         done, run_id = facts["epoch"], facts["run_id"]
         # A line that was written after the checkpoint belongs to the epoch that is trained again.
         history = [line for line in read_lines(folder / "metrics.jsonl") if line["epoch"] <= done]
+        snapshots = [line for line in read_lines(folder / "spectra.jsonl") if line["epoch"] <= done]
     ranks.wait()
     if ranks.leads:
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"norm": norm, "processes": ranks.world, "device": str(ranks.device), "torch": torch.__version__}
         write_atomically(folder / "config.json", json.dumps(as_json(config) | facts, indent=2))
         write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-        wandb_run = WandbRun(config, folder, "train", f"{config.preset}-{norm}", run_id)
+        write_atomically(folder / "spectra.jsonl", "".join(json.dumps(line) + "\n" for line in snapshots))
+        wandb_run = WandbRun(config, folder, "train", f"{config.preset}-{condition(norm, config.targets)}", run_id)
         for line in history:
             wandb_run.log(line)
 
     parallel = distribute(model, ranks)
     prepare = Prepare(data, ranks.device, memory_format)
+    looks = {round(fraction * config.epochs) for fraction in config.spectra}
+
+    def look(epoch: int) -> None:
+        if ranks.leads and epoch in looks and all(line["epoch"] != epoch for line in snapshots):
+            line = {"epoch": epoch} | snapshot(model, data.shape, left_alone(model))
+            snapshots.append(line)
+            append(folder / "spectra.jsonl", line)
+            wandb_run.log({key: value for key, value in line.items() if not isinstance(value, list)})
+
+    look(0)
     for epoch in range(done + 1, config.epochs + 1):
         lr = optimizer.param_groups[0]["lr"]
         label = f"{norm} {epoch}/{config.epochs}"
@@ -148,13 +164,14 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
                 "test/accuracy": test_accuracy,
                 "lr": lr,
                 **{f"spectral_norm/{name}": value for name, value in norms.items()},
+                **{f"iterations/{name}": value for name, value in iterations.means().items()},
                 "time/step_ms": step_clock.median_ms(),
                 "time/scaling_ms": scaling_clock.median_ms(),
             }
             history.append(line)
-            with (folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(folder / "metrics.jsonl", line)
             wandb_run.log(line)
+            look(epoch)
             checkpoint.save(folder / "checkpoint.pt", parts, epoch=epoch, run_id=run_id)
             say(
                 f"{norm:>9}  epoch {epoch}/{config.epochs}  train {train_loss:.4f} {train_accuracy:.2%}  "
@@ -165,7 +182,7 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
         targets = {key.removeprefix("target/"): value for key, value in metrics.items() if key.startswith("target/")}
         times = {key: statistics.median(e[key] for e in history) for key in ("time/step_ms", "time/scaling_ms")}
         final = {key: value for key, value in history[-1].items() if not key.startswith("time/")}
-        made_by = provenance() | {"processes": ranks.world}
+        made_by = provenance() | {"processes": ranks.world, "command": shlex.join(sys.argv)}
         summary = final | {"targets": targets} | times | {"provenance": made_by}
         write_atomically(folder / "summary.json", json.dumps(summary, indent=2))
         wandb_run.finish()
@@ -212,6 +229,26 @@ def evaluate(config: Config, model: nn.Module, prepare: Prepare, ranks: Ranks) -
             output = model(prepare.test(images.to(ranks.device))).float()
         tally.add(nn.functional.cross_entropy(output, labels, reduction="sum"), output, labels)
     return tally.means()
+
+
+class Iterations:
+    """How many iterations the solver takes a step, by layer; the host knows without asking the device."""
+
+    def __init__(self, scaling: NormScaler | None) -> None:
+        self.scaling = scaling
+        self.steps = 0
+        self.sums: Counter[str] = Counter()
+
+    def count(self, *_: Any) -> None:
+        self.steps += 1
+        self.sums.update(self.scaling.num_iterations)
+
+    def means(self) -> dict[str, float]:
+        """Their means over the steps since the last call."""
+        means = {name: total / self.steps for name, total in self.sums.items()}
+        self.steps = 0
+        self.sums.clear()
+        return means
 
 
 class Tally:

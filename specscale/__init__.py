@@ -5,7 +5,7 @@ from specscale.audit import Audit, Certificate
 from specscale.errors import NonFiniteWeightError
 from specscale.initialization import orthogonal_init_
 from specscale.matrices import MatrixView
-from specscale.measure import spectral_norms
+from specscale.measure import singular_values, spectral_norms
 from specscale.rules import LayerRule
 from specscale.scaler import NormScaler, plain_state_dict
 from specscale.solvers import SVD, Block, Power
@@ -25,5 +25,6 @@ __all__ = [
     "orthogonal_init_",
     "plain_state_dict",
     "remove_norm_scaling",
+    "singular_values",
     "spectral_norms",
 ]

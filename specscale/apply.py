@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from specscale.errors import one_of, refuse_non_finite
 from specscale.initialization import write_orthogonal_
-from specscale.norms import Frobenius, Norm, Spectral
+from specscale.norms import Clipped, Frobenius, Norm, Spectral
 from specscale.parametrization import NormScaling, register, scaling_of, scalings
 from specscale.rules import LayerRule
 from specscale.scaler import NormScaler, ScaledWeight
@@ -19,7 +19,7 @@ from specscale.solvers import SOLVERS, SVD, Block, Power, Solver
 from specscale.targets import GAINS, Rule, check_rule, evaluate
 
 CALL = "apply_norm_scaling"
-NORMS = ("frobenius", "spectral")
+NORMS = ("frobenius", "spectral", "clipped")
 
 
 def apply_norm_scaling(
@@ -41,7 +41,8 @@ def apply_norm_scaling(
     Args:
         module: any model; its linear, convolution, attention and recurrent weights that require gradients, and
             those that `rules` add, are scaled.
-        norm: `"spectral"` or `"frobenius"`.
+        norm: `"spectral"` (of the first singular triple alone), `"frobenius"`, or `"clipped"` (as spectral, and every
+            other singular value above the target comes down to it too: exact, by a decomposition at every step).
         init: None keeps the weights; `"orthogonal"` overwrites them by `gain` times orthogonal matrices.
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
             `"features"` or `"matrix"` (the norm of an orthogonal matrix with that gain); the norm itself as a number,
@@ -120,7 +121,8 @@ def _kind(norm: str, solver: str | Solver) -> Norm:
         solver = SOLVERS[solver]
     elif not isinstance(solver, Block | Power | SVD):
         raise TypeError(f"{CALL}: solver must be a name or a Block, Power or SVD, found {type(solver).__name__}")
-    return Spectral(solver) if norm == "spectral" else Frobenius()
+    kinds: dict[str, Norm] = {"spectral": Spectral(solver), "frobenius": Frobenius(), "clipped": Clipped()}
+    return kinds[norm]
 
 
 def _refuse_wrapped(module: nn.Module) -> None:

@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from specscale.algebra import gram
+from specscale.errors import refuse_non_finite
 from specscale.parametrization import wide
 from specscale.rules import LayerRule
 from specscale.selection import Patterns, select
-from specscale.solvers import Block
+from specscale.solvers import Block, finite_or_zero
 
 
 @torch.no_grad()
@@ -32,3 +34,28 @@ def spectral_norms(
         triple, _ = solver.solve(matrices, solver.cold(matrices, key), to_convergence=True)
         norms[weight.name] = triple.value.max().item()
     return norms
+
+
+@torch.no_grad()
+def singular_values(
+    module: nn.Module, *, include: Patterns = None, exclude: Patterns = None, rules: Iterable[LayerRule] = ()
+) -> dict[str, Tensor]:
+    """All singular values of every weight of a model, scaled or plain, by layer name.
+
+    Each `(k, min(m, n))`, float64, in descending order, for a weight that is `k` matrices `(m, n)`. From the smaller
+    Gram matrix in float64, so that a value is right to 1e-8 of the largest, which float32's own rounding of the weight
+    exceeds. Slow for wide layers: `min(m, n)^3` operations a matrix.
+
+    Raises:
+        TypeError: `module` is no module, or an option has a wrong type.
+        ValueError: a pattern matches nothing, a rule does not fit a layer, or no weight is selected.
+        NonFiniteWeightError: a weight holds NaN or infinity.
+    """
+    weights = select("singular_values", module, include, exclude, rules)
+    refuse_non_finite("singular_values", ((weight.name, weight.parameter) for weight in weights), "load good weights")
+    found = {}
+    for weight in weights:
+        scaled, scale = finite_or_zero(wide(weight.view.matrices(weight.parameter)))
+        squares = torch.linalg.eigvalsh(gram(scaled if scaled.shape[-2] >= scaled.shape[-1] else scaled.mT))
+        found[weight.name] = squares.flip(-1).clamp_min(0).sqrt() * scale[:, None]
+    return found

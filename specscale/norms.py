@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specscale.algebra import join
+from specscale.algebra import gram, join
 from specscale.certificates import Bounds, frobenius_bounds, spectral_bounds
-from specscale.solvers import Solver, State
+from specscale.solvers import Solver, State, finite_or_zero
 
 
 class Measurement(NamedTuple):
@@ -26,6 +26,8 @@ class Measurement(NamedTuple):
     """`(k,)`: the solver's residual; zero where the norm is exact."""
     error: Tensor
     """`(k,)`: the relative error of `norm`, by the solver's own estimate; zero where it is exact."""
+    num_iterations: int
+    """The solver's iterations, all matrices alike; zero where there are none."""
     factors: Any
     """What `restore_` needs to know of the matrices."""
     state: dict[str, Tensor]
@@ -112,7 +114,7 @@ class Frobenius:
         rows = [torch.linalg.vector_norm(one, dim=-1) for one in matrices]
         norms = [torch.linalg.vector_norm(one, dim=-1, dtype=torch.float64) for one in rows]
         norm = torch.cat(norms).to(rows[0].dtype)
-        return Measurement(norm, torch.zeros_like(norm), torch.zeros_like(norm), None, {})
+        return Measurement(norm, torch.zeros_like(norm), torch.zeros_like(norm), 0, None, {})
 
     def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
         norm = measurement.norm.to(target.dtype)
@@ -159,7 +161,7 @@ class Spectral:
     ) -> Measurement:
         joined = join(list(matrices))
         triple, state = self.solver.solve(joined, state, to_convergence=to_convergence, num_iterations=num_iterations)
-        return Measurement(triple.value, triple.residual, triple.error, triple, state)
+        return Measurement(triple.value, triple.residual, triple.error, triple.num_iterations, triple, state)
 
     def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
         triple = measurement.factors
@@ -173,6 +175,66 @@ class Spectral:
             # On the split tensor, not on the matrix, a rank-one update is a broadcast product in any memory format.
             split.addcmul_(_like(own_left, split), own_right.reshape(len(split), 1, *split.shape[2:]))
         return torch.where(hold, value, torch.maximum(target, triple.next_value.to(target.dtype)))
+
+    def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
+        return spectral_bounds(matrices, key, tolerance, miss)
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """`W <- U min(S, t) V^T` with the first singular value at `t` always: singular value clipping.
+
+    As Saito et al., "Temporal generative adversarial nets with singular value clipping" (2017), section 3.4, do at 1.
+    It moves the first triple as `Spectral` does, and every other one that is above the target, so that the norm is the
+    target exactly. By the eigenvectors of the smaller Gram matrix in float64, at every step: for small models. On an
+    accelerator the host waits for them.
+    """
+
+    name = "clipped"
+    order = 0
+
+    def workspace(self, m: int, n: int) -> int | None:
+        return 2 * m * n + 4 * min(m, n) ** 2
+
+    def of_orthogonal(self, gain: float, m: int, n: int) -> float:
+        return gain
+
+    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
+        return None
+
+    def measure(
+        self,
+        matrices: Iterable[Tensor],
+        state: State,
+        *,
+        to_convergence: bool = False,
+        num_iterations: int | None = None,
+    ) -> Measurement:
+        scaled, scale = finite_or_zero(join(list(matrices)))
+        squares, vectors = torch.linalg.eigh(gram(scaled if scaled.shape[-2] >= scaled.shape[-1] else scaled.mT))
+        values = squares.clamp_min(0).sqrt() * scale[:, None].double()
+        norm = values[:, -1].to(scaled.dtype)
+        return Measurement(norm, torch.zeros_like(norm), torch.zeros_like(norm), 0, (values, vectors), {})
+
+    def restore_(self, splits: list[Tensor], measurement: Measurement, target: Tensor, hold: Tensor) -> Tensor:
+        values, vectors = measurement.factors
+        norm = measurement.norm.to(target.dtype)
+        hold = hold | (norm == 0)
+        above = values > target[:, None]
+        above[:, -1] = True
+        # What is taken off each singular value, relative.
+        excess = torch.where(above, 1 - target[:, None].double() / values, 0)
+        parts = ((vectors * excess[:, None]) @ vectors.mT).to(target.dtype)
+        counts = [len(split) for split in splits]
+        for split, part, held in zip(splits, parts.split(counts), hold.split(counts), strict=True):
+            matrices = split.reshape(*split.shape[:2], -1).to(part.dtype)
+            tall = matrices.shape[-2] >= matrices.shape[-1]
+            correction = matrices @ part if tall else part @ matrices
+            split.sub_(torch.where(held[:, None, None], 0, correction).reshape(split.shape))
+        return torch.where(hold, norm, target)
 
     def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
         return spectral_bounds(matrices, key, tolerance, miss)

@@ -57,6 +57,7 @@ class NormScaler:
         self._last: Readout | None = None
         self._pace: dict[Norm, int | None] = {}
         self._graphs: Graphs | None = None
+        self._num_iterations: dict[str, int] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> "NormScaler":
@@ -191,6 +192,7 @@ class NormScaler:
             if bad := Readout(measured).non_finite():
                 raise non_finite("step", bad, f"no weight was scaled. {CURE}")
             restore_(measured, skip)
+            self._count(measured)
             for weight in weights:
                 weight.scaling.see(weight.parameter)
             return
@@ -211,8 +213,17 @@ class NormScaler:
         # A compiled step keeps the pace that it was compiled with: what changes here would compile it anew.
         if not torch.compiler.is_compiling():
             self._pace, self._last = pace, Readout(measured)
+            self._count(measured)
         for weight in weights:
             weight.scaling.see(None if torch.compiler.is_compiling() else weight.parameter)
+
+    def _count(self, measured: list[Batch]) -> None:
+        self._num_iterations = {m.scaling.name: b.measurement.num_iterations for b in measured for m in b.members}
+
+    @property
+    def num_iterations(self) -> dict[str, int]:
+        """The solver's iterations in the last step, by layer; zero where the norm is exact. The host knows them."""
+        return dict(self._num_iterations)
 
     def _next_pace(self, kind: Norm) -> int | None:
         error = None if self._last is None else self._last.worst_error(kind)

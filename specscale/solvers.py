@@ -69,7 +69,7 @@ class Solver(Protocol):
         """The `num_iterations` to take after a solve of so many that left `error`; None where nothing is known."""
 
 
-def _finite_or_zero(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def finite_or_zero(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """The matrices scaled to a largest entry of 1, and the scales; one that is not finite becomes zero.
 
     The scale keeps squares from over- and underflowing; the zero keeps a factorisation from raising.
@@ -163,7 +163,7 @@ class Block:
         return max(num_iterations - 1, 1) if error <= self.tolerance / 4 else num_iterations
 
     def _solve_small(self, matrices: Tensor) -> Triple:
-        scaled, scale = _finite_or_zero(matrices)
+        scaled, scale = finite_or_zero(matrices)
         right = dominant(gram(scaled), min(2, scaled.shape[-1])).to(matrices.dtype)
         image = scaled @ right
         values = image.norm(dim=-2) * scale[..., None]
@@ -286,7 +286,7 @@ class Power:
         self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
     ) -> tuple[Triple, dict[str, Tensor]]:
         tall = matrices.shape[-2] >= matrices.shape[-1]
-        scaled, scale = _finite_or_zero(matrices if tall else matrices.mT)
+        scaled, scale = finite_or_zero(matrices if tall else matrices.mT)
         # Many iterations are cheaper on the Gram matrix, which is as much arithmetic as n / 2 of them, but much faster.
         many = self.num_iterations > scaled.shape[-1] // 20
         square = scaled.mT @ scaled if many else None
@@ -328,7 +328,7 @@ class SVD:
     def solve(
         self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
     ) -> tuple[Triple, dict[str, Tensor]]:
-        scaled, scale = _finite_or_zero(matrices)
+        scaled, scale = finite_or_zero(matrices)
         left, values, right = torch.linalg.svd(scaled, full_matrices=False)
         values = values * scale[..., None]
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])

@@ -15,6 +15,7 @@ from specscale import (
     is_norm_scaled,
     orthogonal_init_,
     remove_norm_scaling,
+    singular_values,
     spectral_norms,
 )
 
@@ -148,7 +149,7 @@ def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"norm": "nuclear"}, ValueError, "unknown norm 'nuclear'; choose 'frobenius' or 'spectral'"),
+        ({"norm": "nuclear"}, ValueError, "unknown norm 'nuclear'; choose 'frobenius', 'spectral' or 'clipped'"),
         ({"solver": "qr"}, ValueError, "unknown solver 'qr'; choose 'block', 'power' or 'svd'"),
         ({"solver": 3}, TypeError, "solver must be a name or a Block, Power or SVD, found int"),
         ({"init": "zeros"}, ValueError, "unknown init 'zeros'; choose None or 'orthogonal'"),
@@ -270,3 +271,21 @@ def test_spectral_norms_of_a_plain_and_of_a_scaled_model():
     assert plain["0"] == pytest.approx(torch.linalg.matrix_norm(model[0].weight.detach(), 2).item(), rel=1e-5)
     apply_norm_scaling(model)
     assert spectral_norms(model) == plain
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_singular_values_of_a_plain_and_of_a_scaled_model(memory_format):
+    model = nn.ModuleDict({"conv": nn.Conv2d(6, 8, 3, groups=2), "wide": nn.Linear(30, 20), "tall": nn.Linear(20, 30)})
+    model.to(memory_format=memory_format)
+    found = singular_values(model)
+    assert list(found) == ["conv", "wide", "tall"]
+    assert [tuple(values.shape) for values in found.values()] == [(2, 4), (1, 20), (1, 20)]
+    for name, values in found.items():
+        matrices = model[name].weight.detach().double().reshape(len(values), -1, model[name].weight[0].numel())
+        torch.testing.assert_close(values, torch.linalg.svdvals(matrices), rtol=0, atol=1e-8 * values.max().item())
+    apply_norm_scaling(model)
+    assert all(torch.equal(values, found[name]) for name, values in singular_values(model).items())
+    model.wide.weight.data[0, 0] = float("inf")
+    with pytest.raises(NonFiniteWeightError, match="singular_values: the weight of 'wide' holds NaN or infinity"):
+        singular_values(model)
+    assert list(singular_values(model, exclude="wide")) == ["conv", "tall"]

@@ -86,6 +86,29 @@ def test_the_spectral_norm_is_the_larger_of_target_and_second_value(make, solver
             assert metrics[f"norm/{weight.name}"] == pytest.approx(new[:, 0].max().item(), rel=10 * tolerance)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_clipping_brings_down_every_value_above_the_target_and_no_other(make, memory_format):
+    model = net(memory_format)
+    scaling = apply_norm_scaling(model, "clipped", init="orthogonal")
+    optimizer = make(model.parameters())
+    before = {}
+    optimizer.register_step_post_hook(
+        lambda *_: before.update({w.name: torch.linalg.svd(matrices(w), full_matrices=False) for w in scaling.weights})
+    )
+    scaling.attach(optimizer)
+    for _ in train(model, optimizer, 10):
+        for weight in scaling.weights:
+            left, values, right = before[weight.name]
+            target = weight.scaling.target.double()[:, None]
+            values = torch.cat([target, torch.minimum(values[:, 1:], target)], dim=1)
+            expected = left @ torch.diag_embed(values) @ right
+            distance = torch.linalg.matrix_norm(matrices(weight) - expected, 2)
+            assert (distance <= 1e-5 * target[:, 0]).all(), weight.name
+            assert (torch.linalg.matrix_norm(matrices(weight), 2) <= target[:, 0] * (1 + 1e-5)).all(), weight.name
+            assert torch.equal(weight.scaling.norm, weight.scaling.target)
+
+
 def test_the_svd_step_moves_the_first_triple_alone():
     weight = torch.randn(40, 60)
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -112,7 +135,7 @@ def test_block_and_svd_walk_the_same_way():
     assert ends[0] == pytest.approx(ends[1], rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize("norm", ["frobenius", "spectral", "clipped"])
 def test_a_non_finite_weight_stops_the_step_before_anything_is_written(norm):
     model = net()
     scaling = apply_norm_scaling(model, norm, target=0.5)
@@ -124,7 +147,7 @@ def test_a_non_finite_weight_stops_the_step_before_anything_is_written(norm):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize("norm", ["frobenius", "spectral", "clipped"])
 def test_a_step_that_the_grad_scaler_skips_moves_nothing(norm, fused):
     model = net()
     scaling = apply_norm_scaling(model, norm, target=0.5)
@@ -136,6 +159,22 @@ def test_a_step_that_the_grad_scaler_skips_moves_nothing(norm, fused):
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.equal(value, before[name]) for name, value in scaling.plain_state_dict().items())
+
+
+def test_the_handle_tells_the_iterations_of_the_last_step():
+    model = net()
+    taken = {}
+    for norm, solver in (("frobenius", "block"), ("spectral", "power"), ("clipped", "block"), ("spectral", "block")):
+        scaling = apply_norm_scaling(model, norm, solver=solver)
+        assert scaling.num_iterations == {}
+        scaling.step()
+        taken[norm, solver] = scaling.num_iterations
+        scaling.remove()
+    names = ["conv", "grouped", "up", "qkv", "wide", "head"]
+    assert all(sorted(found) == sorted(names) for found in taken.values())
+    assert set(taken["frobenius", "block"].values()) == set(taken["clipped", "block"].values()) == {0}
+    assert set(taken["spectral", "power"].values()) == {500}
+    assert {name for name, count in taken["spectral", "block"].items() if count} == {"qkv", "wide"}
 
 
 def test_each_optimizer_scales_what_it_owns_and_has_stepped():
