@@ -25,6 +25,8 @@ PUBLISHED_SIZES = {
         *[(512, 8), (512, 4), (2048, 4), *[(512, 4), (512, 4), (2048, 4)] * 2],
     ],
 }
+CIFAR_RESNETS = ("resnet18-quarter", *PUBLISHED_SIZES)
+"""The ResNets that get a 3x3 first convolution and no first pooling."""
 
 
 def build(config: Config, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -35,10 +37,8 @@ def build(config: Config, shape: tuple[int, int, int], num_classes: int) -> nn.M
         for d_in, d_out in pairwise(sizes):
             layers += [nn.Linear(d_in, d_out, bias=False), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
-    if config.model in PUBLISHED_SIZES:
-        import torchvision
-
-        model = getattr(torchvision.models, config.model)(weights=None, num_classes=num_classes)
+    if config.model in CIFAR_RESNETS:
+        model = _resnet(config.model, num_classes)
         model.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
         return model
@@ -49,9 +49,19 @@ def build(config: Config, shape: tuple[int, int, int], num_classes: int) -> nn.M
     return timm.create_model(config.model, num_classes=num_classes, in_chans=shape[0], **size)
 
 
+def _resnet(name: str, num_classes: int) -> nn.Module:
+    if name in PUBLISHED_SIZES:
+        import torchvision
+
+        return getattr(torchvision.models, name)(weights=None, num_classes=num_classes)
+    import timm
+
+    return timm.create_model("resnet18", num_classes=num_classes, channels=(16, 32, 64, 128))
+
+
 def is_known(name: str) -> bool:
     """Whether `build` knows the model."""
-    if name == "mlp" or name in PUBLISHED_SIZES:
+    if name == "mlp" or name in CIFAR_RESNETS:
         return True
     import timm
 
@@ -59,7 +69,7 @@ def is_known(name: str) -> bool:
 
 
 def published_gains(config: Config, model: nn.Module) -> dict[str, float] | str:
-    """The init's gains of the post's code, by layer; for an MLP its sizes are the layers' own."""
+    """The init's gains of the post's code, by layer; for what it has no table of, an MLP too, the sizes are real."""
     if config.model not in PUBLISHED_SIZES:
         return "features"
     sizes = [channels * side**2 for channels, side in PUBLISHED_SIZES[config.model]] + [100]

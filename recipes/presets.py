@@ -15,7 +15,7 @@ class Config:
     preset: str = "digits"
     """Name of the results' folder and of the W&B group."""
     model: str = "mlp"
-    """mlp, resnet34 or resnet50 (the CIFAR variants), or the name of any timm model."""
+    """mlp, resnet34, resnet50 or resnet18-quarter (CIFAR variants), or the name of any timm model."""
     depth: int = 3
     """Weight matrices of the mlp."""
     width: int = 256
@@ -107,4 +107,16 @@ def resnet50() -> Config:
     return replace(mlp_5x2000(), preset="resnet50", model="resnet50")
 
 
-PRESETS = (digits, mlp_5x2000, mlp_7x4000, resnet34, resnet50)
+def mlp_5x256() -> Config:
+    """The medium MLP at an eighth of its width, under an exact solver, and with every singular value brought down."""
+    norms: tuple[Condition, ...] = ("none", "frobenius", "spectral", "clipped")
+    return replace(mlp_5x2000(), preset="mlp-5x256", width=256, epochs=30, solver="svd", norms=norms)
+
+
+def resnet18_quarter() -> Config:
+    """A small ResNet on a quarter of the images, for hours without a GPU: channels or activation sizes as targets?"""
+    small = replace(resnet34(), preset="resnet18-quarter", model="resnet18-quarter", epochs=8, batch_size=128)
+    return replace(small, limit_train=12800, limit_test=2560)
+
+
+PRESETS = (digits, mlp_5x2000, mlp_7x4000, resnet34, resnet50, mlp_5x256, resnet18_quarter)

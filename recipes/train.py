@@ -20,7 +20,7 @@ from clock import Clock
 from compare import HEADER, compare
 from data import Data, Prepare, load, test_loader, train_loader
 from logs import WandbRun, append, as_json, on_terminal, read_lines, say, write_atomically
-from models import build, is_known, left_alone, start
+from models import CIFAR_RESNETS, build, is_known, left_alone, start
 from presets import HOUSEKEEPING, PRESETS, Config, condition
 from provenance import provenance
 from ranks import Ranks, distribute, join, leave, share_statistics
@@ -66,7 +66,7 @@ def find_problem(config: Config, world: int) -> str | None:
     if config.batch_size % world:
         return f"batch size {config.batch_size} does not divide over {world} processes"
     if not is_known(config.model):
-        return f"unknown model {config.model!r}; choose mlp, resnet34, resnet50, or one of timm.list_models()"
+        return f"unknown model {config.model!r}; choose mlp, {', '.join(CIFAR_RESNETS)}, or one of timm.list_models()"
     if config.resume and config.overwrite:
         return "--resume and --overwrite exclude each other"
     if config.data == "cifar100" and not config.download and not (config.data_root / "cifar-100-python").is_dir():
