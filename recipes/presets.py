@@ -115,7 +115,7 @@ def mlp_5x256() -> Config:
 
 def resnet18_quarter() -> Config:
     """A small ResNet on a quarter of the images, for hours without a GPU: channels or activation sizes as targets?"""
-    small = replace(resnet34(), preset="resnet18-quarter", model="resnet18-quarter", epochs=8, batch_size=128)
+    small = replace(resnet34(), preset="resnet18-quarter", model="resnet18-quarter", epochs=5, batch_size=128)
     return replace(small, limit_train=12800, limit_test=2560)
 
 
