@@ -40,7 +40,9 @@ def as_json(config: Config) -> dict[str, Any]:
 class WandbRun:
     """A W&B run that never stops a training run: whatever fails is said once, and training goes on without it."""
 
-    def __init__(self, config: Config, folder: Path, job_type: str, group: str, run_id: str | None = None) -> None:
+    def __init__(
+        self, config: Config, folder: Path, job_type: str, condition: str | None = None, run_id: str | None = None
+    ) -> None:
         self.run = None
         if config.wandb == "disabled":
             return
@@ -53,10 +55,10 @@ class WandbRun:
                 dir=folder,
                 id=run_id,
                 name=folder.name,
-                group=group,
+                group=f"{config.preset}-{condition}" if condition else config.preset,
                 job_type=job_type,
                 tags=[config.preset, config.model, config.data, config.targets],
-                config=as_json(config) | {"condition": folder.name},
+                config=as_json(config) | {"condition": condition},
                 mode=config.wandb,
                 settings=wandb.Settings(silent=True, console="off"),
             )

@@ -17,7 +17,7 @@ import checkpoint
 import torch
 import tyro
 from clock import Clock
-from compare import HEADER, compare
+from compare import compare
 from data import Data, Prepare, load, test_loader, train_loader
 from logs import WandbRun, append, as_json, on_terminal, read_lines, say, write_atomically
 from models import CIFAR_RESNETS, build, is_known, left_alone, start
@@ -25,6 +25,7 @@ from presets import HOUSEKEEPING, PRESETS, Config, condition
 from provenance import provenance
 from ranks import Ranks, distribute, join, leave, share_statistics
 from spectra import snapshot
+from summaries import HEADER
 from tables import markdown
 from torch import nn
 from tqdm import tqdm
@@ -42,10 +43,10 @@ def main(config: Config) -> None:
     if ranks.leads and config.compare:
         folder = config.out / config.preset
         rows = compare(folder)
-        wandb_run = WandbRun(config, folder, "comparison", config.preset)
+        wandb_run = WandbRun(config, folder, "comparison")
         wandb_run.log_comparison(folder, HEADER, rows)
         wandb_run.finish()
-        say(f"\n{markdown(HEADER, rows)}\n{folder}/: comparison.md, accuracy.png, loss.png, spectral_norms.png")
+        say(f"\n{markdown(HEADER, rows)}\n{folder}/: comparison.md, results.json and the figures")
     leave()
 
 
@@ -131,7 +132,7 @@ def train(config: Config, norm: str, data: Data, ranks: Ranks) -> None:
         write_atomically(folder / "config.json", json.dumps(as_json(config) | facts, indent=2))
         write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
         write_atomically(folder / "spectra.jsonl", "".join(json.dumps(line) + "\n" for line in snapshots))
-        wandb_run = WandbRun(config, folder, "train", f"{config.preset}-{condition(norm, config.targets)}", run_id)
+        wandb_run = WandbRun(config, folder, "train", condition(norm, config.targets), run_id)
         for line in history:
             wandb_run.log(line)
 

@@ -1,36 +1,135 @@
-"""The presets against the published settings, written out."""
+"""The presets against the published settings, layer by layer, the numbers written out."""
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
-from models import build, start
-from presets import mlp_5x2000, resnet34, resnet50
+import torch
+from models import build, left_alone, start
+from presets import mlp_5x2000, mlp_7x4000, resnet34, resnet50
+from torch import nn
 
-from specscale import NormScaler
+from specscale import spectral_norms
+
+CIFAR = (3, 32, 32)
+WIDE = math.sqrt(64 / 3)
+
+# The spectral norm of each layer's init, which is its described target; patterns in order, the first match wins.
+GAINS = {
+    mlp_5x2000: {"1": 0.8069, "[357]": 1, "9": 0.2236},
+    mlp_7x4000: {"1": 1.1411, "[3579]|11": 1, "13": 0.1581},
+    resnet34: {"conv1": 4.6188, r"layer[234]\.0\.conv1": 0.7071, "layer.*": 1, "fc": 0.4419},
+    resnet50: {
+        "conv1": 4.6188,
+        r"layer1\.0\.conv1": 1,
+        r"layer[234]\.0\.conv1": 0.7071,
+        r"layer[234]\.0\.conv2": 0.5,
+        r".*conv1": 0.5,
+        r".*conv2": 1,
+        r".*conv3": 2,
+        "fc": 0.2210,
+    },
+}
+# Where the post's code starts otherwise: its tables put ResNet-34's stride on a block's second convolution, and count
+# the classifier's input before pooling.
+PUBLISHED_GAINS = {
+    mlp_5x2000: {},
+    mlp_7x4000: {},
+    resnet34: {r"layer[234]\.0\.conv1": 1.4142, r"layer[234]\.0\.conv2": 0.5, "fc": 0.1105},
+    resnet50: {"fc": 0.05524},
+}
+FIRST = {mlp_5x2000: 0.8069, mlp_7x4000: 1.1411, resnet34: 4.6188, resnet50: 4.6188}
+SHAPES = {
+    mlp_5x2000: [(2000, 3072), (2000, 2000), (2000, 2000), (2000, 2000), (100, 2000)],
+    mlp_7x4000: [(4000, 3072), *[(4000, 4000)] * 5, (100, 4000)],
+    resnet34: [
+        (64, 27),
+        *[(64, 576)] * 6,
+        *[(128, 576), *[(128, 1152)] * 7],
+        *[(256, 1152), *[(256, 2304)] * 11],
+        *[(512, 2304), *[(512, 4608)] * 5],
+        (100, 512),
+    ],
+    resnet50: [
+        (64, 27),
+        *[(64, 64), (64, 576), (256, 64)],
+        *[(64, 256), (64, 576), (256, 64)] * 2,
+        *[(128, 256), (128, 1152), (512, 128)],
+        *[(128, 512), (128, 1152), (512, 128)] * 3,
+        *[(256, 512), (256, 2304), (1024, 256)],
+        *[(256, 1024), (256, 2304), (1024, 256)] * 5,
+        *[(512, 1024), (512, 4608), (2048, 512)],
+        *[(512, 2048), (512, 4608), (2048, 512)] * 2,
+        (100, 2048),
+    ],
+}
 
 
-def targets(preset, rule):
+def gain(table, name):
+    return next((value for pattern, value in table.items() if re.fullmatch(pattern, name)), None)
+
+
+@pytest.mark.parametrize("rule", ["described", "published"])
+@pytest.mark.parametrize("preset", GAINS, ids=lambda preset: preset.__name__)
+def test_every_layer_starts_and_is_held_as_published(preset, rule):
     config = replace(preset(), targets=rule)
-    model = build(config, (3, 32, 32), 100)
-    start(config, "spectral", model, (3, 32, 32))
-    metrics = NormScaler.of(model).metrics()
-    return {name: value for name, value in metrics.items() if name.startswith(("target/", "norm/"))}
+    model = build(config, CIFAR, 100)
+    plain = {name: parameter.clone() for name, parameter in model.named_parameters() if "downsample" in name}
+    scaling = start(config, "spectral", model, CIFAR)
+    assert [weight.scaling.view.matrix_shape(weight.parameter) for weight in scaling.weights] == SHAPES[preset]
+    expected = {}
+    for weight in scaling.weights:
+        expected[weight.name] = gain(GAINS[preset], weight.name)
+        if rule == "published":
+            expected[weight.name] = gain(PUBLISHED_GAINS[preset], weight.name) or expected[weight.name]
+    metrics = scaling.metrics()
+    for name, value in expected.items():
+        assert metrics[f"norm/{name}"] == pytest.approx(value, rel=2e-4), name
+        held = FIRST[preset] if rule == "published" else value
+        assert metrics[f"target/{name}"] == pytest.approx(held, rel=2e-4), name
+    state = dict(model.named_parameters())
+    assert all(torch.equal(state[name], value) for name, value in plain.items())
+    scaling.remove()
+    # Frobenius targets are the norms after the init, each layer's own, and `none` starts from the same weights.
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters() if "downsample" not in name}
+    model = build(config, CIFAR, 100)
+    targets = start(config, "frobenius", model, CIFAR).metrics()
+    for (name, value), (m, n) in zip(expected.items(), SHAPES[preset], strict=True):
+        assert targets[f"target/{name}"] == pytest.approx(value * math.sqrt(min(m, n)), rel=2e-4), name
+    model = build(config, CIFAR, 100)
+    assert start(config, "none", model, CIFAR) is None
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if n in weights and p.ndim > 1)
 
 
-def test_the_medium_mlp():
-    described, published = targets(mlp_5x2000, "described"), targets(mlp_5x2000, "published")
-    gains = [0.8068, 1, 1, 1, 0.2236]
-    assert [v for n, v in described.items() if "target" in n] == pytest.approx(gains, rel=1e-3)
-    assert [v for n, v in published.items() if "norm" in n] == pytest.approx(gains, rel=1e-3)
-    assert [v for n, v in published.items() if "target" in n] == pytest.approx([0.8068] * 5, rel=1e-3)
+@pytest.mark.parametrize("preset", GAINS, ids=lambda preset: preset.__name__)
+def test_described_gains_are_the_activation_sizes_of_a_forward_pass(preset):
+    model = build(preset(), CIFAR, 100)
+    start(preset(), "none", model, CIFAR)
+    gains = {}
+
+    def read(name):
+        return lambda _, args, output: gains.update({name: math.sqrt(output.numel() / args[0].numel())})
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and "downsample" not in name:
+            module.register_forward_hook(read(name))
+    model.eval()(torch.zeros(1, *CIFAR))
+    assert spectral_norms(model, exclude=left_alone(model)) == pytest.approx(gains, rel=1e-4)
 
 
-@pytest.mark.parametrize(("preset", "count", "fc"), [(resnet34, 34, 512), (resnet50, 50, 2048)])
-def test_the_resnets(preset, count, fc):
-    described, published = targets(preset, "described"), targets(preset, "published")
-    assert described["target/conv1"] == pytest.approx((64 / 3) ** 0.5, rel=1e-4)
-    assert described["target/fc"] == pytest.approx((100 / fc) ** 0.5, rel=1e-4)
-    assert published["norm/fc"] == pytest.approx((100 / (16 * fc)) ** 0.5, rel=1e-4)
-    held = [value for name, value in published.items() if "target" in name]
-    assert held == pytest.approx([(64 / 3) ** 0.5] * count, rel=1e-4)
-    assert not any("downsample" in name for name in described)
+@pytest.mark.parametrize("preset", [resnet34, resnet50])
+def test_channel_targets_do_not_see_the_maps(preset):
+    config = replace(preset(), targets="channels")
+    model = build(config, CIFAR, 100)
+    for weight in start(config, "spectral", model, CIFAR).weights:
+        m, n = weight.parameter.shape[:2]
+        assert weight.scaling.target.item() == pytest.approx(math.sqrt(m / n), rel=1e-4), weight.name
+
+
+@pytest.mark.parametrize("preset", GAINS, ids=lambda preset: preset.__name__)
+def test_the_settings_of_training(preset):
+    config = preset()
+    assert (config.data, config.epochs, config.batch_size, config.lr, config.gamma) == ("cifar100", 200, 512, 1e-3, 0.1)
+    assert [round(fraction * config.epochs) for fraction in config.milestones] == [60, 120]
+    assert config.norms == ("none", "frobenius", "spectral")

@@ -79,7 +79,7 @@ def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
     assert json.loads(config["width"]) == 256
     table = (folder / "comparison.md").read_text()
     pictures = {p.name for p in folder.glob("*.png")}
-    assert pictures == {"accuracy.png", "loss.png", "spectral_norms.png"}
+    assert pictures >= {"accuracy.png", "loss.png", "spectral_norms.png", "spectra.png", "ranks.png"}
 
     for made in (*folder.glob("*.png"), folder / "comparison.md"):
         made.unlink()
@@ -160,7 +160,10 @@ def test_a_missing_or_failing_wandb_stops_no_training(wandb, tmp_path):
         (replace(digits(), batch_size=33), "batch size 33 does not divide over 2 processes"),
         (replace(digits(), resume=True, overwrite=True), "--resume and --overwrite exclude each other"),
         (replace(digits(), epochs=0), "--epochs must be at least 1, found 0"),
-        (replace(digits(), model="resnet3"), "unknown model 'resnet3'; choose mlp, resnet18-quarter, resnet34, resnet50, or"),
+        (
+            replace(digits(), model="resnet3"),
+            "unknown model 'resnet3'; choose mlp, resnet18-quarter, resnet34",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, text):

@@ -1,0 +1,140 @@
+"""What is said of runs, from runs whose numbers are known."""
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+from compare import compare_all
+from presets import digits
+from report import main as report
+from runs import Run, by_condition, read
+from summaries import HEADER, beside_published, findings, record, rows, statistics_of
+from train import main as train
+
+
+def run(norm, targets="described", seed=0, norms=(1.0, 3.0), gap=0.5, epochs=4, step=10.0):
+    lines = [
+        {
+            "epoch": epoch,
+            "train/accuracy": 0.1 * epoch,
+            "test/accuracy": 0.1 * epoch - 0.05,
+            "train/loss": 4.0 - 0.1 * epoch,
+            "test/loss": 4.0 - 0.1 * epoch + gap * epoch / epochs,
+            "lr": 1e-3,
+            **{f"spectral_norm/{layer}": norm * epoch for layer, norm in enumerate(norms)},
+        }
+        for epoch in range(1, epochs + 1)
+    ]
+    summary = {"time/step_ms": step, "targets": {}, "provenance": {"commit": "abc"}}
+    return Run({"norm": norm, "targets": targets, "seed": seed, "preset": "mlp-5x2000"}, lines, [], summary)
+
+
+def test_statistics_are_those_of_the_post():
+    found = statistics_of(run("none"))
+    assert found["test accuracy %"] == pytest.approx(35)
+    assert found["accuracy gap"] == pytest.approx(5)
+    assert found["loss gap"] == pytest.approx(0.5)
+    # Epoch 3 of 4 is the penultimate one, and the last half are 3 and 4.
+    assert found["spectral norm, mean"] == pytest.approx(statistics.mean([3, 9]))
+    assert found["spectral norm, deviation"] == pytest.approx(statistics.mean([3, 4]))
+
+
+def test_the_table_averages_seeds_and_measures_time_against_no_scaling():
+    runs = by_condition([run("spectral", seed=1, step=30.0), run("spectral", step=10.0), run("none")])
+    assert list(runs) == ["none", "spectral"]
+    table = {row[0]: dict(zip(HEADER, row, strict=True)) for row in rows(runs)}
+    assert table["spectral"]["ms / step"] == "20.00 ± 14.14"
+    assert table["spectral"]["ratio to none"] == "2.000"
+    assert table["none"]["test accuracy %"] == "35.00"
+    alone = by_condition([run("spectral")])
+    assert rows(alone)[0][-1] == "-"
+
+
+def test_findings_are_told_whether_they_hold_or_not():
+    good = [run("none", norms=(9, 20), gap=2), run("frobenius", norms=(4, 8), gap=1)]
+    holding = findings(by_condition([*good, run("spectral", norms=(0.80, 0.81), gap=0.1)]))
+    assert [one.holds for one in holding] == [True] * 4
+    assert holding[1].figures == "none 43.500, frobenius 18.000, spectral 2.415"
+    failing = findings(by_condition([*good, run("spectral", "published", norms=(9, 40), gap=3)]))
+    assert [one.holds for one in failing] == [False] * 4
+    assert "spectral-published" in failing[0].claim
+    assert findings(by_condition([run("spectral")])) == []
+
+
+def test_ours_stand_beside_the_published_figures():
+    table = beside_published({"mlp-5x2000": by_condition([run("spectral", "published")]), "other": {}})
+    row = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
+    assert row[:8] == ["mlp-5x2000", "spectral-published", "4", "1", "35.00", "23.21", "4.10", "3.53"]
+    assert row[8:] == ["6", "0.8", "3.5", "0.02"]
+    assert beside_published({"digits": by_condition([run("none")])}) == ""
+
+
+def test_a_record_is_small_and_whole():
+    found = record(run("none"))
+    assert found["condition"] == "none"
+    assert found["epochs"][2]["train/accuracy"] == 0.3
+    assert found["summary"]["provenance"] == {"commit": "abc"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    norms = ("none", "frobenius", "spectral", "clipped")
+    config = replace(digits(), norms=norms, epochs=2, width=80, out=out, wandb="disabled")
+    train(config)
+    train(replace(config, norms=("spectral",), targets="published", spectra=()))
+    return out
+
+
+def test_everything_is_drawn_and_recorded(trained):
+    said = compare_all(trained)
+    folder = trained / "digits"
+    pictures = ["accuracy", "curves", "excess", "iterations", "loss", "ranks", "spectra", "spectral_norms"]
+    assert sorted(path.stem for path in folder.glob("*.png")) == pictures
+    assert "The runs differ in spectra" in said
+    assert "| spectral-published |" in said
+    assert "| clipped | 2 | " in said
+    records = json.loads((folder / "results.json").read_text())
+    assert [one["condition"] for one in records] == list(read(folder))
+    assert all(one["summary"]["provenance"]["command"] for one in records)
+    assert records[-1]["epochs"][1]["epoch"] == 2
+
+
+def test_clipped_runs_hold_every_layer_on_its_target(trained):
+    (clipped,) = read(trained / "digits")["clipped"]
+    for line in [*clipped.epochs]:
+        for name, target in clipped.summary["targets"].items():
+            assert line[f"spectral_norm/{name}"] == pytest.approx(target, rel=1e-5)
+
+
+def test_the_report_is_one_file_and_a_wandb_spec(trained):
+    folder = trained / "digits"
+    report(folder)
+    page = (folder / "report.html").read_text()
+    assert page.count('<img alt="') == page.count("data:image/png;base64,") == len(list(folder.glob("*.png")))
+    for row in rows(read(folder)):
+        assert "".join(f"<td>{cell}</td>" for cell in row) in page
+    assert "src=" not in page.replace('src="data:', "")
+    spec = json.loads((folder / "report.json").read_text())
+    grids = [block["metadata"] for block in spec["blocks"] if block["type"] == "panel-grid"]
+    for grid in grids:
+        (runs,) = grid["runSets"]
+        assert [(f["key"]["name"], f["value"]) for f in runs["filters"]["filters"]] == [
+            ("preset", "digits"),
+            ("jobType", "train"),
+        ]
+        assert runs["grouping"] == [{"section": "config", "name": "condition.value"}]
+    panels = [panel for grid in grids for panel in grid["panelBankSectionConfig"]["panels"]]
+    drawn = [panel["config"]["metrics"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
+    assert drawn[:4] == [["train/accuracy"], ["test/accuracy"], ["train/loss"], ["test/loss"]]
+    assert drawn[4:] == [[f"spectral_norm/{layer}"] for layer in (1, 3, 5)]
+    assert all(panel["config"]["xAxis"] == "epoch" for panel in panels if "xAxis" in panel["config"])
+    assert [panel["viewType"] for panel in panels[-3:]] == ["Bar Chart", "Bar Chart", "Run Comparer"]
+    texts = [block["content"] for block in spec["blocks"] if block["type"] == "markdown-block"]
+    assert texts[0].startswith("| condition |")
+
+
+def test_a_report_over_nothing_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"report: no finished run in .*; give a preset's folder, such as runs/digits"):
+        report(tmp_path)

@@ -1,0 +1,65 @@
+"""The sweep by its real command, and its grid written out."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sweep import Options, find_problem, grid
+
+SWEEP = str(Path(__file__).parent.parent / "recipes" / "sweep.py")
+
+
+def sweep(cwd, *arguments):
+    done = subprocess.run([sys.executable, SWEEP, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_post_in_twenty_runs():
+    names = [task.name for task in grid(Options())]
+    both = ["none", "frobenius", "spectral"]
+    mlp = [*both, "spectral-published"]
+    resnet = both + [f"{norm}-published" for norm in both]
+    expected = [(preset, one) for preset in ("mlp-5x2000", "mlp-7x4000") for one in mlp]
+    expected += [(preset, one) for preset in ("resnet34", "resnet50") for one in resnet]
+    assert sorted(names) == sorted(f"{preset}/{one}-seed0" for preset, one in expected)
+    assert len(grid(Options(seeds=(0, 1, 2)))) == 60
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (Options(presets=("resnet",)), "unknown preset 'resnet'; choose digits, mlp-5x2000"),
+        (Options(jobs=0), "--jobs and --processes must be at least 1, found 0 and 1"),
+        (Options(task=20), "--task must be from 0 to 19, found 20"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, text):
+    assert find_problem(options).startswith(text)
+
+
+def test_a_sweep_skips_what_is_done_and_goes_on(tmp_path):
+    grid_options = ["--presets", "digits", "--norms", "none", "spectral", "--targets", "described"]
+    rest = ["--", "--epochs", "2", "--wandb", "disabled"]
+    code, output = sweep(tmp_path, *grid_options, "--task", "1", *rest)
+    assert code == 0, output
+    runs = tmp_path / "runs"
+    assert (runs / "digits" / "spectral-seed0" / "summary.json").exists()
+    assert not (runs / "digits" / "none-seed0").exists()
+    assert not (runs / "comparison.md").exists()
+    code, output = sweep(tmp_path, *grid_options, "--jobs", "2", *rest)
+    assert code == 0, output
+    assert "2 runs, 1 finished already" in output
+    assert "digits/none-seed0:      none  epoch 2/2" in output
+    assert "digits/spectral-seed0:" not in output
+    table = (runs / "comparison.md").read_text()
+    assert "| none |" in table
+    assert "| spectral |" in table
+    code, output = sweep(tmp_path, *grid_options, "--list")
+    assert output.split() == ["0", "digits/none-seed0", "finished", "1", "digits/spectral-seed0", "finished"]
+    shutil.rmtree(runs / "digits" / "none-seed0")
+    code, output = sweep(tmp_path, *grid_options, "--", "--epochs", "0", "--wandb", "disabled")
+    assert code == 1
+    assert "digits/none-seed0: train: --epochs must be at least 1" in output
+    assert "sweep: digits/none-seed0 did not go through; the same command tries again" in output
