@@ -162,7 +162,9 @@ def iterations(runs: Runs, path: Path) -> None:
     def values(run: Run) -> Iterable[tuple[int, dict[str, float]]]:
         told = [(line["epoch"], layers(line, "iterations")) for line in run.epochs]
         counted = {name for _, counts in told for name, count in counts.items() if count}
-        return [(epoch, {name: counts[name] for name in counts if name in counted}) for epoch, counts in told]
+        # In the model's order, not in that of the solver's batches.
+        names = [name for name in layers(run.epochs[0], "spectral_norm") if name in counted]
+        return [(epoch, {name: counts[name] for name in names}) for epoch, counts in told]
 
     _layers_by_epoch(runs, "iterations a step", values, path, log=False)
 
