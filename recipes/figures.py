@@ -100,7 +100,8 @@ def curves(runs: Runs, path: Path) -> None:
                 axis.plot(*_series(seeds[0], f"{split}/{key}"), color=colour, label=split, marker=_marker(seeds[0]))
             axis.set_ylabel(_unit(key))
             _by_epoch(axis, name)
-            axis.label_outer()
+    for axis in axes[:-1].flat:
+        axis.set_xlabel("")
     axes[0][0].legend(frameon=False)
     _save(figure, path)
 
