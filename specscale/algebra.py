@@ -61,6 +61,11 @@ def gram(a: Tensor) -> Tensor:
     return a.mT @ a
 
 
+def short_gram(matrices: Tensor) -> Tensor:
+    """The smaller of `W^T W` and `W W^T` for `W (..., m, n)`, in float64."""
+    return gram(matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT)
+
+
 def rayleigh_ritz(products: Tensor, energies: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The combinations of the columns of `S` that `W` makes longest, from `S^T S` and `(W S)^T (W S)`.
 

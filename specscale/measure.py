@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from specscale.algebra import gram
+from specscale.algebra import short_gram
 from specscale.errors import refuse_non_finite
 from specscale.parametrization import wide
 from specscale.rules import LayerRule
@@ -56,6 +56,6 @@ def singular_values(
     found = {}
     for weight in weights:
         scaled, scale = finite_or_zero(wide(weight.view.matrices(weight.parameter)))
-        squares = torch.linalg.eigvalsh(gram(scaled if scaled.shape[-2] >= scaled.shape[-1] else scaled.mT))
+        squares = torch.linalg.eigvalsh(short_gram(scaled))
         found[weight.name] = squares.flip(-1).clamp_min(0).sqrt() * scale[:, None]
     return found

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specscale.algebra import gram, join
+from specscale.algebra import join, short_gram
 from specscale.certificates import Bounds, frobenius_bounds, spectral_bounds
 from specscale.solvers import Solver, State, finite_or_zero
 
@@ -214,7 +214,7 @@ class Clipped:
         num_iterations: int | None = None,
     ) -> Measurement:
         scaled, scale = finite_or_zero(join(list(matrices)))
-        squares, vectors = torch.linalg.eigh(gram(scaled if scaled.shape[-2] >= scaled.shape[-1] else scaled.mT))
+        squares, vectors = torch.linalg.eigh(short_gram(scaled))
         values = squares.clamp_min(0).sqrt() * scale[:, None].double()
         norm = values[:, -1].to(scaled.dtype)
         return Measurement(norm, torch.zeros_like(norm), torch.zeros_like(norm), 0, (values, vectors), {})
