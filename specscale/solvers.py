@@ -19,8 +19,11 @@ State = Mapping[str, Tensor]
 CONVERGED = 1e-5
 """The residual of a block that is as good as float32 makes it."""
 
-JUMP = 0.5
-"""The residual of a block that has lost its matrix, and is solved as thoroughly as after a cold start."""
+JUMP = 0.1
+"""How far, relative, the first iteration raises the largest value of a block that a jump of the weight has left behind.
+
+A residual of `r` raises it by at least `sqrt(1 + r^2) - 1`, and a jump beside the first column leaves that none.
+"""
 
 
 class Triple(NamedTuple):
@@ -179,7 +182,7 @@ class Block:
         scale = image.abs().amax(dim=(-2, -1))
         finite = scale.isfinite()
         unscale = torch.where(finite & (scale > 0), scale.reciprocal(), 1)[:, None, None]
-        probe, num_iterations = basis[..., -1:], 0
+        probe, num_iterations, enough = basis[..., -1:], 0, torch.inf
         while True:
             back = (matrices.mT @ (image * unscale)) * unscale
             if num_iterations == 0:
@@ -190,24 +193,26 @@ class Block:
             # What is not finite would make a factorisation raise.
             products, energies = (torch.where(finite[:, None, None], gram(tall), 0) for tall in (space, images))
             ritz, values = rayleigh_ritz(products, energies, self.width)
-            residual, error = _errors(products, energies, values, torch.where(finite, scale, 0).double() ** 2)
-            ritz = ritz.to(basis.dtype)
-            inner, outer = ritz[..., : self.width, :], ritz[..., self.width :, :]
-            step = space[..., self.width :] @ outer
-            # A direction must not lie in the block, where it would cancel.
-            within = products[..., : self.width, self.width :].to(basis.dtype) @ outer
-            direction = torch.baddbmm(step, basis, within, alpha=-1)
-            basis = torch.baddbmm(step, basis, inner)
+            residual, error, rise = _errors(products, energies, values, torch.where(finite, scale, 0).double() ** 2)
+            within = ritz.mT @ (products[..., self.width :] @ ritz[..., self.width :, :])
+            ritz, within = ritz.to(basis.dtype), within.to(basis.dtype)
+            step = space[..., self.width :] @ ritz[..., self.width :, :]
+            basis = torch.baddbmm(step, basis, ritz[..., : self.width, :])
             num_iterations += 1
             if tolerance is not None:
-                farthest, worst = torch.stack([residual.max(), error.max()]).tolist()
-                if num_iterations == 1 and farthest > JUMP:
+                farthest, worst, highest = torch.stack([residual.max(), error.max(), rise.max()]).tolist()
+                if num_iterations == 1 and highest > JUMP:
+                    # What has jumped stands out, so that its value is exact before its vectors are. A step that puts
+                    # it back among the others leaves the norm off by up to half the residual.
                     tolerance, limit = self._thorough(tolerance, limit)
-                if worst <= tolerance or farthest <= CONVERGED:
+                    enough = 2 * self.tolerance / (1 + highest)
+                elif (worst <= tolerance and farthest <= enough) or farthest <= CONVERGED:
                     break
             if num_iterations >= limit:
                 break
             image = images @ ritz
+            # A direction must not lie in the block, where it would cancel.
+            direction = torch.baddbmm(step, basis, within, alpha=-1)
         left, right, leading = (images @ ritz[..., :1] * unscale)[..., 0], basis[..., 0], basis[..., :-1]
         value = scale * (left.norm(dim=-1) / right.norm(dim=-1).clamp_min(torch.finfo(right.dtype).tiny))
         next_value = values[..., 1:].amax(-1).to(value.dtype)
@@ -216,6 +221,8 @@ class Block:
         triple = Triple(value, unit(left), unit(right), next_value, residual, error, num_iterations)
         probe = probe + 0.1 / probe.shape[-2] ** 0.5 * signs(state["key"] + (state["age"] << 32), probe.shape[1:])
         probe = unit(probe - leading @ (leading.mT @ probe), dim=-2)
+        # The last column does not stay in the block.
+        direction = torch.baddbmm(step, leading, within[..., :-1, :], alpha=-1)
         keep = finite[:, None, None]
         return triple, {
             "basis": torch.where(keep, torch.cat([leading, probe], dim=-1), state["basis"]),
@@ -225,8 +232,10 @@ class Block:
         }
 
 
-def _errors(products: Tensor, energies: Tensor, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`||r|| / s^2` of the longest column before a Rayleigh-Ritz step, and the relative error after it, `(k,)` both.
+def _errors(products: Tensor, energies: Tensor, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`||r|| / s^2` of the longest column before a Rayleigh-Ritz step, the error after it, and the rise by it, `(k,)`.
+
+    Error and rise are relative, of the largest value.
 
     From the Gram matrices of `[V, R, P]`, with residuals that are `scale` times `R`, and the values after the step.
 
@@ -245,9 +254,11 @@ def _errors(products: Tensor, energies: Tensor, values: Tensor, scale: Tensor) -
     rests = rests / square.clamp_min(tiny)
     # The last column is not one of the block: it searches.
     rho = rests[..., :-1].square().mean(-1).sqrt()
-    gap = 1 - values.amin(-1) / values.amax(-1).clamp_min(tiny)
+    largest = values.amax(-1).clamp_min(tiny)
+    gap = 1 - values.amin(-1) / largest
     error = rho * (rho / gap.clamp_min(tiny)).square().div(16).clamp_max(1)
-    return rests.take_along_dim(top, dim=-1)[..., 0], error
+    rise = largest / square[..., 0].sqrt().clamp_min(tiny) - 1
+    return rests.take_along_dim(top, dim=-1)[..., 0], error, rise
 
 
 def _exact(like: Tensor) -> tuple[Tensor, Tensor, int]:
