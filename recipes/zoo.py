@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from logs import progress, read_lines, say, write_atomically
+from provenance import commit
 from tables import markdown
 from torch import Tensor, nn
 
@@ -121,13 +122,16 @@ def spike_(scaling: NormScaler, seed: int) -> None:
 def check(model: nn.Module) -> dict[str, Any]:
     """Scale the model, disturb it, step, check every norm and take the scaling off, for both norms.
 
+    Layers whose weights are computed, as by weight normalisation, are excluded, and named by type.
+
     Raises:
         Mismatch: a norm is off, or the model is not the plain one again.
     """
     before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     names = {parameter: name for name, parameter in model.named_parameters()}
     types = [type(module) for module in model.modules()]
-    found: dict[str, Any] = {}
+    computed = {weight.module for weight in scalable("zoo", model) if not isinstance(weight.parameter, nn.Parameter)}
+    found: dict[str, Any] = {"computed": ", ".join(sorted({type(module).__name__ for module in computed}))}
     norms: dict[str, Callable[[Tensor], Tensor]] = {
         "spectral": exact_norms,
         "frobenius": lambda matrices: torch.linalg.matrix_norm(matrices.detach().double()),
@@ -136,7 +140,7 @@ def check(model: nn.Module) -> dict[str, Any]:
         start = time.monotonic()
         with warnings.catch_warnings(record=True) as skipped:
             warnings.simplefilter("always")
-            scaling = apply_norm_scaling(model, norm)
+            scaling = apply_norm_scaling(model, norm, exclude=lambda _, module: module in computed)
         found[f"{norm} apply s"] = round(time.monotonic() - start, 2)
         found["weights"] = len(scaling.weights)
         found["matrices"] = sum(weight.scaling.view.count for weight in scaling.weights)
@@ -265,7 +269,8 @@ def sweep(options: Options) -> list[dict[str, Any]]:
             found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         if found is None:
             continue
-        line = {"registry": registry, "name": name} | found | {"seconds": round(time.monotonic() - start, 1)}
+        line = {"registry": registry, "name": name} | found
+        line |= {"seconds": round(time.monotonic() - start, 1), "commit": commit()}
         lines[key] = line
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -291,9 +296,14 @@ def table(lines: list[dict[str, Any]]) -> str:
         errors = [f"{max((line[key] for line in real), default=0):.1e}" for key in keys]
         rows.append([registry, *(f"{count:,}" for count in counts), *errors])
     text = markdown(header, rows)
-    for kind in ("failed", "not built"):
-        if named := [line for line in lines if kind in line]:
-            text += f"\n{kind.capitalize()}:\n\n"
+    headings = {
+        "failed": "Failed",
+        "not built": "Not built",
+        "computed": "Passed without layers whose weights are computed",
+    }
+    for kind, heading in headings.items():
+        if named := [line for line in lines if line.get(kind)]:
+            text += f"\n{heading}:\n\n"
             text += "".join(f"- {line['registry']}, `{line['name']}`: {line[kind]}\n" for line in named)
     return text
 
