@@ -125,6 +125,11 @@ def original(module: nn.Module, tensor: str) -> nn.Parameter:
     return module.parametrizations[tensor].original  # type: ignore[union-attr, index, return-value]
 
 
+def on_top(module: nn.Module, tensor: str) -> list[nn.Module]:
+    """The other parametrizations of a scaled tensor; what they make of the parameter is not what is scaled."""
+    return [p for p in module.parametrizations[tensor] if not isinstance(p, NormScaling)]  # type: ignore[union-attr, index]
+
+
 def scalings(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, NormScaling]]:
     """Every scaled weight below `module`: module name, module, tensor name and scaling."""
     for name, child in module.named_modules():
@@ -157,11 +162,18 @@ def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
 
 
 def unregister(module: nn.Module, tensor: str) -> None:
-    """Take the scaling off: the same parameter, under its plain name and in its plain place."""
+    """Take the scaling off: the same parameter, under its plain name and in its plain place.
+
+    Where another parametrization has been registered on top, that one stays.
+    """
     scaling = scaling_of(module, tensor)
     assert scaling is not None
     for hook in scaling._load_hooks:
         hook.remove()
+    if on_top(module, tensor):
+        chain = module.parametrizations[tensor]  # type: ignore[union-attr, index]
+        del chain[list(chain).index(scaling)]  # type: ignore[union-attr]
+        return
     # A deep copy shares the class that parametrize made for the module, and would lose the tensor with it.
     kind = type(module)
     module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))

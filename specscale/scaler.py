@@ -15,7 +15,7 @@ from specscale.audit import Audit, Certificate
 from specscale.errors import non_finite, refuse_non_finite
 from specscale.graphs import Graphs, obstacle, warn
 from specscale.norms import Norm
-from specscale.parametrization import NormScaling, original, places, scaling_of, scalings, unregister
+from specscale.parametrization import NormScaling, on_top, original, places, scaling_of, scalings, unregister
 from specscale.selection import refuse_sharded, weight_name
 from specscale.step import Batch, Member, Readout, measure, restore_
 from specscale.tables import aligned
@@ -344,7 +344,18 @@ class NormScaler:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
-    """A scaled model's state dict as the plain model's: names, order and content."""
+    """A scaled model's state dict as the plain model's: names, order and content.
+
+    Raises:
+        ValueError: a scaled weight has another parametrization on top.
+    """
+    for name, module, tensor, _ in scalings(model):
+        if others := on_top(module, tensor):
+            kinds = ", ".join(type(one).__name__ for one in others)
+            raise ValueError(
+                f"plain_state_dict: {tensor!r} of {name!r} has a parametrization on top of its scaling, {kinds}; "
+                "remove that first"
+            )
     state = model.state_dict()
     for name, module, tensor, scaling in scalings(model):
         prefix = f"{name}." if name else ""

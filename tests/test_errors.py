@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.optim import Lookahead
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from specscale import LayerRule, MatrixView, NormScaler, apply_norm_scaling
 
@@ -60,6 +60,17 @@ def load_another_norm():
     scaled()[0].load_state_dict(source.state_dict())
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def save_plain_with_another_on_top():
+    model, scaling = scaled()
+    parametrize.register_parametrization(model.head, "weight", Doubled())
+    scaling.plain_state_dict()
+
+
 CASES = {
     "no module": lambda: apply_norm_scaling([net()]),
     "unknown norm": lambda: apply_norm_scaling(net(), "nuclear"),
@@ -78,6 +89,7 @@ CASES = {
     "meta": lambda: apply_norm_scaling(net(device="meta")),
     "not finite": lambda: apply_norm_scaling(broken()),
     "another norm's checkpoint": load_another_norm,
+    "another parametrization": save_plain_with_another_on_top,
     "no scaled weight": lambda: NormScaler.of(net()),
     "no optimizer": lambda: attach(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)),
     "no hooks": lambda: attach(Lookahead),

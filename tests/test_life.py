@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -321,6 +322,42 @@ def test_tied_weights_stay_tied(norm):
     assert torch.equal(plain["head.weight"], plain["embed.weight"])
     scaling.remove()
     assert model.head.weight is model.embed.weight
+
+
+class LowRank(nn.Module):
+    """LoRA as a parametrization."""
+
+    def __init__(self, m, n):
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(m, 2))
+        self.down = nn.Parameter(torch.randn(2, n) / n**0.5)
+
+    def forward(self, weight):
+        return weight + self.up @ self.down
+
+
+@both
+def test_a_parametrization_on_top_works_on_the_scaled_weight_and_outlives_the_scaling(norm):
+    model = net()
+    scaling = apply_norm_scaling(model, norm)
+    adapter = LowRank(80, 128)
+    parametrize.register_parametrization(model.body, "weight", adapter)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scaling.attach(optimizer)
+    train(model, optimizer, scaling)
+    weight = model.body.parametrizations.weight.original
+    assert adapter.up.abs().max() > 0
+    before = model.body.weight.detach().clone()
+    copied = copy.deepcopy(model)
+    for one, handle in ((copied, NormScaler.of(copied)), (model, scaling)):
+        handle.remove()
+        assert not is_norm_scaled(one)
+        assert torch.equal(one.body.weight, before)
+        assert isinstance(one.head.weight, nn.Parameter)
+    assert model.body.parametrizations.weight.original is weight
+    assert list(model.body.parametrizations.weight) == [adapter]
+    parametrize.remove_parametrizations(model.body, "weight")
+    loss_of(model).backward()
 
 
 @both
