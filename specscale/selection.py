@@ -55,7 +55,7 @@ def weight_name(module_name: str, tensor: str, *, alone: bool) -> str:
 
 
 def _weight(call: str, name: str, module: nn.Module, tensor: str, view: MatrixView) -> Weight | None:
-    """A tensor that a rule names, or None where the layer leaves it out; the shape must fit the rule."""
+    """A tensor that a rule names, or None where the layer leaves it out or empty; the shape must fit the rule."""
     if not hasattr(module, tensor):
         names = ", ".join(repr(own) for own, _ in module.named_parameters(recurse=False)) or "none"
         raise ValueError(
@@ -74,6 +74,8 @@ def _weight(call: str, name: str, module: nn.Module, tensor: str, view: MatrixVi
                 f"{call}: the rule for {type(module).__name__} reads {tensor!r} of {name!r} as {view}, "
                 f"which its shape {tuple(parameter.shape)} does not fit"
             ) from None
+        if parameter.numel() == 0:
+            return None
     return weight
 
 

@@ -201,6 +201,13 @@ def test_what_is_no_module_is_refused():
         apply_norm_scaling([small()])
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_inputs_or_outputs_is_left_out():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 0), nn.Linear(0, 3), nn.Conv2d(3, 3, 1))
+    assert [weight.name for weight in apply_norm_scaling(model, init="orthogonal").weights] == ["0", "3"]
+    assert list(spectral_norms(model)) == ["0", "3"]
+
+
 def test_applying_twice_is_refused():
     model = small()
     apply_norm_scaling(model)
