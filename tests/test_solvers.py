@@ -147,6 +147,24 @@ def test_a_step_after_a_spike_ends_on_the_target(size):
         torch.testing.assert_close(norm.float(), target, rtol=2e-6 * (1 + size), atol=0)
 
 
+@pytest.mark.parametrize("size", [0.7, 1.5, 5.0])
+def test_steps_that_do_not_look_catch_up_with_a_spike(size):
+    generator = torch.Generator().manual_seed(0)
+    solver = Block()
+    weight = torch.randn(8, 400, 300, generator=generator)
+    triple, state = solve(solver, weight)
+    target = triple.value
+    left, right = (unit(torch.randn(8, side, generator=generator)) for side in (400, 300))
+    weight = weight + size * target[:, None, None] * left[..., None] * right[:, None]
+    num_iterations = 1
+    for bound in (0.04, 4e-3, 4e-4):
+        triple, state = solver.solve(weight, state, num_iterations=num_iterations)
+        weight = weight + (target - triple.value)[:, None, None] * triple.left[..., None] * triple.right[:, None]
+        norm = torch.linalg.matrix_norm(weight.double(), 2)
+        assert (norm / target - 1).abs().max() <= bound
+        num_iterations = solver.pace(num_iterations, triple.error.max().item())
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     m=st.integers(65, 130), n=st.integers(65, 130), seed=st.integers(0, 99), drift=st.sampled_from([1e-3, 1e-2, 0.1])
