@@ -36,7 +36,7 @@ from specscale.targets import evaluate
 Registry = Literal["timm", "torchvision", "transformers"]
 
 EXACT_SIDE = 2048
-"""The longest shorter side of a matrix whose Gram matrix is decomposed; on a CPU that takes a third of Lanczos' time."""
+"""The longest shorter side of a matrix whose Gram matrix is decomposed, which takes a third of Lanczos' time."""
 
 
 def architectures(registry: Registry) -> dict[str, Callable[[], nn.Module]]:
