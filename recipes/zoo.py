@@ -133,7 +133,7 @@ def check(model: nn.Module) -> dict[str, Any]:
     before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     names = {parameter: name for name, parameter in model.named_parameters()}
     types = [type(module) for module in model.modules()]
-    computed = {weight.module for weight in scalable("zoo", model) if not isinstance(weight.parameter, nn.Parameter)}
+    computed = {weight.module for weight in scalable("zoo", model) if weight.is_computed}
     found: dict[str, Any] = {"computed": ", ".join(sorted({type(module).__name__ for module in computed}))}
     norms: dict[str, Callable[[Tensor], Tensor]] = {
         "spectral": exact_norms,

@@ -3,10 +3,28 @@
 Nothing here waits for an accelerator: `dominant` avoids `eigh` there, and Cholesky factors come without their check.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_ACCELERATOR = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+
+
+def numerical(function: Callable[P, T]) -> Callable[P, T]:
+    """Run the function without gradients, and outside any autocast, which would round its products."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast(_ACCELERATOR, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def may_wait(tensor: Tensor) -> bool:

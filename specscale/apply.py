@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from specscale.errors import one_of, refuse_non_finite
 from specscale.initialization import write_orthogonal_
 from specscale.norms import Clipped, Frobenius, Norm, Spectral
-from specscale.parametrization import NormScaling, register, scaling_of, scalings
+from specscale.parametrization import NormScaling, register, scaling_of, scalings, unregister
 from specscale.rules import LayerRule
 from specscale.scaler import NormScaler, ScaledWeight
 from specscale.selection import Patterns, Weight, refuse_computed, select
@@ -64,7 +64,8 @@ def apply_norm_scaling(
         TypeError: `module` is no module, or an option has a wrong type.
         ValueError: an unknown name, a pattern that matches nothing, a rule that does not fit a layer, no weight
             selected, a gain or target that is not finite and positive, a weight that is scaled already, computed from
-            others, sharded or not finite, a model under DistributedDataParallel. The model is then as it was.
+            others, in the memory of another, sharded or not finite, a model under DistributedDataParallel. The model
+            is then as it was.
     """
     kind = _kind(norm, solver)
     if init not in (None, "orthogonal"):
@@ -78,6 +79,7 @@ def apply_norm_scaling(
     _refuse_wrapped(module)
     _refuse_scaled(weights)
     refuse_computed(CALL, weights)
+    _refuse_shared_memory(weights)
     targets = None
     if target != "initial":
         targets = evaluate(CALL, "target", target, weights, module, example_input)
@@ -89,8 +91,7 @@ def apply_norm_scaling(
     scaled = []
     for weight in weights:
         order = tuple(weight.module._parameters)
-        with torch.no_grad():
-            scaling = NormScaling(kind, weight.view, weight.name, order, weight.parameter)
+        scaling = NormScaling(kind, weight.view, weight.name, order, weight.parameter)
         if targets is not None:
             value = targets[weight.name]
             if isinstance(target, str):
@@ -107,8 +108,14 @@ def apply_norm_scaling(
         scaled.append(ScaledWeight(weight.name, weight.module, weight.tensor, scaling))
     if not scaled:
         raise ValueError(f"{CALL}: no weight is selected, since all of them are zero; give a target or an init")
-    for one in scaled:
-        register(one.module, one.tensor, one.scaling)
+    try:
+        for one in scaled:
+            register(one.module, one.tensor, one.scaling)
+    except BaseException:
+        for one in scaled:
+            if one.is_scaled:
+                unregister(one.module, one.tensor)
+        raise
     return NormScaler(module, scaled)
 
 
@@ -138,6 +145,18 @@ def _refuse_scaled(weights: list[Weight]) -> None:
         if scaling_of(weight.module, weight.tensor) is not None:
             raise ValueError(
                 f"{CALL}: {weight.name!r} is scaled already; call remove_norm_scaling(model) first, or exclude it"
+            )
+
+
+def _refuse_shared_memory(weights: list[Weight]) -> None:
+    """A parameter that is tied as such is one weight; memory under two parameters would be scaled twice."""
+    first: dict[int, Weight] = {}
+    for weight in weights:
+        other = first.setdefault(weight.parameter.data_ptr(), weight)
+        if other is not weight:
+            raise ValueError(
+                f"{CALL}: the weights of {other.name!r} and {weight.name!r} are two parameters in the same memory; "
+                "exclude one, which then follows the other, or tie them as one parameter"
             )
 
 

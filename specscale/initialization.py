@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specscale.algebra import numerical
 from specscale.rules import LayerRule
 from specscale.selection import Patterns, Weight, refuse_computed, select
 from specscale.targets import GAINS, Rule, check_rule, evaluate
@@ -26,7 +27,7 @@ def orthogonal(shape: torch.Size, like: Tensor, generator: torch.Generator | Non
     return q if m >= n else q.mT
 
 
-@torch.no_grad()
+@numerical
 def write_orthogonal_(weights: list[Weight], gains: dict[str, float], generator: torch.Generator | None) -> None:
     """Overwrite each weight by its gain times orthogonal matrices."""
     for weight in weights:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from specscale.algebra import numerical
 from specscale.matrices import MatrixView
 from specscale.norms import Norm
 
@@ -37,6 +38,7 @@ class NormScaling(nn.Module):
     error: Tensor
     order: Tensor
 
+    @numerical
     def __init__(self, kind: Norm, view: MatrixView, name: str, plain_order: tuple[str, ...], weight: Tensor) -> None:
         super().__init__()
         self.kind = kind
@@ -88,7 +90,7 @@ class NormScaling(nn.Module):
         """Whether the weight is known to have been written to since the buffers were."""
         return self._seen is not None and self._seen[0]() is weight and self._seen[1] != weight._version
 
-    @torch.no_grad()
+    @numerical
     def solve_cold_(self, weight: Tensor) -> None:
         """Forget the solver's state and measure the weight anew, as after loading other weights."""
         fresh = NormScaling(self.kind, self.view, self.name, self.plain_order, weight)
@@ -192,6 +194,8 @@ def _complete(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
         ValueError: its targets are of another norm.
     """
     for tensor, scaling in _own_scalings(module):
+        # torch cannot swap a tensor that anyone refers to weakly.
+        scaling.see(None)
         weight, home = places(module, tensor, scaling, prefix)
         if prefix + tensor in state_dict:
             state_dict[weight] = state_dict.pop(prefix + tensor)

@@ -3,6 +3,7 @@
 The rules here are written as a caller would write them.
 """
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def _is_fused(ending: str, count: int) -> Callable[[str, nn.Module], bool]:
     """Whether a linear layer is several projections in one, by the name that it has in most transformers."""
     return lambda name, module: (
         isinstance(module, nn.Linear)
-        and name.lower().endswith(ending)
+        and re.search(f"{ending}$", name.lower()) is not None
         and module.out_features == count * module.in_features
     )
 
@@ -109,7 +110,7 @@ def _experts(module: nn.Module) -> Views:
 
 BUILT_IN = [
     LayerRule(_is_fused("qkv", 3), {"weight": MatrixView("(k o) i", 3)}),
-    LayerRule(_is_fused("kv", 2), {"weight": MatrixView("(k o) i", 2)}),
+    LayerRule(_is_fused("(?<!q)kv", 2), {"weight": MatrixView("(k o) i", 2)}),
     LayerRule(nn.Linear, {"weight": MatrixView("o i")}),
     LayerRule(nn.Conv1d, _grouped("(k o) i w")),
     LayerRule(nn.Conv2d, _grouped("(k o) i h w")),

@@ -1,8 +1,9 @@
 """The handle of a scaled model: it follows an optimizer, takes the scaling step and reports."""
 
+import inspect
 import math
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from specscale import algebra
+from specscale.algebra import numerical
 from specscale.audit import Audit, Certificate
 from specscale.errors import non_finite, refuse_non_finite
 from specscale.graphs import Graphs, obstacle, warn
@@ -19,6 +21,9 @@ from specscale.parametrization import NormScaling, on_top, original, places, sca
 from specscale.selection import refuse_sharded, weight_name
 from specscale.step import Batch, Member, Readout, measure, restore_
 from specscale.tables import aligned
+
+HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(max).__code__  # type: ignore[attr-defined]
+"""What runs where torch has put its hooks around an optimizer's `step`."""
 
 CURE = "Lower the learning rate or clip the gradients"
 
@@ -120,8 +125,15 @@ class NormScaler:
         return [weight for weight in self.weights if id(weight.parameter) in owned]
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # A parameter without a gradient was not stepped, and the spectral update is not idempotent.
-        stepped = [weight for weight in self.owned_by(optimizer) if weight.parameter.grad is not None]
+        if _is_inner_step(optimizer):
+            return
+        # What was not stepped stays, since the spectral update is not idempotent. An optimizer may have no gradients,
+        # or clear them; and one that writes to `.data` leaves no other trace.
+        stepped = [
+            weight
+            for weight in self.owned_by(optimizer)
+            if weight.parameter.grad is not None or weight.scaling.is_behind(weight.parameter)
+        ]
         # A fused optimizer is called by GradScaler even for a step that it skips inside.
         self._scale(stepped, getattr(optimizer, "found_inf", None))
 
@@ -182,7 +194,7 @@ class NormScaler:
         for weight in self.weights:
             weight.scaling.solve_cold_(weight.parameter)
 
-    @torch.no_grad()
+    @numerical
     def _scale(self, weights: list[ScaledWeight], skip: Tensor | None) -> None:
         members = [Member(weight.scaling, weight.parameter.detach()) for weight in weights]
         if not members:
@@ -270,7 +282,7 @@ class NormScaler:
             metrics |= dict(zip(keys, values, strict=True))
         return metrics
 
-    @torch.no_grad()
+    @numerical
     def audit(self, *, tolerance: float = 1e-3, miss: float = 1e-6, seed: int = 0) -> Audit:
         """What the norms truly are, in float64, beside what the solver believes: slow, and certain.
 
@@ -343,32 +355,55 @@ class NormScaler:
         return f"NormScaler({len(self._weights)} weights of {type(self._model).__name__})"
 
 
+def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step that is over was called by one that overrides it: torch calls the hooks after both."""
+    if torch.compiler.is_compiling():
+        return False
+    if sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__) < 2:
+        return False
+    # A count of the steps that have begun would be wrong for good after one that raises: the stack is not.
+    running, frame = 0, inspect.currentframe()
+    while frame is not None:
+        running += frame.f_code is HOOKED_STEP and frame.f_locals["args"][0] is optimizer
+        frame = frame.f_back
+    return running > 1
+
+
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     """A scaled model's state dict as the plain model's: names, order and content.
 
     Raises:
         ValueError: a scaled weight has another parametrization on top.
     """
-    for name, module, tensor, _ in scalings(model):
+    scaled: dict[nn.Module, list[tuple[str, NormScaling]]] = defaultdict(list)
+    for name, module, tensor, scaling in scalings(model):
         if others := on_top(module, tensor):
             kinds = ", ".join(type(one).__name__ for one in others)
             raise ValueError(
                 f"plain_state_dict: {tensor!r} of {name!r} has a parametrization on top of its scaling, {kinds}; "
                 "remove that first"
             )
-    state = model.state_dict()
-    for name, module, tensor, scaling in scalings(model):
-        prefix = f"{name}." if name else ""
-        weight, home = places(module, tensor, scaling, prefix)
-        state[prefix + tensor] = state.pop(weight)
-        for buffer, _ in scaling.named_buffers():
-            state.pop(home + buffer)
-        own = [prefix + parameter for parameter in scaling.plain_order]
-        # The weight went to the end: bring it back into its module's place.
-        keys = list(state)
-        here = [key for key in keys if key.startswith(prefix)]
-        ordered = [key for key in own if key in state] + [key for key in here if key not in own]
-        first = keys.index(here[0])
-        rest = [key for key in keys if not key.startswith(prefix)]
-        state = {key: state[key] for key in [*rest[:first], *ordered, *rest[first:]]}
-    return state
+        scaled[module].append((tensor, scaling))
+
+    # A hook knows every name that a module has, and comes before those of modules around it.
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        here = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
+        for tensor, scaling in scaled[module]:
+            weight, home = places(module, tensor, scaling, prefix)
+            here = {key: value for key, value in here.items() if not key.startswith(home)}
+            if weight in here:
+                here[prefix + tensor] = here.pop(weight)
+        # A scaled weight has gone to the end: bring it back into its module's place.
+        own = [prefix + name for _, scaling in scaled[module] for name in scaling.plain_order]
+        state.update({key: here.pop(key) for key in dict.fromkeys(own) if key in here})
+        state.update(here)
+        metadata = getattr(state, "_metadata", {})
+        for key in [key for key in metadata if key.startswith(f"{prefix}parametrizations")]:
+            del metadata[key]
+
+    hooks = [module.register_state_dict_post_hook(rename) for module in scaled]
+    try:
+        return model.state_dict()
+    finally:
+        for hook in hooks:
+            hook.remove()

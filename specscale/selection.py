@@ -38,11 +38,17 @@ class Weight:
         return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
 
     @property
+    def is_computed(self) -> bool:
+        """Whether others make the tensor what it is, so that what is written to it would be lost."""
+        return scaling_of(self.module, self.tensor) is None and self.tensor not in self.module._parameters
+
+    @property
     def sources(self) -> dict[str, nn.Parameter]:
         """The layer's parameters that a computed weight may be made of; the weight alone where it is a parameter."""
-        if isinstance(self.parameter, nn.Parameter):
-            return {self.tensor: self.parameter}
-        return {name: parameter for name, parameter in self.module.named_parameters() if self.tensor in name}
+        if not self.is_computed:
+            return {self.tensor: self.parameter}  # type: ignore[dict-item]
+        parameters = dict(self.module.named_parameters())
+        return {name: parameters[name] for name in parameters if self.tensor in name} or parameters
 
     @property
     def is_trainable(self) -> bool:
@@ -146,8 +152,10 @@ def select(
     include: Patterns = None,
     exclude: Patterns = None,
     rules: Iterable[LayerRule] = (),
+    *,
+    frozen: bool = False,
 ) -> list[Weight]:
-    """The weights that `rules` add and that `include` and `exclude` leave, in the model's order.
+    """The weights that `rules` add and that `include` and `exclude` leave, in the model's order; `frozen` ones too.
 
     A pattern that matches a module takes everything below it too; a tied weight goes by any of its layers.
 
@@ -171,7 +179,7 @@ def select(
     chosen = [
         weight
         for weight in weights
-        if weight.is_trainable
+        if (frozen or weight.is_trainable)
         and (include is None or any(included(*place) for place in weight.places))
         and not any(excluded(*place) for place in weight.places)
     ]
@@ -215,7 +223,7 @@ def refuse_sharded(call: str, weights: Iterable[Named]) -> None:
 def refuse_computed(call: str, weights: Iterable[Weight]) -> None:
     """Refuse weights that are no parameters: what is written to one is overwritten by what it is computed from."""
     for weight in weights:
-        if not isinstance(weight.parameter, nn.Parameter):
+        if weight.is_computed:
             sources = ", ".join(map(repr, weight.sources))
             raise ValueError(
                 f"{call}: {weight.tensor!r} of {weight.name!r} is computed from {sources}, "

@@ -176,7 +176,8 @@ class Block:
     def _iterate(
         self, matrices: Tensor, state: State, tolerance: float | None, limit: int
     ) -> tuple[Triple, dict[str, Tensor]]:
-        basis, direction = state["basis"], state["direction"]
+        # The weight may have another dtype than it had when the state was made.
+        basis, direction = (state[name].to(matrices.dtype) for name in ("basis", "direction"))
         image = matrices @ basis
         # A product of two reads would leave float32's range where the entries are near 1e20.
         scale = image.abs().amax(dim=(-2, -1))
@@ -301,7 +302,8 @@ class Power:
         # Many iterations are cheaper on the Gram matrix, which is as much arithmetic as n / 2 of them, but much faster.
         many = self.num_iterations > scaled.shape[-1] // 20
         square = scaled.mT @ scaled if many else None
-        columns = state["columns"] if self.warm else normal(state["key"], (scaled.shape[-1], 2), scaled.dtype)
+        given = state["columns"].to(scaled.dtype) if self.warm else None
+        columns = normal(state["key"], (scaled.shape[-1], 2), scaled.dtype) if given is None else given
         for _ in range(self.num_iterations):
             start = unit(columns[..., 0])
             columns = square @ columns if square is not None else scaled.mT @ (scaled @ columns)
@@ -310,7 +312,10 @@ class Power:
                 torch.finfo(value.dtype).tiny
             )
             first = unit(columns[..., :1], dim=-2)
-            second = unit(columns[..., 1:] - first * (first.mT @ columns[..., 1:]), dim=-2)
+            second = columns[..., 1:]
+            # Twice, since what is left of a matrix of rank one is rounding, and that is no more orthogonal.
+            for _ in range(2):
+                second = unit(second - first * (first.mT @ second), dim=-2)
             columns = torch.cat([first, second], dim=-1)
         image = scaled @ columns
         values = image.norm(dim=-2) * scale[..., None]
@@ -319,7 +324,11 @@ class Power:
         triple = Triple(
             values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, self.num_iterations
         )
-        state = {"columns": columns} if self.warm else {"key": state["key"] + 1}
+        if given is None:
+            state = {"key": state["key"] + 1}
+        else:
+            # From nothing there is no way on.
+            state = {"columns": torch.where(values[:, None] > 0, columns, given)}
         return triple if tall else triple.transposed(), state
 
 

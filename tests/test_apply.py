@@ -6,9 +6,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from specscale import (
+    LayerRule,
+    MatrixView,
     NonFiniteWeightError,
     NormScaler,
     apply_norm_scaling,
@@ -234,6 +236,58 @@ def test_a_weight_that_is_computed_from_others_is_refused_and_can_be_measured(co
     assert [w.name for w in apply_norm_scaling(model, exclude="2").weights] == ["0"]
 
 
+def test_a_property_is_computed_too():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(3, 3))
+
+    class Outer(nn.Module):
+        weight = property(lambda self: self.inner.kernel)
+
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+    model = nn.Sequential(nn.Linear(3, 3), Outer())
+    before = model[0].weight.detach().clone()
+    rule = LayerRule(Outer, {"weight": MatrixView("o i")})
+    with pytest.raises(ValueError, match=r"'weight' of '1' is computed from 'inner.kernel'"):
+        apply_norm_scaling(model, rules=rule, init="orthogonal")
+    assert not is_norm_scaled(model)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_layer_that_cannot_be_registered_leaves_none_scaled(monkeypatch):
+    model = small()
+    count = []
+
+    def register(module, *args, **kwargs):
+        count.append(module)
+        if len(count) == 2:
+            raise RuntimeError("no more")
+        return original(module, *args, **kwargs)
+
+    original = parametrize.register_parametrization
+    monkeypatch.setattr(parametrize, "register_parametrization", register)
+    with pytest.raises(RuntimeError, match="no more"):
+        apply_norm_scaling(model)
+    assert not is_norm_scaled(model)
+    assert list(dict(model.named_parameters())) == list(dict(small().named_parameters()))
+
+
+def test_two_parameters_in_the_same_memory_are_refused():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6))
+    model[1].weight.data = model[0].weight.data.t()
+    with pytest.raises(ValueError, match="'0' and '1' are two parameters in the same memory; exclude one"):
+        apply_norm_scaling(model)
+    scaling = apply_norm_scaling(model, exclude="1")
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.mul_(1.5)
+    scaling.step()
+    assert torch.equal(model[1].weight, model[0].weight.t())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_weight_is_named(bad):
     model = small()
@@ -270,6 +324,13 @@ def test_removing_gives_the_plain_model_back():
         remove_norm_scaling(model)
     with pytest.raises(ValueError, match=r"NormScaler.of: Sequential has no scaled weight"):
         NormScaler.of(model)
+
+
+def test_frozen_weights_are_measured():
+    model = small()
+    names = list(spectral_norms(model))
+    model.requires_grad_(False)
+    assert list(spectral_norms(model)) == list(singular_values(model)) == names
 
 
 def test_spectral_norms_of_a_plain_and_of_a_scaled_model():

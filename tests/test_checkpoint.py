@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from specscale import Block, NormScaler, apply_norm_scaling
 
@@ -39,6 +40,66 @@ def test_a_plain_checkpoint_loads_and_a_plain_state_dict_comes_out(norm):
     out = scaling.plain_state_dict()
     assert list(out) == list(plain.state_dict())
     model().load_state_dict(out)
+
+
+class Shared(nn.Module):
+    """One layer under two names, behind another of a longer name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer10 = nn.Linear(4, 4)
+        self.layer1 = nn.Linear(4, 4)
+        self.again = self.layer1
+
+
+class Versioned(nn.Module):
+    """Loads nothing that does not tell its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        assert local_metadata["version"] == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def checkpointed():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, nn.Linear))
+    return model
+
+
+@pytest.mark.parametrize("make", [Shared, Versioned, checkpointed, lambda: nn.Linear(4, 4), lambda: nn.LSTM(4, 4)])
+def test_a_plain_state_dict_is_that_of_the_plain_model(make):
+    model = make()
+    plain = copy.deepcopy(model)
+    expected = plain.state_dict()
+    scaling = apply_norm_scaling(model)
+    for _ in range(2):
+        state = scaling.plain_state_dict()
+        assert list(state) == list(expected)
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+        assert state._metadata == expected._metadata
+        plain.load_state_dict(state)
+    assert any("parametrizations" in name for name in model.state_dict())
+
+
+def test_a_checkpoint_loads_where_torch_swaps_tensors():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    plain = copy.deepcopy(model.state_dict())
+    scaling = apply_norm_scaling(model, target=0.5)
+    try:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        scaling.step()
+        model.load_state_dict(plain)
+        scaling.step()
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert scaling.audit().worst_excess < 1
 
 
 @pytest.mark.parametrize("solver", ["svd", "power", Block(width=8)], ids=str)

@@ -33,6 +33,12 @@ def pruned():
     return model
 
 
+def tied_by_memory():
+    model = net()
+    model.encoder[2].weight.data = model.encoder[0].weight.data
+    return model
+
+
 def scaled():
     model = net()
     return model, apply_norm_scaling(model)
@@ -85,6 +91,7 @@ CASES = {
     "view": lambda: MatrixView("o i", count=2),
     "scaled already": lambda: apply_norm_scaling(scaled()[0]),
     "computed": lambda: apply_norm_scaling(pruned()),
+    "same memory": lambda: apply_norm_scaling(tied_by_memory()),
     "lazy": lambda: apply_norm_scaling(nn.Sequential(nn.LazyLinear(3))),
     "meta": lambda: apply_norm_scaling(net(device="meta")),
     "not finite": lambda: apply_norm_scaling(broken()),

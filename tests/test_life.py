@@ -17,7 +17,15 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from specscale import NonFiniteWeightError, NormScaler, apply_norm_scaling, is_norm_scaled, remove_norm_scaling
+from specscale import (
+    NonFiniteWeightError,
+    NormScaler,
+    apply_norm_scaling,
+    is_norm_scaled,
+    remove_norm_scaling,
+    singular_values,
+    spectral_norms,
+)
 
 both = pytest.mark.parametrize("norm", ["frobenius", "spectral"])
 
@@ -216,6 +224,107 @@ def test_a_model_of_another_dtype(norm, dtype):
         optimizer.step()
         # What is stored in so few bits is on target to their rounding.
         assert_held(scaling, max(1e-3, 2 * torch.finfo(dtype).eps))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nothing_is_computed_in_a_surrounding_autocast(norm, dtype):
+    told = []
+    for enabled in (False, True):
+        model = net()
+        generator = torch.Generator().manual_seed(0)
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            scaling = apply_norm_scaling(model, norm, init="orthogonal", generator=generator)
+            with torch.no_grad():
+                model.body.weight.add_(torch.ones(80, 128) / 50)
+            scaling.step()
+            told.append([scaling.metrics(), scaling.audit().worst_error, spectral_norms(model)])
+            scaling.retarget()
+            scaling.project()
+            told[-1].append([values.tolist() for values in singular_values(model).values()])
+            assert_held(scaling)
+    assert told[0] == told[1]
+
+
+@both
+@pytest.mark.parametrize("first", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("then", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_weight_that_changes_its_dtype_is_scaled_on(norm, first, then):
+    scaling = apply_norm_scaling(model := net().to(first), norm)
+    for convert in (
+        lambda: model.to(then),
+        lambda: model.load_state_dict(net().to(then).state_dict(), assign=True),
+        lambda: setattr(model.body.parametrizations.weight.original, "data", torch.randn(80, 128).to(then)),
+    ):
+        convert()
+        with torch.no_grad():
+            model.body.parametrizations.weight.original.mul_(1.5)
+        scaling.step()
+        assert model.body.weight.dtype == then
+        assert_held(scaling, max(1e-3, 2 * torch.finfo(then).eps))
+
+
+class Forgetful(torch.optim.SGD):
+    """Clears the gradients within its step."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.sub_(0.1 * p.grad)
+        self.zero_grad()
+
+
+class Blind(torch.optim.SGD):
+    """Searches without gradients."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.grad = None
+                p.add_(torch.randn_like(p), alpha=0.1)
+
+
+@both
+@pytest.mark.parametrize("kind", [Forgetful, Blind])
+def test_what_an_optimizer_without_gradients_has_moved_is_scaled(norm, kind):
+    scaling = apply_norm_scaling(model := net(), norm)
+    optimizer = kind(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    train(model, optimizer, scaling)
+    norms = {name: value for name, value in scaling.metrics().items() if name.startswith("norm/")}
+    assert all(weight.parameter.grad is None for weight in scaling.weights)
+    assert norms["norm/body"] > 0
+
+
+@both
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_optimizer_that_overrides_step_scales_once_when_all_is_done(norm, fails, monkeypatch):
+    class Decayed(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            if fails and not raised:
+                raised.append(True)
+                raise RuntimeError("once")
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.mul_(0.9)
+
+    calls, raised = [], []
+    scale = NormScaler._scale
+    monkeypatch.setattr(NormScaler, "_scale", lambda self, *args: (calls.append(len(args[0])), scale(self, *args)))
+    scaling = apply_norm_scaling(model := net(), norm)
+    # torch puts its hooks around a class's own step when it first makes an instance.
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer = Decayed(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    loss_of(model).backward()
+    if fails:
+        with pytest.raises(RuntimeError, match="once"):
+            optimizer.step()
+    for _ in range(3):
+        optimizer.step()
+        assert_held(scaling)
+    assert calls == [3, 3, 3]
 
 
 @both

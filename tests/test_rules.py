@@ -92,7 +92,9 @@ def test_what_is_no_rule_is_refused(layer, weights, text):
 
 def test_fused_projections_are_matrices_of_their_own():
     model = nn.ModuleDict({"qkv": nn.Linear(8, 24), "to_kv": nn.Linear(8, 16), "skv": nn.Linear(8, 20)})
-    assert norms(model) == {"qkv": (8, 8), "to_kv": (8, 8), "skv": (20, 8)}
+    # Two heads' queries, one's keys and values.
+    model["grouped_qkv"] = nn.Linear(8, 16)
+    assert norms(model) == {"qkv": (8, 8), "to_kv": (8, 8), "skv": (20, 8), "grouped_qkv": (16, 8)}
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,20 @@ def test_a_jump_of_the_weight_is_solved_as_from_a_cold_start():
     torch.testing.assert_close(triple.value, torch.linalg.svdvals(after)[:, 0], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("solver", [Block(), Power(50, warm=True), Power(50), SVD()], ids=repr)
+def test_a_matrix_that_was_zero_is_found_once_it_is_not(solver):
+    generator = torch.Generator().manual_seed(0)
+    _, state = solve(solver, torch.zeros(1, 90, 80))
+    left, right = (torch.randn(1, side, generator=generator) for side in (90, 80))
+    # First of rank one, which leaves no second vector either.
+    for matrices in (left[..., None] * right[:, None], torch.randn(1, 90, 80, generator=generator)):
+        for _ in range(3):
+            triple, state = solver.solve(matrices, state)
+        exact = torch.linalg.svdvals(matrices.double())[0]
+        assert triple.value.item() == pytest.approx(exact[0].item(), rel=1e-2)
+        assert triple.next_value.item() == pytest.approx(exact[1].item(), rel=0.1, abs=1e-4)
+
+
 @pytest.mark.parametrize("size", [1.2, 1.5, 3.0, 30.0])
 def test_a_step_after_a_spike_ends_on_the_target(size):
     # The spike stands out by far, so that its value is soon exact, and its direction is not yet: put back among the
