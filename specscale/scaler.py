@@ -89,6 +89,15 @@ class NormScaler:
         here = set(self._model.modules())
         return [weight for weight in self._weights if weight.is_scaled and weight.module in here]
 
+    def _held(self, call: str) -> list[ScaledWeight]:
+        """The weights; a handle that has none left says so, rather than that all is well."""
+        if not self.weights:
+            raise ValueError(
+                f"{call}: no weight of {type(self._model).__name__} is under this scaling any more; "
+                "call apply_norm_scaling(model) again"
+            )
+        return self.weights
+
     def attach(self, optimizer: torch.optim.Optimizer) -> "NormScaler":
         """Scale, after every step of the optimizer, the weights that it has stepped.
 
@@ -155,9 +164,10 @@ class NormScaler:
         A weight that is frozen by now has not moved, and is left alone.
 
         Raises:
+            ValueError: no weight is scaled any more.
             NonFiniteWeightError: a weight holds NaN or infinity; no weight was written.
         """
-        self._scale([weight for weight in self.weights if weight.parameter.requires_grad], None)
+        self._scale([weight for weight in self._held("step") if weight.parameter.requires_grad], None)
 
     def project(self, model: nn.Module | None = None) -> None:
         """Take one scaling step from vectors that are solved anew: for a copy of the model that holds an average.
@@ -183,6 +193,7 @@ class NormScaler:
         """Hold, from now on, the norms that the weights have now: for other weights that were loaded.
 
         Raises:
+            ValueError: no weight is scaled any more.
             NonFiniteWeightError: a weight holds NaN or infinity; the targets are as they were.
         """
         self._solve_anew("retarget")
@@ -190,8 +201,9 @@ class NormScaler:
             weight.scaling.target.copy_(weight.scaling.norm)
 
     def _solve_anew(self, call: str) -> None:
-        refuse_non_finite(call, ((weight.name, weight.parameter) for weight in self.weights), "load good weights first")
-        for weight in self.weights:
+        weights = self._held(call)
+        refuse_non_finite(call, ((weight.name, weight.parameter) for weight in weights), "load good weights first")
+        for weight in weights:
             weight.scaling.solve_cold_(weight.parameter)
 
     @numerical
@@ -271,7 +283,7 @@ class NormScaler:
         A warning names the weights that have been changed since they were last scaled.
 
         Raises:
-            NonFiniteWeightError: a weight held NaN or infinity at the last step.
+            NonFiniteWeightError: a weight held NaN or infinity at the last step, where that step could not say so.
         """
         rows = self._report()
         if bad := [weight.name for weight, norm, *_ in rows if not math.isfinite(norm)]:
@@ -295,14 +307,15 @@ class NormScaler:
             seed: of the random start.
 
         Raises:
-            ValueError: `tolerance` or `miss` is not between 0 and 1.
+            ValueError: `tolerance` or `miss` is not between 0 and 1, or no weight is scaled any more.
             NonFiniteWeightError: a weight holds NaN or infinity.
         """
         if not (0 < tolerance < 1 and 0 < miss < 1):
             raise ValueError(f"audit: tolerance and miss must lie between 0 and 1, found {tolerance} and {miss}")
-        refuse_non_finite("audit", ((weight.name, weight.parameter) for weight in self.weights), CURE)
+        weights = self._held("audit")
+        refuse_non_finite("audit", ((weight.name, weight.parameter) for weight in weights), CURE)
         certificates = []
-        for weight in self.weights:
+        for weight in weights:
             scaling, parameter = weight.scaling, weight.parameter
             matrices = scaling.matrices(parameter)
             bounds = scaling.kind.certify(matrices, scaling.seeds(parameter, seed), tolerance, miss)
@@ -352,7 +365,7 @@ class NormScaler:
         return aligned(rows)
 
     def __repr__(self) -> str:
-        return f"NormScaler({len(self._weights)} weights of {type(self._model).__name__})"
+        return f"NormScaler({len(self.weights)} weights of {type(self._model).__name__})"
 
 
 def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:

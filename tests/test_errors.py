@@ -61,6 +61,12 @@ def step_from_bad_weights():
     scaling.step()
 
 
+def step_after_removal():
+    _, scaling = scaled()
+    scaling.remove()
+    scaling.step()
+
+
 def load_another_norm():
     apply_norm_scaling(source := net(), "frobenius")
     scaled()[0].load_state_dict(source.state_dict())
@@ -97,6 +103,7 @@ CASES = {
     "not finite": lambda: apply_norm_scaling(broken()),
     "another norm's checkpoint": load_another_norm,
     "another parametrization": save_plain_with_another_on_top,
+    "removed": step_after_removal,
     "no scaled weight": lambda: NormScaler.of(net()),
     "no optimizer": lambda: attach(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)),
     "no hooks": lambda: attach(Lookahead),
@@ -111,3 +118,18 @@ def test_the_page_quotes_the_error(call):
     with pytest.raises((TypeError, ValueError)) as found:
         call()
     assert f"{type(found.value).__name__}: {found.value}" in PAGE
+
+
+@pytest.mark.parametrize("call", ["step", "project", "retarget", "audit"])
+def test_a_handle_without_weights_says_so(call):
+    model, scaling = scaled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    # By another handle of the same model, which leaves the hooks of this one.
+    NormScaler.of(model).remove()
+    model.head(torch.ones(8)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=rf"{call}: no weight of Module is under this scaling any more"):
+        getattr(scaling, call)()
+    assert scaling.metrics() == {}
+    assert repr(scaling) == "NormScaler(0 weights of Module)"
