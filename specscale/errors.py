@@ -30,5 +30,8 @@ def one_of(choices: Iterable[str]) -> str:
 def nearest(name: str, names: Iterable[str]) -> str:
     """The names most like `name`, best first, or the first few where none is alike."""
     names = [n for n in names if n]
+    if (module := name.rpartition(".")[0]) in names:
+        # It is a parameter's name, where a module's is asked for.
+        return repr(module)
     found = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     return ", ".join(repr(n) for n in found) or "none"

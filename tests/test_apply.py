@@ -167,6 +167,7 @@ def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
         ({"exclude": "*"}, ValueError, "no weight of Sequential is selected; it has 2"),
         ({"exclude": 3}, TypeError, "exclude takes shell patterns on module names, types of layers.*, found int"),
         ({"exclude": [nn.ReLU()]}, TypeError, "exclude takes shell patterns on module names, types.*, found ReLU"),
+        ({"exclude": "2.weight"}, ValueError, "'2.weight' matches no module; the nearest names are '2'$"),
         ({"include": "1"}, ValueError, "include pattern '1' matches no module; the nearest names are '0', '2'"),
     ],
 )
