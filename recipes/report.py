@@ -40,11 +40,6 @@ img { max-width: 100%; display: block; margin-top: 2em }
 figcaption { color: #555 } .wide { overflow-x: auto }"""
 
 
-def sayings(runs: dict[str, list[Run]]) -> list[str]:
-    """What is seen, a sentence each."""
-    return [f"{'Seen' if one.holds else 'Not seen'}: {one.claim} ({one.figures})." for one in findings(runs)]
-
-
 def origins(runs: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
     """Where each run was made: a table's header and rows."""
     header = ["run", "seed", "epochs", "solver", "processes", "hardware", "threads", "torch", "commit", "command"]
@@ -59,7 +54,7 @@ def origins(runs: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
 
 def page(title: str, runs: dict[str, list[Run]], pictures: list[Path]) -> str:
     """The report as one HTML document, pictures and all."""
-    said = "".join(f"<li>{escape(one)}</li>\n" for one in sayings(runs))
+    said = "".join(f"<li>{escape(str(one))}</li>\n" for one in findings(runs))
     shown = ""
     for path in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
@@ -117,7 +112,9 @@ def wandb_report(title: str, runs: dict[str, list[Run]], project: str, entity: s
             wr.H1("Comparison"),
             wr.MarkdownBlock(markdown(HEADER, rows(runs)) + differences(runs)),
             wr.H1("The post's findings"),
-            wr.UnorderedList(items=sayings(runs) or ["The conditions that they compare are not all here."]),
+            wr.UnorderedList(
+                items=list(map(str, findings(runs))) or ["The conditions that they compare are not all here."]
+            ),
             wr.H1("Accuracy and loss"),
             wr.PanelGrid(runsets=[mine], panels=curves),
             wr.H1("Spectral norms"),

@@ -101,6 +101,9 @@ class Finding(NamedTuple):
     holds: bool
     figures: str
 
+    def __str__(self) -> str:
+        return f"{'Seen' if self.holds else 'Not seen'}: {self.claim} ({self.figures})."
+
 
 def findings(runs: dict[str, list[Run]]) -> list[Finding]:
     """Which of the post's findings appear: those for which there are the runs, each spectral condition by itself."""
@@ -142,7 +145,7 @@ def rise(run: Run) -> float:
 
 
 def findings_text(runs: dict[str, list[Run]]) -> str:
-    return "".join(f"- {'Yes' if one.holds else 'No'}: {one.claim} ({one.figures}).\n" for one in findings(runs))
+    return "".join(f"- {one}\n" for one in findings(runs))
 
 
 def ranks(runs: dict[str, list[Run]]) -> str:
