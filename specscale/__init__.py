@@ -7,8 +7,9 @@ from specscale.initialization import orthogonal_init_
 from specscale.matrices import MatrixView
 from specscale.measure import singular_values, spectral_norms
 from specscale.rules import LayerRule
-from specscale.scaler import NormScaler, plain_state_dict
+from specscale.scaler import NormScaler
 from specscale.solvers import SVD, Block, Power
+from specscale.state_dicts import plain_state_dict
 
 __all__ = [
     "SVD",
