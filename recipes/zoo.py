@@ -247,6 +247,11 @@ def for_real(build: Callable[[], nn.Module]) -> nn.Module:
         raise NotBuilt(f"{type(error).__name__}: {error}") from error
 
 
+def reason(text: str) -> str:
+    """An error's text in one short line."""
+    return " ".join(text.split())[:300]
+
+
 def sweep(options: Options) -> list[dict[str, Any]]:
     """The lines of all architectures that are done."""
     options.out.mkdir(parents=True, exist_ok=True)
@@ -267,9 +272,9 @@ def sweep(options: Options) -> list[dict[str, Any]]:
                 warnings.simplefilter("ignore")
                 found = one(build, options)
         except NotBuilt as error:
-            found = {"not built": f"{error}".splitlines()[0][:300]}
+            found = {"not built": reason(f"{error}")}
         except Exception as error:
-            found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            found = {"failed": reason(f"{type(error).__name__}: {error}")}
         if found is None:
             continue
         line = {"registry": registry, "name": name} | found
