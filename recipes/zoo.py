@@ -10,7 +10,6 @@ their weights, shapes, and targets by rule.
 """
 
 import gc
-import json
 import resource
 import time
 import warnings
@@ -23,12 +22,13 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from logs import progress, read_lines, say, write_atomically
+from logs import append, progress, read_lines, say, write_atomically
 from provenance import commit
 from tables import markdown
 from torch import Tensor, nn
 
 from specscale import NormScaler, apply_norm_scaling
+from specscale.algebra import short_gram
 from specscale.certificates import spectral_bounds
 from specscale.selection import Weight, scalable
 from specscale.targets import evaluate
@@ -83,8 +83,7 @@ def exact_norms(matrices: Tensor) -> Tensor:
     matrices = matrices.detach().double()
     if min(matrices.shape[-2:]) > EXACT_SIDE:
         return spectral_bounds(matrices, torch.arange(len(matrices)), tolerance=1e-3, miss=1e-6).lower
-    tall = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
-    return torch.linalg.eigvalsh(tall.mT @ tall)[..., -1].clamp_min(0).sqrt()
+    return torch.linalg.eigvalsh(short_gram(matrices))[..., -1].clamp_min(0).sqrt()
 
 
 def norms_of(scaling: NormScaler, weight_norms: Callable[[Tensor], Tensor]) -> Iterable[tuple[str, Tensor, Tensor]]:
@@ -264,6 +263,8 @@ def sweep(options: Options) -> list[dict[str, Any]]:
         for name, build in architectures(registry).items()
         if fnmatch(name, options.names) and (registry, name) not in done
     }
+    # Of the code that runs, whatever the files come to be while it does.
+    made_by = commit()
     for _, (key, build) in zip(progress(len(builders), "architectures"), builders.items(), strict=True):
         registry, name = key
         start = time.monotonic()
@@ -278,10 +279,9 @@ def sweep(options: Options) -> list[dict[str, Any]]:
         if found is None:
             continue
         line = {"registry": registry, "name": name} | found
-        line |= {"seconds": round(time.monotonic() - start, 1), "commit": commit()}
+        line |= {"seconds": round(time.monotonic() - start, 1), "commit": made_by}
         lines[key] = line
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(path, line)
         gc.collect()
     return list(lines.values())
 

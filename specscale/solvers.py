@@ -194,19 +194,19 @@ class Block:
             # What is not finite would make a factorisation raise.
             products, energies = (torch.where(finite[:, None, None], gram(tall), 0) for tall in (space, images))
             ritz, values = rayleigh_ritz(products, energies, self.width)
-            residual, error, rise = _errors(products, energies, values, torch.where(finite, scale, 0).double() ** 2)
+            residual, error = _errors(products, energies, values, torch.where(finite, scale, 0).double() ** 2)
             within = ritz.mT @ (products[..., self.width :] @ ritz[..., self.width :, :])
             ritz, within = ritz.to(basis.dtype), within.to(basis.dtype)
             step = space[..., self.width :] @ ritz[..., self.width :, :]
             basis = torch.baddbmm(step, basis, ritz[..., : self.width, :])
             num_iterations += 1
             if tolerance is not None:
-                farthest, worst, highest = torch.stack([residual.max(), error.max(), rise.max()]).tolist()
-                if num_iterations == 1 and highest > JUMP:
+                farthest, worst = torch.stack([residual.max(), error.max()]).tolist()
+                if num_iterations == 1 and (rise := _rise(energies, values)) > JUMP:
                     # What has jumped stands out, so that its value is exact before its vectors are. A step that puts
                     # it back among the others leaves the norm off by up to half the residual.
                     tolerance, limit = self._thorough(tolerance, limit)
-                    enough = 2 * self.tolerance / (1 + highest)
+                    enough = 2 * self.tolerance / (1 + rise)
                 elif (worst <= tolerance and farthest <= enough) or farthest <= CONVERGED:
                     break
             if num_iterations >= limit:
@@ -233,10 +233,15 @@ class Block:
         }
 
 
-def _errors(products: Tensor, energies: Tensor, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`||r|| / s^2` of the longest column before a Rayleigh-Ritz step, the error after it, and the rise by it, `(k,)`.
+def _rise(energies: Tensor, values: Tensor) -> float:
+    """How far, relative, a Rayleigh-Ritz step has raised the largest value of any block: the host waits for it."""
+    before, after = energies.diagonal(dim1=-2, dim2=-1)[..., : values.shape[-1]].amax(-1).sqrt(), values.amax(-1)
+    tiny = torch.finfo(values.dtype).tiny
+    return (after.clamp_min(tiny) / before.clamp_min(tiny) - 1).max().item()
 
-    Error and rise are relative, of the largest value.
+
+def _errors(products: Tensor, energies: Tensor, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`||r|| / s^2` of the longest column before a Rayleigh-Ritz step, and the relative error after it, `(k,)` both.
 
     From the Gram matrices of `[V, R, P]`, with residuals that are `scale` times `R`, and the values after the step.
 
@@ -255,11 +260,9 @@ def _errors(products: Tensor, energies: Tensor, values: Tensor, scale: Tensor) -
     rests = rests / square.clamp_min(tiny)
     # The last column is not one of the block: it searches.
     rho = rests[..., :-1].square().mean(-1).sqrt()
-    largest = values.amax(-1).clamp_min(tiny)
-    gap = 1 - values.amin(-1) / largest
+    gap = 1 - values.amin(-1) / values.amax(-1).clamp_min(tiny)
     error = rho * (rho / gap.clamp_min(tiny)).square().div(16).clamp_max(1)
-    rise = largest / square[..., 0].sqrt().clamp_min(tiny) - 1
-    return rests.take_along_dim(top, dim=-1)[..., 0], error, rise
+    return rests.take_along_dim(top, dim=-1)[..., 0], error
 
 
 def _exact(like: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -302,8 +305,9 @@ class Power:
         # Many iterations are cheaper on the Gram matrix, which is as much arithmetic as n / 2 of them, but much faster.
         many = self.num_iterations > scaled.shape[-1] // 20
         square = scaled.mT @ scaled if many else None
-        given = state["columns"].to(scaled.dtype) if self.warm else None
-        columns = normal(state["key"], (scaled.shape[-1], 2), scaled.dtype) if given is None else given
+        size = (scaled.shape[-1], 2)
+        given = state["columns"].to(scaled.dtype) if self.warm else normal(state["key"], size, scaled.dtype)
+        columns = given
         for _ in range(self.num_iterations):
             start = unit(columns[..., 0])
             columns = square @ columns if square is not None else scaled.mT @ (scaled @ columns)
@@ -324,11 +328,9 @@ class Power:
         triple = Triple(
             values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, self.num_iterations
         )
-        if given is None:
-            state = {"key": state["key"] + 1}
-        else:
-            # From nothing there is no way on.
-            state = {"columns": torch.where(values[:, None] > 0, columns, given)}
+        # From nothing there is no way on.
+        kept = torch.where(values[:, None] > 0, columns, given)
+        state = {"columns": kept} if self.warm else {"key": state["key"] + 1}
         return triple if tall else triple.transposed(), state
 
 

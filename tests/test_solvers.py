@@ -20,6 +20,17 @@ def solve(solver, matrices):
     return solver.solve(matrices, state, to_convergence=True)
 
 
+def with_spike(weight, sizes, generator):
+    """The matrices with others of rank one and of these norms added."""
+    left, right = (unit(torch.randn(len(weight), side, generator=generator)) for side in weight.shape[1:])
+    return weight + sizes[:, None, None] * left[..., None] * right[:, None]
+
+
+def put_back(weight, triple, target):
+    """The matrices after a spectral step."""
+    return weight + (target - triple.value)[:, None, None] * triple.left[..., None] * triple.right[:, None]
+
+
 @pytest.mark.parametrize("solver", [Block(), Block(width=4), SVD()], ids=repr)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_the_exact_svd(solver, shape):
@@ -152,10 +163,9 @@ def test_a_step_after_a_spike_ends_on_the_target(size):
     target = triple.value
     _, state = solver.solve(weight, state)
     for _ in range(3):
-        left, right = (unit(torch.randn(8, side, generator=generator)) for side in (400, 300))
-        weight = weight + size * target[:, None, None] * left[..., None] * right[:, None]
+        weight = with_spike(weight, size * target, generator)
         triple, state = solver.solve(weight, state)
-        weight = weight + (target - triple.value)[:, None, None] * triple.left[..., None] * triple.right[:, None]
+        weight = put_back(weight, triple, target)
         norm = torch.linalg.matrix_norm(weight.double(), 2)
         # float32 has rounded the weight where the spike stood.
         torch.testing.assert_close(norm.float(), target, rtol=2e-6 * (1 + size), atol=0)
@@ -168,12 +178,11 @@ def test_steps_that_do_not_look_catch_up_with_a_spike(size):
     weight = torch.randn(8, 400, 300, generator=generator)
     triple, state = solve(solver, weight)
     target = triple.value
-    left, right = (unit(torch.randn(8, side, generator=generator)) for side in (400, 300))
-    weight = weight + size * target[:, None, None] * left[..., None] * right[:, None]
+    weight = with_spike(weight, size * target, generator)
     num_iterations = 1
     for bound in (0.04, 4e-3, 4e-4):
         triple, state = solver.solve(weight, state, num_iterations=num_iterations)
-        weight = weight + (target - triple.value)[:, None, None] * triple.left[..., None] * triple.right[:, None]
+        weight = put_back(weight, triple, target)
         norm = torch.linalg.matrix_norm(weight.double(), 2)
         assert (norm / target - 1).abs().max() <= bound
         num_iterations = solver.pace(num_iterations, triple.error.max().item())
@@ -196,7 +205,7 @@ def test_block_follows_a_drifting_weight_that_is_scaled_at_every_step(m, n, seed
         # Noise on equal singular values is the hardest drift: what a gradient does to a weight has far lower rank.
         assert ((triple.value / exact - 1).abs() <= drift / 2).all()
         assert (triple.value <= exact * (1 + 1e-5)).all()
-        weight = weight + (1 - triple.value)[:, None, None] * triple.left[..., None] * triple.right[:, None]
+        weight = put_back(weight, triple, 1)
         held = triple.left.double()[:, None] @ weight.double() @ triple.right.double()[..., None]
         assert (held - 1).abs().item() <= 1e-5
 
@@ -215,7 +224,7 @@ def test_the_estimated_error_is_of_the_size_of_the_true_one(drift, rank):
         exact = torch.linalg.svdvals(weight.double())[:, 0]
         triple, state = solver.solve(weight, state, num_iterations=1)
         ratios.append(((1 - triple.value / exact) / triple.error).item())
-        weight = weight + (1 - triple.value)[:, None, None] * triple.left[..., None] * triple.right[:, None]
+        weight = put_back(weight, triple, 1)
     assert 0.2 < torch.tensor(ratios).median() < 5
 
 
