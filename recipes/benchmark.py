@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from specscale import SVD, Block, NormScaler, Power
+from specscale.solvers import DenseMatrices
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -124,8 +125,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[
 class TorchSpectralNorm:
     """`torch.nn.utils.parametrizations.spectral_norm`: its estimate, by one warm power iteration a step."""
 
-    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Any]:
-        twins = [nn.Linear(*reversed(matrix.shape), bias=False).to(matrix) for matrix in matrices]
+    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+        twins = [nn.Linear(*reversed(shape), bias=False, dtype=dtype, device=key.device) for _ in key]
         return {"twins": [spectral_norm(twin) for twin in twins]}
 
     def value(self, matrices: Tensor, state: dict[str, Any]) -> tuple[Tensor, int]:
@@ -150,7 +151,7 @@ def value_of(candidate: Any, matrices: Tensor, state: dict[str, Any]) -> tuple[T
     """The candidate's singular values and iterations; its state moves on."""
     if isinstance(candidate, TorchSpectralNorm):
         return candidate.value(matrices, state)
-    triple, after = candidate.solve(matrices, state)
+    triple, after = candidate.solve(DenseMatrices(matrices), state)
     state.update(after)
     return triple.value, triple.num_iterations
 
@@ -183,7 +184,8 @@ def measure_solvers(options: SolverOptions) -> dict[str, Any]:
             for name, candidate in CANDIDATES.items():
                 state = states[name].setdefault(layer, {})
                 if not state:
-                    state.update(candidate.cold(matrices, torch.arange(len(matrices), device=matrices.device)))
+                    key = torch.arange(len(matrices), device=matrices.device)
+                    state.update(candidate.init_state(key, matrices.shape[1:], matrices.dtype))
                 remembers = not {"basis", "columns", "twins"}.isdisjoint(state)
                 if compared or remembers:
                     value, taken = value_of(candidate, matrices, state)

@@ -28,10 +28,10 @@ from tables import markdown
 from torch import Tensor, nn
 
 from specscale import NormScaler, apply_norm_scaling
-from specscale.algebra import short_gram
-from specscale.certificates import spectral_bounds
-from specscale.selection import Weight, scalable
-from specscale.targets import evaluate
+from specscale.bounds import spectral_bounds
+from specscale.linalg import smaller_gram
+from specscale.targets import resolve
+from specscale.weights import Weight, find_weights
 
 Registry = Literal["timm", "torchvision", "transformers"]
 
@@ -83,13 +83,13 @@ def exact_norms(matrices: Tensor) -> Tensor:
     matrices = matrices.detach().double()
     if min(matrices.shape[-2:]) > EXACT_SIDE:
         return spectral_bounds(matrices, torch.arange(len(matrices)), tolerance=1e-3, miss=1e-6).lower
-    return torch.linalg.eigvalsh(short_gram(matrices))[..., -1].clamp_min(0).sqrt()
+    return torch.linalg.eigvalsh(smaller_gram(matrices))[..., -1].clamp_min(0).sqrt()
 
 
 def norms_of(scaling: NormScaler, weight_norms: Callable[[Tensor], Tensor]) -> Iterable[tuple[str, Tensor, Tensor]]:
     """Name, targets and true norms of each weight, without the matrices that are left alone."""
     for weight in scaling.weights:
-        held = weight.scaling.target > 0
+        held = weight.scaling.skip_mask == 0
         true = weight_norms(weight.scaling.view.matrices(weight.parameter))
         yield weight.name, weight.scaling.target[held].double(), true[held]
 
@@ -132,7 +132,7 @@ def check(model: nn.Module) -> dict[str, Any]:
     before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     names = {parameter: name for name, parameter in model.named_parameters()}
     types = [type(module) for module in model.modules()]
-    computed = {weight.module for weight in scalable("zoo", model) if weight.is_computed}
+    computed = {weight.module for weight in find_weights(model) if weight.is_computed}
     found: dict[str, Any] = {"computed": ", ".join(sorted({type(module).__name__ for module in computed}))}
     norms: dict[str, Callable[[Tensor], Tensor]] = {
         "spectral": exact_norms,
@@ -167,8 +167,8 @@ def check(model: nn.Module) -> dict[str, Any]:
 
 def read_on_meta(model: nn.Module) -> dict[str, Any]:
     """The weights of a model that holds no numbers: that each is found, has a shape, and a target by rule."""
-    weights: list[Weight] = scalable("zoo", model)
-    targets = evaluate("zoo", "target", "channels", weights, model, None)
+    weights: list[Weight] = find_weights(model)
+    targets = resolve("target", "channels", weights, model, None)
     if not weights or len(targets) != len(weights):
         raise Mismatch(f"{len(weights)} weights have {len(targets)} targets")
     return {"weights": len(weights), "matrices": sum(weight.view.count for weight in weights)}
@@ -176,7 +176,7 @@ def read_on_meta(model: nn.Module) -> dict[str, Any]:
 
 def left_alone(model: nn.Module) -> list[str]:
     """Parameters of two axes or more that no rule names, embeddings apart, by the type of their layer."""
-    scaled = {id(weight.parameter) for weight in scalable("zoo", model)}
+    scaled = {id(weight.parameter) for weight in find_weights(model)}
     return sorted(
         {
             f"{type(module).__name__}.{name}"
