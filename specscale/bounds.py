@@ -1,4 +1,4 @@
-"""Norms that are certain: exact where that is cheap, else between bounds with a stated probability of a miss."""
+"""Certified norms: exact where that is cheap, else between bounds with a stated probability of a miss."""
 
 import math
 from typing import NamedTuple
@@ -10,20 +10,20 @@ from specscale.linalg import unit
 from specscale.random import normal
 
 EXACT_SIDE = 1024
-"""The longest shorter side of a matrix that is decomposed."""
+"""A matrix whose shorter side is at most this is decomposed."""
 
 
 class Bounds(NamedTuple):
     """Where the norm of each matrix lies, in float64."""
 
     lower: Tensor
-    """`(k,)`: a value that is attained, so that the norm is certainly no smaller."""
+    """`(k,)`: attained by some vector, so that the norm is certainly no smaller."""
     upper: Tensor
-    """`(k,)`: the norm is no larger, but for a miss."""
+    """`(k,)`: the norm is no larger, except with probability `miss`."""
     miss: float
     """The probability, over the random start, that any of these matrices has a larger norm than its `upper`."""
     method: str
-    """How they were found."""
+    """`"sum"`, `"svd"` or `"lanczos"`."""
 
 
 def frobenius_bounds(matrices: Tensor) -> Bounds:
@@ -36,8 +36,8 @@ def spectral_bounds(matrices: Tensor, key: Tensor, tolerance: float, miss: float
     """Bounds on the spectral norm of each of `matrices (k, m, n)`, no further apart than `tolerance`, relative.
 
     By an SVD in float64 where the shorter side is at most 1024. Else by Lanczos iteration in float64 from a random
-    start, which `key (k,)`, int64, seeds: whatever the spectrum of an n x n matrix `A`, so many steps leave its largest
-    eigenvalue under-estimated by more than a part `e` with a probability of at most
+    start, which `key (k,)`, int64, seeds. Whatever the spectrum of an n x n matrix `A`, after `num_steps` its largest
+    eigenvalue is under-estimated by more than a relative `e` with a probability of at most
     `1.648 sqrt(n) exp(-sqrt(e) (2 num_steps - 1))` (Kuczynski & Wozniakowski, "Estimating the largest eigenvalue by
     the power and Lanczos algorithms with a random start", 1992, theorem 4.2). Here `A = W^T W`, so that
     `1 - e = (1 - tolerance)^2`.
@@ -55,19 +55,19 @@ def spectral_bounds(matrices: Tensor, key: Tensor, tolerance: float, miss: float
 
 
 def lanczos_steps(side: int, tolerance: float, miss: float) -> int:
-    """The steps after which a matrix with so many columns is out of `tolerance` with probability `miss` at most."""
+    """How many steps keep a matrix with `side` columns within `tolerance`, except with probability `miss`."""
     relative = 1 - (1 - tolerance) ** 2
     return math.ceil((math.log(1.648 * math.sqrt(side) / miss) / math.sqrt(relative) + 1) / 2)
 
 
 def lanczos(matrices: Tensor, start: Tensor, num_steps: int) -> Tensor:
-    """The largest `||W x||`, `(k,)`, over unit `x` in the Krylov space of `W^T W` of so many steps from `start (k, n)`.
+    """The largest `||W x||`, `(k,)`, over unit `x` in the Krylov space of `W^T W` from `start (k, n)`.
 
-    Golub-Kahan bidiagonalisation (Golub & Van Loan, "Matrix Computations", section 10.4), with both bases made
-    orthogonal twice, so that rounding takes nothing from the theory. Where the Krylov space is whole, what follows is
-    zero.
+    Golub-Kahan bidiagonalisation (Golub & Van Loan, "Matrix Computations", section 10.4). Both bases are
+    reorthogonalised twice, so that the theory holds under rounding. Once the Krylov space is exhausted, further vectors
+    are zero.
     """
-    # From here on the norm is at least 1.
+    # The scaled matrix has a norm of at least 1, by which `_outside` tells rounding from a vector.
     scale = matrices.abs().amax(dim=(-2, -1)).clamp_min(torch.finfo(matrices.dtype).tiny)[:, None]
     count, m, n = matrices.shape
     lefts, rights = (matrices.new_zeros(count, size, num_steps) for size in (m, n))
@@ -91,7 +91,7 @@ def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _outside(basis: Tensor, vectors: Tensor) -> Tensor:
-    """What the vectors have outside the orthonormal basis, and zero where that is nothing but rounding."""
+    """The vectors without their part in an orthonormal basis; zero where nothing but rounding is left."""
     least = 1e-12 * vectors.norm(dim=-1, keepdim=True).clamp_min(1)
     for _ in range(2):
         vectors = vectors - _times(basis, _times(basis.mT, vectors))

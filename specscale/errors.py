@@ -8,6 +8,9 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+DIVERGED = "Lower the learning rate or clip the gradients"
+"""The advice to a training run whose weights are not finite any more."""
+
 
 class NonFiniteWeightError(ValueError):
     """A weight holds NaN or infinity; the message names its layer. It was not written."""

@@ -1,6 +1,7 @@
-"""Which tensors of which layers are weights, and as which matrices each is read: first the caller's rules, then these.
+"""Which tensors of which layers are weights, and as which matrices each is read.
 
-The rules here are written as a caller would write them.
+The caller's rules come before the built-in ones here, which are written in the same way. A new kind of layer is one
+entry in `BUILT_IN`.
 """
 
 import re
@@ -17,7 +18,7 @@ Views = Mapping[str, MatrixView]
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What the weights of one kind of layer are: tensors by name, each with the matrices it is read as.
+    """The weights of one kind of layer: tensors by name, each with the matrices it is read as.
 
     >>> LayerRule(Dense, {"kernel": MatrixView("i o")})               # every layer of a type
     >>> LayerRule(lambda name, module: name == "router", {"weight": MatrixView("o i")})      # or by a predicate
@@ -57,7 +58,7 @@ class LayerRule:
 
 
 def _check_views(views: Views) -> None:
-    """Refuse what is no mapping from tensors' names to views."""
+    """Raise TypeError where `views` does not map tensors' names to views."""
     if not isinstance(views, Mapping) or not all(isinstance(view, MatrixView) for view in views.values()):
         raise TypeError(f"LayerRule: weights must map tensors' names to MatrixView objects, found {views!r}")
 
@@ -67,7 +68,7 @@ def _grouped(axes: str) -> Callable[[nn.Module], Views]:
 
 
 def _gates(module: nn.Module) -> Views:
-    """Each gate of a recurrent layer or cell has a matrix of its own; an LSTM's projection is one."""
+    """One matrix per gate of a recurrent layer or cell; an LSTM's projection is one matrix."""
     hidden_size: int = module.hidden_size  # type: ignore[assignment]
     layers = range(getattr(module, "num_layers", 1))
     ends = ["", *(f"_l{layer}{way}" for layer in layers for way in ("", "_reverse"))]
@@ -80,7 +81,7 @@ def _gates(module: nn.Module) -> Views:
 
 
 def _is_fused(ending: str, count: int) -> Callable[[str, nn.Module], bool]:
-    """Whether a linear layer is several projections in one, by the name that it has in most transformers."""
+    """Whether a linear layer holds several projections, by the name and shape that it has in most transformers."""
     return lambda name, module: (
         isinstance(module, nn.Linear)
         and re.search(f"{ending}$", name.lower()) is not None
@@ -89,7 +90,7 @@ def _is_fused(ending: str, count: int) -> Callable[[str, nn.Module], bool]:
 
 
 def _is_transposed_linear(name: str, module: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, the linear layer of GPT-2; that package need not be there."""
+    """Whether it is the `Conv1D` of transformers, GPT-2's linear layer, where that package has been imported."""
     return isinstance(module, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()))
 
 
@@ -98,7 +99,7 @@ def _is_fused_transposed_linear(name: str, module: nn.Module) -> bool:
 
 
 def _is_experts(name: str, module: nn.Module) -> bool:
-    """Whether it is a mixture's experts, stacked: transformers marks every class of them by these attributes."""
+    """Whether it holds the stacked experts of a mixture: transformers marks all such classes by these attributes."""
     return hasattr(module, "is_transposed") and hasattr(module, "is_concatenated")
 
 
@@ -133,4 +134,4 @@ BUILT_IN = [
     LayerRule(_is_transposed_linear, {"weight": MatrixView("i o")}),
     LayerRule(_is_experts, _experts),
 ]
-"""The rules for torch's layers, and for those of transformers that are none of torch's."""
+"""The rules for torch's layers, and for those of transformers that are not torch's."""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from specscale.errors import Refusal, non_finite, public_call
+from specscale.errors import DIVERGED, Refusal, non_finite, public_call
 from specscale.layers import LayerRule
 from specscale.linalg import at_least_float32, no_grad_full_precision, scaled_to_one, smaller_gram
 from specscale.solvers import Block, DenseMatrices
 from specscale.state import NormScaling
-from specscale.step import ADVICE
 from specscale.weights import Patterns, Weight, refuse_non_finite, select
 
 
@@ -44,7 +43,7 @@ def metrics(weights: list[Weight]) -> dict[str, float]:
     """Every column of every weight as `<column>/<name>`; see `NormScaler.metrics`."""
     _warn_if_stale(weights, stacklevel=5)
     if bad := [weight.name for weight in weights if not bool(weight.scaling.norm.isfinite().all())]:
-        raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
+        raise non_finite(bad, f"the last step did not scale it. {DIVERGED}")
     return {
         f"{column.name}/{weight.name}": column.values(weight.scaling).max().item()
         for weight in weights
@@ -148,7 +147,7 @@ def audit(weights: list[Weight], tolerance: float, miss: float, seed: int) -> Au
     """The weights' certified norms; see `NormScaler.audit`."""
     if not (0 < tolerance < 1 and 0 < miss < 1):
         raise Refusal(f"tolerance and miss must lie between 0 and 1, found {tolerance} and {miss}")
-    refuse_non_finite(weights, ADVICE)
+    refuse_non_finite(weights, DIVERGED)
     return Audit([_certificate(weight, tolerance, miss, seed) for weight in weights], tolerance)
 
 

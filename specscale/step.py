@@ -17,13 +17,11 @@ from torch import Tensor
 
 from specscale import linalg
 from specscale.constraints import Constraint
-from specscale.errors import non_finite
+from specscale.errors import DIVERGED, non_finite
 from specscale.linalg import concat, no_grad_full_precision
 from specscale.norms import Measurement
 from specscale.state import MEASURED, NormScaling
 from specscale.weights import Weight
-
-ADVICE = "Lower the learning rate or clip the gradients"
 
 NumIterations = Mapping[Constraint, int | None]
 """The solver's iterations in a step that reads nothing back, by constraint."""
@@ -57,7 +55,7 @@ class ScalingStep:
     def _take_with_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
         batches = measure(weights)
         if bad := PendingStats(batches).non_finite():
-            raise non_finite(bad, f"no weight was scaled. {ADVICE}")
+            raise non_finite(bad, f"no weight was scaled. {DIVERGED}")
         project_(batches, skip)
         self._record_num_iterations(batches)
         for weight in weights:
@@ -68,7 +66,7 @@ class ScalingStep:
         # The step before is long done. Its error is raised once, so that training can go on from good weights.
         pending, self._pending = self._pending, None
         if pending is not None and (bad := pending.non_finite()):
-            raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
+            raise non_finite(bad, f"the last step did not scale it. {DIVERGED}")
         take = measure_and_project_ if self._graphs is None else self._graphs.take
         batches = take(weights, planned, skip)
         # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.

@@ -1,4 +1,4 @@
-"""How a weight tensor is read as matrices, and how factors of those matrices find their way back."""
+"""How a weight tensor is read as a batch of matrices, and how matrices are written into it."""
 
 import math
 from dataclasses import dataclass
@@ -12,14 +12,16 @@ from torch import Tensor
 class MatrixView:
     """A weight tensor read as a batch of `count` matrices, one row per output.
 
-    `axes` names the tensor's axes in einops' notation: `o` is the outputs, `i` the inputs, `k`, if it is there, counts
-    the matrices. All axes but `k` and `o` together are the columns; a gain by channels goes by `o` and `i`.
+    `axes` names the tensor's axes in einops' notation: `o` is the outputs (fan-out), `i` the input channels, and `k`,
+    if it is there, counts the matrices. All axes but `k` and `o`, flattened, are the columns (fan-in); `"channels"`
+    gains are taken from `o` and `i`.
 
     >>> MatrixView("o i")                      # a linear layer: one matrix (o, i)
     >>> MatrixView("(k o) i", count=3)         # a fused qkv: three matrices
     >>> MatrixView("(k o) i h w", count=2)     # a convolution in two groups: two matrices (o, i h w)
     >>> MatrixView("i o h w")                  # a transposed convolution: outputs are the second axis
     >>> MatrixView("k i o", count=8)           # eight experts, stacked and transposed
+    >>> MatrixView("(k o) i", count=512)       # a linear layer of 512 outputs, each row a matrix of its own
 
     Raises:
         ValueError: `axes` does not name each axis once, or has no `o`; `count` is less than 1, or more than 1 where
@@ -43,7 +45,7 @@ class MatrixView:
         return self.axes.replace("(", " ").replace(")", " ").split()
 
     def _read(self, tensor: Tensor, columns: str) -> Tensor:
-        """The tensor as `k o` and the columns, which the pattern may merge."""
+        """The tensor as `k o` and the columns, which the pattern `columns` may merge."""
         lengths = {"k": self.count} if "k" in self._names else {}
         names = " ".join(name for name in self._names if name not in ("k", "o"))
         return rearrange(tensor, f"{self.axes} -> {'k' if lengths else '1'} o {columns.format(names)}", **lengths)
@@ -51,12 +53,12 @@ class MatrixView:
     def split(self, weight: Tensor) -> Tensor:
         """The tensor as `(k, o, i, ...)`, always a view, whatever the memory format: writing to it writes the weight.
 
-        Only splitting and permuting axes never copies; merging them (`matrices`) may.
+        Splitting and permuting axes never copies; merging them, as `matrices` does, may.
         """
         return self._read(weight, "{}")
 
     def matrices(self, weight: Tensor) -> Tensor:
-        """The batch of matrices `(k, m, n)`: for reading only, since it is a copy where the strides allow no view."""
+        """The batch of matrices `(k, m, n)`, for reading only: a copy where the strides allow no view."""
         return self._read(weight, "({})")
 
     def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
@@ -77,6 +79,6 @@ class MatrixView:
 
 
 def _is_balanced(axes: str) -> bool:
-    """Whether parentheses open and close in turns."""
+    """Whether every parenthesis is closed before the next one opens."""
     found = "".join(sign for sign in axes if sign in "()")
     return found == "()" * (len(found) // 2)

@@ -21,6 +21,8 @@ from specscale import (
     spectral_norms,
 )
 
+COLUMN_NAMES = ("target", "norm", "excess", "residual", "error")
+
 
 class Everything(nn.Module):
     def __init__(self):
@@ -272,9 +274,10 @@ def test_a_layer_that_cannot_be_registered_leaves_none_scaled(monkeypatch):
     original = parametrize.register_parametrization
     monkeypatch.setattr(parametrize, "register_parametrization", register)
     with pytest.raises(RuntimeError, match="no more"):
-        apply_norm_scaling(model)
+        apply_norm_scaling(model, init="orthogonal")
     assert not is_norm_scaled(model)
     assert list(dict(model.named_parameters())) == list(dict(small().named_parameters()))
+    assert all(torch.equal(value, small().state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_two_parameters_in_the_same_memory_are_refused():
@@ -358,3 +361,75 @@ def test_singular_values_of_a_plain_and_of_a_scaled_model(memory_format):
     with pytest.raises(NonFiniteWeightError, match="singular_values: the weight of 'wide' holds NaN or infinity"):
         singular_values(model)
     assert list(singular_values(model, exclude="wide")) == ["conv", "tall"]
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral", "clipped"])
+def test_a_weight_has_one_name_everywhere(norm):
+    model = nn.ModuleDict({"rnn": nn.LSTM(70, 80), "head": nn.Linear(80, 3)})
+    model.rnn.weight_hh_l0.requires_grad_(False)
+    apply_norm_scaling(model, norm)
+    twin = copy.deepcopy(model)
+    names = ["rnn.weight_ih_l0", "head"]
+    for one in (model, twin):
+        scaling = NormScaler.of(one)
+        scaling.step()
+        assert [weight.name for weight in scaling.weights] == names
+        assert sorted(scaling.num_iterations) == sorted(names)
+        assert [certificate.name for certificate in scaling.audit().certificates] == names
+        assert list(scaling.metrics()) == [f"{c}/{n}" for n in names for c in COLUMN_NAMES]
+        assert all(name in str(scaling) for name in names)
+        one.rnn.parametrizations.weight_ih_l0.original.data[0, 0] = float("nan")
+        with pytest.raises(NonFiniteWeightError, match=r"step: the weight of 'rnn.weight_ih_l0' holds NaN"):
+            scaling.step()
+    # In a larger model, a layer has the name that it has there.
+    wrapped = nn.ModuleDict({"net": copy.deepcopy(model)})
+    assert [weight.name for weight in NormScaler.of(wrapped).weights] == [f"net.{name}" for name in names]
+
+
+class Raises:
+    """A target that fails at the second weight."""
+
+    def __call__(self, name, module):
+        if name == "2":
+            raise ValueError("my own")
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "text"),
+    [
+        (small, {"target": Raises()}, ValueError, "^my own$"),
+        (small, {"target": lambda name, module: 1.0 if name == "0" else -1.0}, ValueError, "positive for '2'"),
+        (small, {"target": "channels", "gain": Raises()}, ValueError, "^my own$"),
+        (lambda: small().half(), {"gain": 1e6}, ValueError, "gain 1e.06 for '0' is out of the range of torch.float16"),
+        (lambda: small().half(), {"gain": 1e-9}, ValueError, "no weight is selected, since all of them are zero"),
+        # A warning that is an error is a failing call too, as it is in these tests.
+        (small, {"gain": lambda name, module: 1e-50 if name == "2" else 1.0}, UserWarning, "'2' holds a zero matrix"),
+        (lambda: small().to(torch.float16), {"exclude": "[0-2]"}, ValueError, "no weight of Sequential is selected"),
+    ],
+)
+def test_a_failing_call_leaves_the_model_bit_for_bit(make, options, error, text):
+    model = make()
+    before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    with pytest.raises(error, match=text):
+        apply_norm_scaling(model, init="orthogonal", **options)
+    assert not is_norm_scaled(model)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral", "clipped"])
+def test_a_row_can_be_a_matrix_of_its_own(norm):
+    model = small()
+    rows = LayerRule(nn.Linear, lambda layer: {"weight": MatrixView("(k o) i", layer.out_features)})
+    scaling = apply_norm_scaling(model, norm, rules=rows)
+    before = [layer.weight.detach().norm(dim=1) for layer in (model[0], model[2])]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scaling.attach(optimizer)
+    for _ in range(5):
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        for layer, lengths in zip((model[0], model[2]), before, strict=True):
+            torch.testing.assert_close(layer.weight.detach().norm(dim=1), lengths, rtol=1e-5, atol=0)

@@ -164,3 +164,67 @@ def test_the_state_is_float32_or_wider_whatever_the_model_is(dtype):
     scaling.step()
     matrix = net[2][0].weight.detach().double()
     assert torch.linalg.matrix_norm(matrix, 2).item() == pytest.approx(scaling.metrics()["norm/2.0"], rel=1e-2)
+
+
+def as_version_0_1_0(state, norm):
+    """A state dict as that version wrote it: `order` in place of the constraint's name, a target of 0 for a mask."""
+    old = {}
+    for name, value in state.items():
+        home, _, buffer = name.rpartition(".")
+        if buffer == f"target_{norm}":
+            old[f"{home}.target"] = value * (1 - state[f"{home}.skip_mask"])
+            old[f"{home}.order"] = torch.tensor(2 if norm == "frobenius" else 0)
+        elif buffer != "skip_mask":
+            old[name] = value
+    return old
+
+
+def half_zero():
+    """A fused qkv whose second matrix starts at zero, and a layer that the block solves."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"qkv": nn.Linear(4, 12), "wide": nn.Linear(90, 80)})
+    net.qkv.weight.data[4:8] = 0
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:.*holds a zero matrix")
+@pytest.mark.parametrize("norm", ["frobenius", "spectral", "clipped"])
+def test_an_old_checkpoint_loads_and_goes_on_bit_for_bit(norm):
+    scaling = apply_norm_scaling(source := half_zero(), norm)
+    old = as_version_0_1_0(copy.deepcopy(source.state_dict()), norm)
+    assert old["qkv.parametrizations.weight.0.target"].eq(0).tolist() == [False, True, False]
+    other = apply_norm_scaling(loaded := half_zero(), norm, init="orthogonal")
+    loaded.load_state_dict(old)
+    for handle, net in ((scaling, source), (other, loaded)):
+        with torch.no_grad():
+            for weight in handle.weights:
+                weight.parameter.add_(0.1)
+        before = net.qkv.weight.detach()[4:8].clone()
+        handle.step()
+        assert torch.equal(net.qkv.weight[4:8], before), "left alone still"
+    assert other.metrics() == scaling.metrics()
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(("norm", "other"), [("frobenius", "spectral"), ("spectral", "frobenius")])
+def test_an_old_checkpoint_of_another_norm_is_refused(norm, other):
+    apply_norm_scaling(source := model(), norm)
+    apply_norm_scaling(scaled := model(), other)
+    with pytest.raises(ValueError, match=rf"the checkpoint's target of '0' is not of the {other} norm"):
+        scaled.load_state_dict(as_version_0_1_0(source.state_dict(), norm))
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral", "clipped"])
+def test_a_checkpoint_names_its_constraint_in_buffers_that_can_be_averaged(norm):
+    apply_norm_scaling(source := model(), norm)
+    buffers = {name: value for name, value in source.state_dict().items() if "parametrizations" in name}
+    names = {name.rpartition(".")[2] for name in buffers}
+    assert {f"target_{norm}", "skip_mask", "norm", "residual", "error"} <= names
+    assert all(value.is_floating_point() for name, value in buffers.items() if not name.endswith((".key", ".age")))
+    # Targets of one norm mean the same under either constraint on it.
+    for other in {"frobenius": ["frobenius"], "spectral": ["clipped"], "clipped": ["spectral"]}[norm]:
+        scaling = apply_norm_scaling(loaded := model(), other, target=0.7)
+        loaded.load_state_dict(source.state_dict())
+        for weight in scaling.weights:
+            saved = buffers[f"{weight.name}.parametrizations.weight.0.target_{norm}"]
+            assert torch.equal(weight.scaling.target, saved)

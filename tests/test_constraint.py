@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from specscale import SVD, NonFiniteWeightError, NormScaler, apply_norm_scaling
+from specscale.constraints import CONSTRAINTS, Constraint
+from specscale.norms import SpectralNorm
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -243,3 +245,32 @@ def test_who_forgets_to_attach_is_told():
     model.load_state_dict(copy.deepcopy(model.state_dict()))
     model.double()
     scaling.metrics()
+
+
+class Normalized(Constraint):
+    """`W <- W t / ||W||`."""
+
+    name = "normalized"
+    norm_type = SpectralNorm
+
+    def update(self, measurement, target, skip_mask):
+        return (torch.where(skip_mask, 1, target / measurement.norm),)
+
+    def write_(self, weight, *update):
+        weight.mul_(update[0].reshape(-1, *[1] * (weight.ndim - 1)))
+
+
+def test_a_new_constraint_is_one_class_and_one_entry(monkeypatch):
+    monkeypatch.setitem(CONSTRAINTS, Normalized.name, Normalized)
+    model = net()
+    scaling = apply_norm_scaling(model, "normalized", init="orthogonal")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scaling.attach(optimizer)
+    for _ in train(model, optimizer, 10):
+        for weight in scaling.weights:
+            norm = torch.linalg.matrix_norm(matrices(weight), 2)
+            torch.testing.assert_close(norm, weight.scaling.target.double(), rtol=1e-3, atol=0)
+    other = apply_norm_scaling(loaded := net(), "normalized")
+    loaded.load_state_dict(model.state_dict())
+    assert other.metrics() == scaling.metrics()
+    assert "normalized, target=" in repr(model)

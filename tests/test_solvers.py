@@ -46,6 +46,45 @@ def test_agrees_with_the_exact_svd(solver, shape):
     assert (residual <= 2e-5 * triple.value).all()
 
 
+class RowShards:
+    """Matrices whose rows are in several places: products with the transpose are sums, and nothing is gathered."""
+
+    def __init__(self, tensor, is_transposed=False):
+        self.tensor, self.is_transposed = tensor, is_transposed
+        self.shards = tensor.split(tensor.shape[1] // 3, dim=1)
+        self.dtype = tensor.dtype
+        self.shape = tensor.mT.shape if is_transposed else tensor.shape
+
+    @property
+    def mT(self):
+        return RowShards(self.tensor, not self.is_transposed)
+
+    def matmat(self, columns):
+        return self.reduce(columns) if self.is_transposed else self.map(columns)
+
+    def rmatmat(self, columns):
+        return self.map(columns) if self.is_transposed else self.reduce(columns)
+
+    def map(self, columns):
+        return torch.cat([shard @ columns for shard in self.shards], dim=1)
+
+    def reduce(self, columns):
+        parts = columns.split([shard.shape[1] for shard in self.shards], dim=1)
+        return sum(shard.mT @ part for shard, part in zip(self.shards, parts, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(200, 80), (80, 200)], ids=str)
+def test_the_block_needs_nothing_of_a_large_matrix_but_its_products(shape):
+    matrices = random_matrices(*shape, seed=0)
+    state = Block().init_state(torch.arange(2), shape, matrices.dtype)
+    expected, _ = solve(Block(), matrices)
+    triple, after = Block().solve(RowShards(matrices), state, to_convergence=True)
+    torch.testing.assert_close(triple.value, expected.value, rtol=1e-8, atol=0)
+    drift = matrices + 1e-3 * random_matrices(*shape, seed=1)
+    triple, _ = Block().solve(RowShards(drift), after)
+    torch.testing.assert_close(triple.value, torch.linalg.svdvals(drift)[:, 0], rtol=1e-6, atol=0)
+
+
 def test_power_iteration_agrees_where_there_is_a_gap():
     matrices = random_matrices(30, 40, seed=1)
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
