@@ -75,7 +75,7 @@ class NormScaling(nn.Module):
     @property
     def target(self) -> Tensor:
         """`(k,)`: the target norm of each matrix."""
-        return self.get_buffer(self.target_name)
+        return getattr(self, self.target_name)  # type: ignore[no-any-return]
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight

@@ -126,10 +126,11 @@ def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
         scratch = constraint.norm.scratch_elements(m, n)
         key = (constraint, None if scratch is None else (m, n), parameter.dtype, parameter.device)
         batch = open_batches.setdefault(key, [])
-        count = sum(one.view.count for one in (*batch, weight))
-        if batch and scratch is not None and count * (m * n + scratch) > largest:
-            yield open_batches.pop(key)
-            batch = open_batches.setdefault(key, [])
+        if batch and scratch is not None:
+            count = sum(one.view.count for one in (*batch, weight))
+            if count * (m * n + scratch) > largest:
+                yield open_batches.pop(key)
+                batch = open_batches.setdefault(key, [])
         batch.append(weight)
     yield from open_batches.values()
 

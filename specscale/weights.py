@@ -42,7 +42,7 @@ class Weight:
     @property
     def parameter(self) -> Tensor:
         """The weight: the parameter itself, under scaling too, or what is computed from other parameters."""
-        if scaling_of(self.module, self.tensor) is not None:
+        if self.state is not None or scaling_of(self.module, self.tensor) is not None:
             return original(self.module, self.tensor)
         return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
 
