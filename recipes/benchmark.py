@@ -78,7 +78,7 @@ class SolverOptions(Options):
 
 @dataclass(frozen=True)
 class StepOptions(Options):
-    """Time a training step under each norm, in alternation with a step without norm scaling."""
+    """Time a training step under each norm, one step of each in turn, against no scaling."""
 
     steps: int = 12
     """Timed steps of each condition, after two warm-up steps."""
@@ -144,7 +144,7 @@ CANDIDATES: dict[str, Any] = {
     TORCH: TorchSpectralNorm(),
     "svd": SVD(),
 }
-"""The solvers of both benchmarks, as they are called in the results."""
+"""The solvers to compare, by their name in the results."""
 
 
 def solve_(candidate: Any, matrices: Tensor, state: dict[str, Any]) -> tuple[Tensor, int]:
@@ -157,7 +157,7 @@ def solve_(candidate: Any, matrices: Tensor, state: dict[str, Any]) -> tuple[Ten
 
 
 def weight_reads(candidate: Any, num_iterations: float) -> float | None:
-    """How often a step reads W: once, and twice in each iteration. None for the candidates that are not warm."""
+    """How often a step reads W: once, and twice in each iteration. None for SVD and cold power iteration."""
     if isinstance(candidate, SVD) or candidate == Power():
         return None
     return 1 + 2 * num_iterations
@@ -176,7 +176,7 @@ class SolverErrors:
 
     @torch.no_grad()
     def measure(self, *_: Any) -> None:
-        """Solve for the weights as the optimizer left them; against an exact SVD if it is a step to compare at."""
+        """Run the candidates on the weights before they are scaled; every `every` steps, against an exact SVD."""
         self.step += 1
         compare = self.step % self.every == 0
         for weight in self.scaling.weights:
@@ -282,7 +282,7 @@ def measure_steps(options: StepOptions) -> dict[str, Any]:
     for number in progress(options.steps + 2, "rounds"):
         batch = next(batches)
         for name, condition in conditions.items():
-            # Three timed steps are enough of those that take that long.
+            # These steps are slow: three timed ones must do.
             if name == COLD_POWER and number > 5:
                 continue
             condition.step(batch)
@@ -293,7 +293,7 @@ def measure_steps(options: StepOptions) -> dict[str, Any]:
     plain_ms, _ = times["none"]
 
     def ratio(spans: list[float]) -> float:
-        """The median ratio over the rounds: what slows the machine down for a while slows both down."""
+        """The median ratio over the rounds: a busy machine slows down both times of a round."""
         return statistics.median([span / plain for span, plain in zip(spans, plain_ms, strict=False)] or [0.0])
 
     table = [
@@ -326,7 +326,7 @@ def draw_errors(axis: Axes, table: list[dict[str, Any]]) -> None:
     for index, row in enumerate(table):
         x, mean, largest = row["reads of W"], row["mean error"], row["max error"]
         if x is None:
-            # Its cost has no place on the axis: a line across.
+            # Without a number of reads: a horizontal line.
             axis.axhline(largest, ls=":", color="grey")
             axis.annotate(f"{row['solver']}, max", (95, largest), fontsize="small", va="bottom", ha="right")
         else:

@@ -53,7 +53,7 @@ def html_report(title: str, runs: Runs, images: list[Path]) -> str:
     figure_elements = ""
     for path in images:
         data = base64.b64encode(path.read_bytes()).decode()
-        caption = escape(figures.FIGURES[path.stem].caption)
+        caption = escape(figures.FIGURES[path.stem].__doc__ or "")
         image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
         figure_elements += f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
     return f"""<!doctype html>

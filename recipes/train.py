@@ -17,13 +17,7 @@ from lib.checkpoint import Progress, resume, save_checkpoint
 from lib.clock import Clock, attach_timed
 from lib.console import markdown
 from lib.datasets import Data, Preprocessing, load_data, test_loader, train_loader
-from lib.distributed import (
-    Processes,
-    broadcast_batch_norm,
-    data_parallel,
-    destroy_process_group,
-    init_process_group,
-)
+from lib.distributed import Processes, broadcast_batch_norm, data_parallel, destroy_process_group, init_process_group
 from lib.models import CIFAR_RESNETS, build_model, excluded_pattern, init_and_scale, is_known_model
 from lib.presets import PRESETS, WITHOUT_EFFECT, Config
 from lib.run_log import RunLog, WandbRun

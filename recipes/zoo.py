@@ -37,7 +37,7 @@ from specscale.targets import evaluate
 Builder = Callable[[], nn.Module]
 
 EXACT_SIDE = 2048
-"""Matrices whose shorter side is longer take Lanczos bounds; up to it, the Gram matrix takes a third of their time."""
+"""The shorter side up to which the Gram matrix is decomposed, in a third of the time of Lanczos bounds."""
 
 
 def timm_builders() -> dict[str, Builder]:

@@ -1,10 +1,9 @@
 """The figures of finished runs: those of the post, and more."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 
@@ -17,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-# Spare colours and styles are for the norms and rules to come.
+# More styles than names: a new norm or target rule takes the next one.
 COLOURS = dict(zip(NORMS, ("#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04"), strict=False))
 LINE_STYLES = dict(zip(TARGET_RULES, ("-", "--", ":", "-."), strict=False))
 
@@ -65,16 +64,24 @@ def _shade(position: int, count: int) -> Any:
     return plt.cm.viridis(0.9 * position / max(count - 1, 1))
 
 
-def accuracy_or_loss(key: str, runs: Runs, path: Path) -> None:
-    """Accuracy or loss by epoch, training beside test, all conditions together."""
+def accuracy(runs: Runs, path: Path) -> None:
+    """Accuracy by epoch: training (while learning, on augmented images) and test."""
+    _train_beside_test(runs, "accuracy", path)
+
+
+def loss(runs: Runs, path: Path) -> None:
+    """Cross entropy by epoch."""
+    _train_beside_test(runs, "loss", path)
+
+
+def _train_beside_test(runs: Runs, key: str, path: Path) -> None:
+    """A panel for each split, with all conditions."""
     figure, axes = _grid(1, 2, (5, 4), sharey=True)
     for axis, split in zip(axes[0], ("train", "test"), strict=True):
         for name, seeds in runs.items():
             for number, run in enumerate(seeds):
-                label = None if number else name
-                axis.plot(
-                    *_by_epoch(run, f"{split}/{key}"), label=label, marker=_marker(len(run.epochs)), ms=4, **_style(run)
-                )
+                style = _style(run) | {"marker": _marker(len(run.epochs)), "ms": 4}
+                axis.plot(*_by_epoch(run, f"{split}/{key}"), label=None if number else name, **style)
         _set_epoch_axis(axis, split)
     axes[0][0].set_ylabel(_axis_label(key))
     axes[0][1].legend(frameon=False)
@@ -98,17 +105,13 @@ def model_family(presets: dict[str, Runs], path: Path) -> None:
 
 
 def curves(runs: Runs, path: Path) -> None:
-    """Training and test together, accuracy beside loss, a row for each condition."""
+    """Training and test together, by condition: how far they part."""
     figure, axes = _grid(len(runs), 2, (5, 3.2), sharex=True, sharey="col")
     for row, (name, seeds) in zip(axes, runs.items(), strict=True):
         for axis, key in zip(row, ("accuracy", "loss"), strict=True):
             for split, colour in (("train", "#1b7fbd"), ("test", "#d1495b")):
-                axis.plot(
-                    *_by_epoch(seeds[0], f"{split}/{key}"),
-                    color=colour,
-                    label=split,
-                    marker=_marker(len(seeds[0].epochs)),
-                )
+                points = _by_epoch(seeds[0], f"{split}/{key}")
+                axis.plot(*points, color=colour, label=split, marker=_marker(len(seeds[0].epochs)))
             axis.set_ylabel(_axis_label(key))
             _set_epoch_axis(axis, name)
     for axis in axes[:-1].flat:
@@ -154,7 +157,7 @@ def _layers_by_epoch(
 
 
 def spectral_norms(runs: Runs, path: Path) -> None:
-    """The spectral norm of every weight matrix."""
+    """The spectral norm of every weight matrix; darker lines are earlier layers."""
 
     def values(run: Run) -> Iterable[tuple[int, dict[str, float]]]:
         return ((line["epoch"], per_layer(line, "spectral_norm")) for line in run.epochs)
@@ -163,7 +166,7 @@ def spectral_norms(runs: Runs, path: Path) -> None:
 
 
 def excess(runs: Runs, path: Path) -> None:
-    """The relative distance of each spectral norm above its target, for the norms that have such a target."""
+    """How far each spectral norm is above its target; dotted lines are drops of the learning rate."""
 
     def values(run: Run) -> Iterable[tuple[int, dict[str, float]]]:
         targets = run.summary["targets"] if run.config["norm"] in SPECTRAL_NORMS else {}
@@ -175,7 +178,7 @@ def excess(runs: Runs, path: Path) -> None:
 
 
 def iterations(runs: Runs, path: Path) -> None:
-    """Iterations per step, of the layers with an iterative solver."""
+    """The solver's iterations a step, mean over the epoch, of layers that are not solved exactly."""
 
     def values(run: Run) -> Iterable[tuple[int, dict[str, float]]]:
         by_epoch = [(line["epoch"], per_layer(line, "iterations")) for line in run.epochs]
@@ -188,7 +191,7 @@ def iterations(runs: Runs, path: Path) -> None:
 
 
 def ranks(runs: Runs, path: Path) -> None:
-    """Stable, numerical and effective rank of every weight matrix, divided by its full rank."""
+    """Stable, numerical (above a hundredth of the largest) and effective rank, over the full rank."""
     runs = {name: seeds for name, seeds in runs.items() if seeds[0].snapshots}
     if not runs:
         return
@@ -212,7 +215,7 @@ def ranks(runs: Runs, path: Path) -> None:
 
 
 def spectra(runs: Runs, path: Path) -> None:
-    """The singular values of up to six weight matrices, a row for each condition; darker for earlier epochs."""
+    """All singular values of a weight matrix, largest first; darker lines are earlier epochs."""
     runs = {name: seeds for name, seeds in runs.items() if seeds[0].snapshots}
     if not runs:
         return
@@ -237,7 +240,7 @@ def spectra(runs: Runs, path: Path) -> None:
 
 
 def operator_norms(runs: Runs, path: Path) -> None:
-    """Operator norm of each convolution over the spectral norm of its flattened weight; darker for earlier epochs."""
+    """Each convolution's norm as an operator over that of its flattened weight."""
     runs = {
         name: seeds
         for name, seeds in runs.items()
@@ -259,43 +262,15 @@ def operator_norms(runs: Runs, path: Path) -> None:
     _save(figure, path)
 
 
-class FigureKind(NamedTuple):
-    """How a figure is drawn into a file, unless the runs have no values for it, and its caption in reports."""
-
-    draw: Callable[[Runs, Path], None]
-    caption: str
-
-
 FIGURES = {
-    "accuracy": FigureKind(
-        partial(accuracy_or_loss, "accuracy"),
-        "Accuracy by epoch: training (while learning, on augmented images) and test.",
-    ),
-    "loss": FigureKind(partial(accuracy_or_loss, "loss"), "Cross entropy by epoch."),
-    "curves": FigureKind(curves, "Training and test together, by condition: how far they part."),
-    "spectral_norms": FigureKind(
-        spectral_norms, "The spectral norm of every weight matrix; darker lines are earlier layers."
-    ),
-    "excess": FigureKind(
-        excess, "How far each spectral norm is above its target; dotted lines are drops of the learning rate."
-    ),
-    "spectra": FigureKind(
-        spectra, "All singular values of a weight matrix, largest first; darker lines are earlier epochs."
-    ),
-    "ranks": FigureKind(
-        ranks, "Stable, numerical (above a hundredth of the largest) and effective rank, over the full rank."
-    ),
-    "iterations": FigureKind(
-        iterations, "The solver's iterations a step, mean over the epoch, of layers that are not solved exactly."
-    ),
-    "operator_norms": FigureKind(
-        operator_norms, "Each convolution's norm as an operator over that of its flattened weight."
-    ),
+    figure.__name__: figure
+    for figure in (accuracy, loss, curves, spectral_norms, excess, spectra, ranks, iterations, operator_norms)
 }
+"""The figures of one preset, by file name; the docstring of each is its caption in reports."""
 
 
 def draw(runs: Runs, folder: Path) -> list[Path]:
-    """Draw all figures of a preset's runs into its folder; returns the files."""
+    """Draw all figures of a preset's runs into its folder; returns the files of those that have values to draw."""
     for name, figure in FIGURES.items():
-        figure.draw(runs, folder / f"{name}.png")
+        figure(runs, folder / f"{name}.png")
     return [path for name in FIGURES if (path := folder / f"{name}.png").exists()]

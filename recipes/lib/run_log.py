@@ -101,7 +101,7 @@ class RunLog:
         self.wandb_run.log(metrics)
 
     def log_spectra(self, epoch: int, model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-        """Log the singular values and ranks of every weight if it is the epoch for it, and not logged already."""
+        """Log singular values and ranks of every weight, after the epochs that the options ask for, each once."""
         logged = {line["epoch"] for line in self.progress.snapshots}
         if epoch not in self.snapshot_epochs - logged:
             return
