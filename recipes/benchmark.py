@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from specscale import SVD, Block, NormScaler, Power
+from specscale.solvers import DenseMatrices
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -123,8 +124,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[
 class TorchSpectralNorm:
     """The estimate of `torch.nn.utils.parametrizations.spectral_norm`: one warm power iteration at every step."""
 
-    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Any]:
-        layers = [nn.Linear(*reversed(matrix.shape), bias=False).to(matrix) for matrix in matrices]
+    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+        layers = [nn.Linear(*reversed(shape), bias=False, dtype=dtype, device=key.device) for _ in key]
         return {"layers": [spectral_norm(layer) for layer in layers]}
 
     def value(self, matrices: Tensor, state: dict[str, Any]) -> tuple[Tensor, int]:
@@ -151,7 +152,7 @@ def solve_(candidate: Any, matrices: Tensor, state: dict[str, Any]) -> tuple[Ten
     """The largest singular values and the number of iterations; updates `state` in place."""
     if isinstance(candidate, TorchSpectralNorm):
         return candidate.value(matrices, state)
-    triple, new_state = candidate.solve(matrices, state)
+    triple, new_state = candidate.solve(DenseMatrices(matrices), state)
     state.update(new_state)
     return triple.value, triple.num_iterations
 
@@ -185,7 +186,8 @@ class SolverErrors:
             for name, candidate in CANDIDATES.items():
                 state = self.states[name].setdefault(weight.name, {})
                 if not state:
-                    state.update(candidate.cold(matrices, torch.arange(len(matrices), device=matrices.device)))
+                    key = torch.arange(len(matrices), device=matrices.device)
+                    state.update(candidate.init_state(key, matrices.shape[1:], matrices.dtype))
                 # A warm candidate must see every step.
                 is_warm = not {"basis", "columns", "layers"}.isdisjoint(state)
                 if compare or is_warm:

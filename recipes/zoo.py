@@ -29,10 +29,10 @@ from lib.provenance import commit
 from torch import Tensor, nn
 
 from specscale import NormScaler, apply_norm_scaling
-from specscale.algebra import short_gram
-from specscale.certificates import spectral_bounds
-from specscale.selection import Weight, scalable
-from specscale.targets import evaluate
+from specscale.bounds import spectral_bounds
+from specscale.linalg import smaller_gram
+from specscale.targets import resolve
+from specscale.weights import Weight, find_weights
 
 Builder = Callable[[], nn.Module]
 
@@ -84,15 +84,15 @@ def exact_norms(matrices: Tensor) -> Tensor:
     matrices = matrices.detach().double()
     if min(matrices.shape[-2:]) > EXACT_SIDE:
         return spectral_bounds(matrices, torch.arange(len(matrices)), tolerance=1e-3, miss=1e-6).lower
-    return torch.linalg.eigvalsh(short_gram(matrices))[..., -1].clamp_min(0).sqrt()
+    return torch.linalg.eigvalsh(smaller_gram(matrices))[..., -1].clamp_min(0).sqrt()
 
 
 def norms_of(scaling: NormScaler, weight_norms: Callable[[Tensor], Tensor]) -> Iterable[tuple[str, Tensor, Tensor]]:
-    """Name, target norms and exact norms of each weight; without its zero matrices, which have no target."""
+    """Name, target norms and exact norms of each weight; without the matrices that are skipped."""
     for weight in scaling.weights:
-        has_target = weight.scaling.target > 0
+        is_scaled = weight.scaling.skip_mask == 0
         exact = weight_norms(weight.scaling.view.matrices(weight.parameter))
-        yield weight.name, weight.scaling.target[has_target].double(), exact[has_target]
+        yield weight.name, weight.scaling.target[is_scaled].double(), exact[is_scaled]
 
 
 def worst_error(check: str, norms: Iterable[tuple[str, Tensor, Tensor]], tolerance: float) -> float:
@@ -133,7 +133,7 @@ def check(model: nn.Module) -> dict[str, Any]:
     original = {name: value.clone() for name, value in state_tensors(model).items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
     types = [type(module) for module in model.modules()]
-    computed = {weight.module for weight in scalable("zoo", model) if weight.is_computed}
+    computed = {weight.module for weight in find_weights(model) if weight.is_computed}
     results: dict[str, Any] = {"computed": ", ".join(sorted({type(module).__name__ for module in computed}))}
     norms: dict[str, Callable[[Tensor], Tensor]] = {
         "spectral": exact_norms,
@@ -173,8 +173,8 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def check_on_meta(model: nn.Module) -> dict[str, Any]:
     """Check a model without values: every weight has a shape, and a target by rule."""
-    weights: list[Weight] = scalable("zoo", model)
-    targets = evaluate("zoo", "target", "channels", weights, model, None)
+    weights: list[Weight] = find_weights(model)
+    targets = resolve("target", "channels", weights, model, None)
     if not weights or len(targets) != len(weights):
         raise Mismatch(f"{len(weights)} weights have {len(targets)} targets")
     return {"weights": len(weights), "matrices": sum(weight.view.count for weight in weights)}
@@ -182,7 +182,7 @@ def check_on_meta(model: nn.Module) -> dict[str, Any]:
 
 def unscaled_parameters(model: nn.Module) -> list[str]:
     """The parameters with two axes or more that norm scaling does not cover, by layer type; without embeddings."""
-    scaled = {id(weight.parameter) for weight in scalable("zoo", model)}
+    scaled = {id(weight.parameter) for weight in find_weights(model)}
     return sorted(
         {
             f"{type(module).__name__}.{name}"

@@ -1,38 +1,52 @@
-"""Putting a model under norm scaling, and taking it off."""
+"""Putting a model under norm scaling, and taking it off: validate, plan, commit.
+
+The plan reads the model and makes all that the commit registers and writes; every refusal comes before the commit, so
+that a call that fails leaves the model as it was.
+"""
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from specscale.errors import one_of, refuse_non_finite
-from specscale.initialization import write_orthogonal_
-from specscale.norms import Clipped, Frobenius, Norm, Spectral
-from specscale.parametrization import NormScaling, register, scaling_of, scalings, unregister
-from specscale.rules import LayerRule
-from specscale.scaler import NormScaler, ScaledWeight
-from specscale.selection import Patterns, Weight, refuse_computed, select
+from specscale.constraints import CONSTRAINTS, Constraint
+from specscale.errors import Refusal, one_of, public_call
+from specscale.initialization import orthogonal_like
+from specscale.layers import LayerRule
+from specscale.parametrization import register, unregister
+from specscale.scaler import NormScaler
 from specscale.solvers import SOLVERS, SVD, Block, Power, Solver
-from specscale.targets import GAINS, Rule, check_rule, evaluate
+from specscale.state import NormScaling
+from specscale.step import solve_
+from specscale.targets import GAINS, Gain, Target, check_setting, resolve, resolve_targets
+from specscale.weights import (
+    Patterns,
+    Weight,
+    refuse_computed,
+    refuse_non_finite,
+    refuse_scaled,
+    refuse_shared_memory,
+    refuse_wrapped,
+    scaled_weights,
+    select,
+)
 
-CALL = "apply_norm_scaling"
-NORMS = ("frobenius", "spectral", "clipped")
 
-
+@public_call("apply_norm_scaling")
 def apply_norm_scaling(
     module: nn.Module,
     norm: str = "spectral",
     *,
     init: str | None = None,
-    target: Rule | None = None,
+    target: Target | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     rules: Iterable[LayerRule] = (),
     solver: str | Solver = "block",
-    gain: Rule = "channels",
+    gain: Gain = "channels",
     example_input: Any = None,
     generator: torch.Generator | None = None,
 ) -> NormScaler:
@@ -41,8 +55,8 @@ def apply_norm_scaling(
     Args:
         module: any model; its linear, convolution, attention and recurrent weights that require gradients, and
             those that `rules` add, are scaled.
-        norm: `"spectral"` (of the first singular triple alone), `"frobenius"`, or `"clipped"` (as spectral, and every
-            other singular value above the target comes down to it too: exact, by a decomposition at every step).
+        norm: `"spectral"` (moves the first singular triple alone), `"frobenius"`, or `"clipped"` (as spectral, and
+            lowers every other singular value above the target to it: exact, by a decomposition at every step).
         init: None keeps the weights; `"orthogonal"` overwrites them by `gain` times orthogonal matrices.
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
             `"features"` or `"matrix"` (the norm of an orthogonal matrix with that gain); the norm itself as a number,
@@ -53,7 +67,7 @@ def apply_norm_scaling(
         rules: which tensors of other layers are weights too, and as which matrices; they come before the built-in ones.
         solver: of the spectral norm: `"block"`, `"power"`, `"svd"`, or an instance such as `Block(width=8)`.
         gain: of the init: `"channels"` (`sqrt(d_out / d_in)` of the feature or channel counts), `"features"` (of the
-            sizes of the module's output and input), `"matrix"` (of the matrix view), a number, or a function.
+            sizes of the layer's output and input), `"matrix"` (of the weight's matrices), a number, or a function.
         example_input: for `"features"`, a batch that the model can be called with.
         generator: the init's source of randomness; None means torch's global one.
 
@@ -67,104 +81,122 @@ def apply_norm_scaling(
             others, in the memory of another, sharded or not finite, a model under DistributedDataParallel. The model
             is then as it was.
     """
-    kind = _kind(norm, solver)
-    if init not in (None, "orthogonal"):
-        raise ValueError(f"{CALL}: unknown init {init!r}; choose None or 'orthogonal'")
-    check_rule(CALL, "gain", gain, GAINS)
-    if init is None and gain != "channels":
-        warnings.warn(f"{CALL}: gain has no effect without init='orthogonal'", stacklevel=2)
     target = "initial" if target is None else target
-    check_rule(CALL, "target", target, ("initial", *GAINS))
-    weights = select(CALL, module, include, exclude, rules)
-    _refuse_wrapped(module)
-    _refuse_scaled(weights)
-    refuse_computed(CALL, weights)
-    _refuse_shared_memory(weights)
-    targets = None
-    if target != "initial":
-        targets = evaluate(CALL, "target", target, weights, module, example_input)
-    if init is None:
-        named = ((weight.name, weight.parameter) for weight in weights)
-        refuse_non_finite(CALL, named, "load good weights, or start anew with init='orthogonal'")
-    else:
-        write_orthogonal_(weights, evaluate(CALL, "gain", gain, weights, module, example_input), generator)
-    scaled = []
-    for weight in weights:
-        order = tuple(weight.module._parameters)
-        scaling = NormScaling(kind, weight.view, weight.name, order, weight.parameter)
-        if targets is not None:
-            value = targets[weight.name]
-            if isinstance(target, str):
-                value = kind.of_orthogonal(value, *weight.view.matrices(weight.parameter).shape[1:])
-            scaling.target.fill_(value)
-        elif not bool(scaling.target.all()):
-            warnings.warn(
-                f"{CALL}: {weight.name!r} holds a zero matrix, which has no direction to scale: it is skipped. "
-                "Give a target other than 'initial' to scale it once it has moved",
-                stacklevel=2,
-            )
-            if not bool(scaling.target.any()):
-                continue
-        scaled.append(ScaledWeight(weight.name, weight.module, weight.tensor, scaling))
-    if not scaled:
-        raise ValueError(f"{CALL}: no weight is selected, since all of them are zero; give a target or an init")
-    try:
-        for one in scaled:
-            register(one.module, one.tensor, one.scaling)
-    except BaseException:
-        for one in scaled:
-            if one.is_scaled:
-                unregister(one.module, one.tensor)
-        raise
-    return NormScaler(module, scaled)
+    constraint = _constraint(norm, solver)
+    if init not in (None, "orthogonal"):
+        raise Refusal(f"unknown init {init!r}; choose None or 'orthogonal'")
+    check_setting("gain", gain, GAINS)
+    check_setting("target", target, ("initial", *GAINS))
+
+    weights = select(module, include, exclude, rules)
+    refuse_wrapped(module)
+    refuse_scaled(weights)
+    refuse_computed(weights)
+    refuse_shared_memory(weights)
+    targets = resolve_targets(target, constraint, weights, module, example_input)
+    gains = None if init is None else resolve("gain", gain, weights, module, example_input)
+    plan = _plan(constraint, weights, targets, gains, generator)
+    if init is None and gain != "channels":
+        plan.warnings.append("gain has no effect without init='orthogonal'")
+    for text in plan.warnings:
+        warnings.warn(f"apply_norm_scaling: {text}", stacklevel=3)
+    return _commit(module, plan)
 
 
-def _kind(norm: str, solver: str | Solver) -> Norm:
-    if norm not in NORMS:
-        raise ValueError(f"{CALL}: unknown norm {norm!r}; choose {one_of(NORMS)}")
+def _constraint(norm: str, solver: str | Solver) -> Constraint:
+    if norm not in CONSTRAINTS:
+        raise Refusal(f"unknown norm {norm!r}; choose {one_of(CONSTRAINTS)}")
     if isinstance(solver, str):
         if solver not in SOLVERS:
-            raise ValueError(f"{CALL}: unknown solver {solver!r}; choose {one_of(SOLVERS)}")
+            raise Refusal(f"unknown solver {solver!r}; choose {one_of(SOLVERS)}")
         solver = SOLVERS[solver]
     elif not isinstance(solver, Block | Power | SVD):
-        raise TypeError(f"{CALL}: solver must be a name or a Block, Power or SVD, found {type(solver).__name__}")
-    kinds: dict[str, Norm] = {"spectral": Spectral(solver), "frobenius": Frobenius(), "clipped": Clipped()}
-    return kinds[norm]
+        raise Refusal(f"solver must be a name or a Block, Power or SVD, found {type(solver).__name__}", TypeError)
+    return CONSTRAINTS[norm].with_solver(solver)
 
 
-def _refuse_wrapped(module: nn.Module) -> None:
-    if any(isinstance(child, DistributedDataParallel) for child in module.modules()):
-        raise ValueError(
-            f"{CALL}: the model is under DistributedDataParallel already, which would wait for the parameters by their "
-            "old names; scale the model first, then wrap it"
+@dataclass(frozen=True)
+class _Plan:
+    """What a commit does."""
+
+    weights: list[Weight] = field(default_factory=list)
+    """The weights to be scaled, each with its scaling."""
+    values: list[tuple[Weight, Tensor]] = field(default_factory=list)
+    """The values of the init."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def _plan(
+    constraint: Constraint,
+    weights: list[Weight],
+    targets: dict[str, float] | None,
+    gains: dict[str, float] | None,
+    generator: torch.Generator | None,
+) -> _Plan:
+    """Make each weight's scaling, solved to convergence for the values that the weight will have."""
+    plan = _Plan()
+    if gains is None:
+        refuse_non_finite(weights, "load good weights, or start anew with init='orthogonal'")
+    else:
+        plan.values.extend((weight, _init(weight, gains[weight.name], generator)) for weight in weights)
+    values = [value for _, value in plan.values] or [weight.parameter for weight in weights]
+    for weight, value in zip(weights, values, strict=True):
+        scaling = NormScaling(
+            constraint,
+            weight.view,
+            value,
+            name=weight.name,
+            is_only=weight.is_only,
+            parameter_order=tuple(weight.module._parameters),
         )
-
-
-def _refuse_scaled(weights: list[Weight]) -> None:
-    for weight in weights:
-        if scaling_of(weight.module, weight.tensor) is not None:
-            raise ValueError(
-                f"{CALL}: {weight.name!r} is scaled already; call remove_norm_scaling(model) first, or exclude it"
+        solve_(scaling, value)
+        if targets is not None:
+            scaling.target.fill_(targets[weight.name])
+        else:
+            scaling.retarget_()
+        if bool(scaling.skip_mask.any()):
+            plan.warnings.append(
+                f"{weight.name!r} holds a zero matrix, which has no direction to scale: it is skipped. "
+                "Give a target other than 'initial' to scale it once it has moved"
             )
+        if not bool(scaling.skip_mask.all()):
+            plan.weights.append(replace(weight, state=scaling))
+    if not plan.weights:
+        raise Refusal("no weight is selected, since all of them are zero; give a target or an init")
+    return plan
 
 
-def _refuse_shared_memory(weights: list[Weight]) -> None:
-    """A parameter that is tied as such is one weight; memory under two parameters would be scaled twice."""
-    first: dict[int, Weight] = {}
-    for weight in weights:
-        other = first.setdefault(weight.parameter.data_ptr(), weight)
-        if other is not weight:
-            raise ValueError(
-                f"{CALL}: the weights of {other.name!r} and {weight.name!r} are two parameters in the same memory; "
-                "exclude one, which then follows the other, or tie them as one parameter"
-            )
+def _init(weight: Weight, gain: float, generator: torch.Generator | None) -> Tensor:
+    value = orthogonal_like(weight, gain, generator)
+    if not bool(value.isfinite().all()):
+        raise Refusal(f"gain {gain:.3g} for {weight.name!r} is out of the range of {value.dtype}")
+    return value
+
+
+def _commit(module: nn.Module, plan: _Plan) -> NormScaler:
+    """Register the scalings, then write the init."""
+    try:
+        for weight in plan.weights:
+            register(weight.module, weight.tensor, weight.scaling)
+    except BaseException:
+        for weight in plan.weights:
+            if weight.is_scaled:
+                unregister(weight.module, weight.tensor)
+        raise
+    with torch.no_grad():
+        for weight, value in plan.values:
+            weight.parameter.copy_(value)
+    for weight in plan.weights:
+        weight.scaling.mark_current(weight.parameter)
+    return NormScaler(module, plan.weights)
 
 
 def is_norm_scaled(module: nn.Module) -> bool:
     """Whether any weight of the module, or of one below it, is under norm scaling."""
-    return any(True for _ in scalings(module))
+    return any(True for _ in scaled_weights(module))
 
 
+@public_call("remove_norm_scaling")
 def remove_norm_scaling(module: nn.Module) -> nn.Module:
     """Take norm scaling off a model, in place, and return it: the same parameters under their plain names.
 
@@ -172,5 +204,5 @@ def remove_norm_scaling(module: nn.Module) -> nn.Module:
         ValueError: no weight is scaled.
     """
     if not is_norm_scaled(module):
-        raise ValueError(f"remove_norm_scaling: {type(module).__name__} has no scaled weight")
+        raise Refusal(f"{type(module).__name__} has no scaled weight")
     return NormScaler.of(module).remove()

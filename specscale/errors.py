@@ -1,24 +1,49 @@
-"""The errors that are worth catching by name, and the pieces that error texts share."""
+"""The errors that are worth catching by name, how they get their call's name, and the pieces that their texts share."""
 
 import difflib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
 
-from torch import Tensor
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class NonFiniteWeightError(ValueError):
     """A weight holds NaN or infinity; the message names its layer. It was not written."""
 
 
-def non_finite(call: str, names: Iterable[str], advice: str) -> NonFiniteWeightError:
-    """The error of a call that found NaN or infinity in the weights of these names."""
-    return NonFiniteWeightError(f"{call}: the weight of {', '.join(map(repr, names))} holds NaN or infinity; {advice}")
+class Refusal(Exception):
+    """Why a public call cannot do what it was asked: raised inside the package, and caught by `public_call`."""
+
+    def __init__(self, text: str, error: type[Exception] = ValueError) -> None:
+        super().__init__(text)
+        self.error = error
 
 
-def refuse_non_finite(call: str, weights: Iterable[tuple[str, Tensor]], advice: str) -> None:
-    """Raise `NonFiniteWeightError` where any of the named weights holds NaN or infinity."""
-    if bad := [name for name, weight in weights if not bool(weight.isfinite().all())]:
-        raise non_finite(call, bad, advice)
+def public_call(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a function that users call: a `Refusal` becomes the error that they see, with the call's name in front.
+
+    What a user's own function raises (a predicate, a target, the model) passes through as it is.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return function(*args, **kwargs)
+            except Refusal as refusal:
+                raise refusal.error(f"{name}: {refusal}") from refusal.__cause__
+
+        return run
+
+    return decorate
+
+
+def non_finite(names: Iterable[str], advice: str) -> Refusal:
+    """The refusal of a call that found NaN or infinity in the weights of these names."""
+    text = f"the weight of {', '.join(map(repr, names))} holds NaN or infinity; {advice}"
+    return Refusal(text, NonFiniteWeightError)
 
 
 def one_of(choices: Iterable[str]) -> str:
@@ -28,10 +53,10 @@ def one_of(choices: Iterable[str]) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The names most like `name`, best first, or the first few where none is alike."""
+    """The names most like `name`, best first, or the first few where none is similar."""
     names = [n for n in names if n]
     if (module := name.rpartition(".")[0]) in names:
         # It is a parameter's name, where a module's is asked for.
         return repr(module)
-    found = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
-    return ", ".join(repr(n) for n in found) or "none"
+    similar = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+    return ", ".join(repr(n) for n in similar) or "none"

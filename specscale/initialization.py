@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specscale.algebra import numerical
-from specscale.rules import LayerRule
-from specscale.selection import Patterns, Weight, refuse_computed, select
-from specscale.targets import GAINS, Rule, check_rule, evaluate
+from specscale.errors import public_call
+from specscale.layers import LayerRule
+from specscale.linalg import no_grad_full_precision
+from specscale.targets import GAINS, Gain, check_setting, resolve
+from specscale.weights import Patterns, Weight, refuse_computed, select
 
 
 def orthogonal(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -27,17 +28,19 @@ def orthogonal(shape: torch.Size, like: Tensor, generator: torch.Generator | Non
     return q if m >= n else q.mT
 
 
-@numerical
-def write_orthogonal_(weights: list[Weight], gains: dict[str, float], generator: torch.Generator | None) -> None:
-    """Overwrite each weight by its gain times orthogonal matrices."""
-    for weight in weights:
-        shape = weight.view.matrices(weight.parameter).shape
-        weight.view.write_(weight.parameter, gains[weight.name] * orthogonal(shape, weight.parameter, generator))
+@no_grad_full_precision
+def orthogonal_like(weight: Weight, gain: float, generator: torch.Generator | None) -> Tensor:
+    """A tensor of the weight's shape, dtype and strides whose matrices are `gain` times orthogonal ones."""
+    value = torch.empty_like(weight.parameter)
+    shape = weight.view.matrices(value).shape
+    weight.view.write_(value, gain * orthogonal(shape, value, generator))
+    return value
 
 
+@public_call("orthogonal_init_")
 def orthogonal_init_(
     module: nn.Module,
-    gain: Rule = "channels",
+    gain: Gain = "channels",
     *,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -65,9 +68,11 @@ def orthogonal_init_(
         ValueError: unknown gain, a gain that is not finite and positive, a pattern that matches nothing, a rule that
             does not fit a layer, or a weight that is computed from others.
     """
-    call = "orthogonal_init_"
-    check_rule(call, "gain", gain, GAINS)
-    weights = select(call, module, include, exclude, rules)
-    refuse_computed(call, weights)
-    write_orthogonal_(weights, evaluate(call, "gain", gain, weights, module, example_input), generator)
+    check_setting("gain", gain, GAINS)
+    weights = select(module, include, exclude, rules)
+    refuse_computed(weights)
+    gains = resolve("gain", gain, weights, module, example_input)
+    with torch.no_grad():
+        for weight in weights:
+            weight.parameter.copy_(orthogonal_like(weight, gains[weight.name], generator))
     return module

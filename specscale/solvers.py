@@ -1,8 +1,8 @@
 """The first singular triple of each matrix in a batch: block LOBPCG, power iteration and the exact SVD.
 
-Everything here is a function of tensors. A solver keeps what it wants to remember in a dictionary of tensors, its
-state, which the caller stores; random numbers are a function of a key in that state, so that equal states give equal
-results on every rank and after every resume.
+Pure functions of tensors. What a solver carries from one step to the next is a dictionary of tensors, its state, which
+the caller stores; random numbers are a function of a key in that state, so that equal states give equal results on
+every rank and after every resume.
 """
 
 from collections.abc import Mapping
@@ -12,38 +12,96 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specscale.algebra import dominant, gram, normal, rayleigh_ritz, signs, unit
+from specscale.linalg import dominant_eigenvectors, gram, rayleigh_ritz, scaled_to_one, unit
+from specscale.random import normal, signs
 
 State = Mapping[str, Tensor]
 
 CONVERGED = 1e-5
-"""The residual of a block that is as good as float32 makes it."""
+"""The residual below which float32's rounding lets a block become no better."""
 
 JUMP = 0.1
-"""How far, relative, the first iteration raises the largest value of a block that a jump of the weight has left behind.
+"""The relative rise of a block's largest value in its first iteration from which the weight is taken to have jumped.
 
-A residual of `r` raises it by at least `sqrt(1 + r^2) - 1`, and a jump beside the first column leaves that none.
+A residual of `r` raises the value by at least `sqrt(1 + r^2) - 1`, and a jump that the first column does not see leaves
+its residual at zero.
 """
 
 
+class Matrices(Protocol):
+    """Matrices `W (k, m, n)`, float32 or wider, as a solver reads them.
+
+    An iterating solver uses the two products alone, so that the rows or columns of `W` may be elsewhere. An exact
+    solver asks for the entries.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def mT(self) -> "Matrices":
+        """The transposed matrices."""
+
+    def matmat(self, columns: Tensor) -> Tensor:
+        """`W X` for `X (k, n, b)`."""
+
+    def rmatmat(self, columns: Tensor) -> Tensor:
+        """`W^T Y` for `Y (k, m, b)`."""
+
+    def dense(self) -> Tensor:
+        """`W` itself, `(k, m, n)`."""
+
+
+@dataclass(frozen=True)
+class DenseMatrices:
+    """Matrices that are a tensor `(k, m, n)`."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        k, m, n = self.tensor.shape
+        return k, m, n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def mT(self) -> "DenseMatrices":
+        return DenseMatrices(self.tensor.mT)
+
+    def matmat(self, columns: Tensor) -> Tensor:
+        return self.tensor @ columns
+
+    def rmatmat(self, columns: Tensor) -> Tensor:
+        return self.tensor.mT @ columns
+
+    def dense(self) -> Tensor:
+        return self.tensor
+
+
 class Triple(NamedTuple):
-    """The first singular triple of each matrix `(k, m, n)`, and what is known beside it."""
+    """The first singular triple of each matrix `(k, m, n)`, and how well it is known."""
 
     value: Tensor
-    """`(k,)`: the largest singular value."""
+    """`(k,)`: the largest singular value `s`."""
     left: Tensor
-    """`(k, m)`: its left singular vector, of unit length (zero where the matrix is zero)."""
+    """`(k, m)`: its left singular vector `u`, of unit length (zero where the matrix is zero)."""
     right: Tensor
-    """`(k, n)`: its right singular vector, of unit length."""
+    """`(k, n)`: its right singular vector `v`, of unit length."""
     next_value: Tensor
-    """`(k,)`: the second singular value; an iterative solver estimates it from below."""
+    """`(k,)`: the second singular value; an iterating solver estimates it from below."""
     residual: Tensor
-    """`(k,)`: `||W^T u - s v|| / s` of the triple that the last iteration set out from, and improved on, less what lies
-    within a block. Zero where the solver is exact."""
+    """`(k,)`: `||W^T u - s v|| / s` of the triple that the last iteration started from, and improved on, less the part
+    that lies within the block. Zero where the solver is exact."""
     error: Tensor
     """`(k,)`: the solver's own estimate of how far, relative, `value` is too low. Zero where the solver is exact."""
     num_iterations: int
-    """Iterations that were taken, all matrices alike; zero where the solver is exact."""
+    """Iterations that were taken, the same for all matrices; zero where the solver is exact."""
 
     def transposed(self) -> "Triple":
         """The triple of the transposed matrices."""
@@ -51,51 +109,43 @@ class Triple(NamedTuple):
 
 
 class Solver(Protocol):
-    """What a solver is: a cold state for a batch of matrices, and a step that improves on a state."""
+    """A solver makes an initial state for matrices of a shape, and improves on a state step by step."""
 
-    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
-        """A state that knows nothing of `matrices (k, m, n)`; `key (k,)`, int64, seeds its random numbers."""
+    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The state before the first solve, for matrices `(k, *shape)` of a dtype, float32 or wider, on `key`'s device.
 
-    def solve(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
-    ) -> tuple[Triple, dict[str, Tensor]]:
-        """The triples of `matrices (k, m, n)`, float32 or wider, and the state to go on from.
-
-        An adaptive solver decides on the host when to stop, or, given `num_iterations`, takes exactly so many and
-        reads nothing back.
+        `key (k,)`, int64, seeds each matrix's random numbers.
         """
 
-    def workspace(self, m: int, n: int) -> int:
-        """The numbers, counted as of the matrix's dtype, that a solve of one matrix `(m, n)` works with beside it."""
+    def solve(
+        self, matrices: Matrices, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
+    ) -> tuple[Triple, dict[str, Tensor]]:
+        """The triples of `matrices (k, m, n)`, and the state to continue from.
 
-    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
-        """The `num_iterations` to take after a solve of so many that left `error`; None where nothing is known."""
+        Without `num_iterations`, an iterating solver decides on the host when to stop. With it, exactly so many
+        iterations are taken and nothing is read back.
+        """
 
+    def scratch_elements(self, m: int, n: int) -> int:
+        """How many elements a solve of one matrix `(m, n)` allocates beside it, in the matrix's dtype."""
 
-def finite_or_zero(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices scaled to a largest entry of 1, and the scales; one that is not finite becomes zero.
-
-    The scale keeps squares from over- and underflowing; the zero keeps a factorisation from raising.
-    """
-    scale = matrices.abs().amax(dim=(-2, -1)) if matrices.numel() else matrices.new_zeros(matrices.shape[:-2])
-    finite = torch.isfinite(scale) & (scale > 0)
-    divisor = torch.where(finite, scale, torch.inf)[..., None, None]
-    return torch.where(finite[..., None, None], matrices / divisor, 0), scale
+    def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
+        """The `num_iterations` to take after a solve that took so many and left `error`; None where it is not known."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Warm-started block LOBPCG: a persistent block, refined by as many iterations as its error asks for.
+    """Warm-started block LOBPCG: a persistent block of vectors, refined by as many iterations as its error needs.
 
-    One iteration is a Rayleigh-Ritz step on `[V, R, P]`: the block, its residuals and its last directions (Knyazev,
-    "Toward the optimal preconditioned eigensolver", 2001, algorithm 4.1), on `W^T W` by products with `W` alone: two
-    for the residuals and one for the images of `R` and `P`, of which the first is known in a second iteration. The
-    error that is left in the singular value is estimated from the residuals and the spread of the block, see
-    `_errors`. The last column of the block does not follow the others: it searches outside them, by power iteration
-    that is stirred with fresh noise, so that a singular value that has overtaken the block from outside is found. A
-    block that is cold, or that a jump of the weight has left behind, is solved thoroughly.
+    One iteration is a Rayleigh-Ritz step for `A = W^T W` on `[V, R, P]`: the block, its residuals and its last
+    directions (Knyazev, "Toward the optimal preconditioned eigensolver", 2001, algorithm 4.1). It needs three products
+    with `W`: `W^T (W V)` for the residuals, and `W [R, P]`; a second iteration has `W V` already. The error left in the
+    singular value is estimated from the residuals and the spread of the block, see `_residual_and_error`. The
+    last column of the block does not follow the others: it searches outside them, by power iteration with fresh noise
+    added at each step, so that a singular value that overtakes the block from outside is found. A block in its first
+    step, and one whose weight has jumped, is solved to a stricter tolerance.
 
-    The block lives on the matrix's shorter side; a matrix whose shorter side is at most four blocks is solved by its
+    The block lives on the matrix's shorter side. A matrix whose shorter side is at most four blocks is solved from its
     Gram matrix instead, exactly and without state.
     """
 
@@ -114,16 +164,14 @@ class Block:
         return min(m, n) <= 4 * self.width
 
     def _thorough(self, tolerance: float, limit: int) -> tuple[float, int]:
-        """Tolerance and limit of a block that must find its matrix first, where these are not stricter already."""
+        """Tolerance and limit of a solve after a jump or in the first step, where these are not stricter already."""
         return min(tolerance, self.tolerance / 20), max(limit, 60)
 
-    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
-        _, m, n = matrices.shape
-        if self._is_small(m, n):
+    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        if self._is_small(*shape):
             return {}
-        dtype = torch.promote_types(matrices.dtype, torch.float32)
-        basis = torch.linalg.qr(normal(key, (min(m, n), self.width), dtype)).Q
-        # `age` counts the solves since the cold start; with the key it seeds the noise.
+        basis = torch.linalg.qr(normal(key, (min(shape), self.width), dtype)).Q
+        # `age` counts the solves since the initial state; with the key it seeds the noise.
         return {
             "basis": basis,
             "direction": torch.zeros_like(basis),
@@ -132,12 +180,12 @@ class Block:
         }
 
     def solve(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
+        self, matrices: Matrices, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
     ) -> tuple[Triple, dict[str, Tensor]]:
-        tall = matrices.shape[-2] >= matrices.shape[-1]
-        oriented = matrices if tall else matrices.mT
-        if self._is_small(*matrices.shape[-2:]):
-            triple, state = self._solve_small(oriented), {}
+        _, m, n = matrices.shape
+        oriented = matrices if m >= n else matrices.mT
+        if self._is_small(m, n):
+            triple, state = self._solve_small(oriented.dense()), {}
         else:
             tolerance: float | None = self.tolerance
             limit = self.max_iterations
@@ -150,15 +198,15 @@ class Block:
             triple, state = self._iterate(oriented, state, tolerance, limit)
             if to_convergence:
                 state["age"] = torch.zeros_like(state["age"])
-        return triple if tall else triple.transposed(), dict(state)
+        return triple if m >= n else triple.transposed(), dict(state)
 
-    def workspace(self, m: int, n: int) -> int:
+    def scratch_elements(self, m: int, n: int) -> int:
         if self._is_small(m, n):
             return 3 * m * n + min(m, n) ** 2
-        # `[V, R, P]` and their images, as they are and in float64, and the state before and after.
+        # `[V, R, P]` and its image, as they are and in float64, and the state before and after.
         return 12 * self.width * (m + n)
 
-    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
+    def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
         if num_iterations is None or error is None:
             return 2
         if not error <= self.tolerance:
@@ -166,103 +214,105 @@ class Block:
         return max(num_iterations - 1, 1) if error <= self.tolerance / 4 else num_iterations
 
     def _solve_small(self, matrices: Tensor) -> Triple:
-        scaled, scale = finite_or_zero(matrices)
-        right = dominant(gram(scaled), min(2, scaled.shape[-1])).to(matrices.dtype)
+        scaled, scale = scaled_to_one(matrices)
+        right = dominant_eigenvectors(gram(scaled), min(2, scaled.shape[-1])).to(matrices.dtype)
         image = scaled @ right
         values = image.norm(dim=-2) * scale[..., None]
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
         return Triple(values[..., 0], unit(image[..., 0]), right[..., 0], next_value, *_exact(next_value))
 
     def _iterate(
-        self, matrices: Tensor, state: State, tolerance: float | None, limit: int
+        self, matrices: Matrices, state: State, tolerance: float | None, limit: int
     ) -> tuple[Triple, dict[str, Tensor]]:
+        """Iterate until `tolerance` or for `limit` iterations; with a tolerance of None nothing is read back."""
         # The weight may have another dtype than it had when the state was made.
-        basis, direction = (state[name].to(matrices.dtype) for name in ("basis", "direction"))
-        image = matrices @ basis
-        # A product of two reads would leave float32's range where the entries are near 1e20.
-        scale = image.abs().amax(dim=(-2, -1))
+        V, P = (state[name].to(matrices.dtype) for name in ("basis", "direction"))
+        WV = matrices.matmat(V)
+        # Two products in a row would leave float32's range where the entries are near 1e20.
+        scale = WV.abs().amax(dim=(-2, -1))
         finite = scale.isfinite()
         unscale = torch.where(finite & (scale > 0), scale.reciprocal(), 1)[:, None, None]
-        probe, num_iterations, enough = basis[..., -1:], 0, torch.inf
+        probe, num_iterations, residual_limit = V[..., -1:], 0, torch.inf
         while True:
-            back = (matrices.mT @ (image * unscale)) * unscale
+            AV = matrices.rmatmat(WV * unscale) * unscale
             if num_iterations == 0:
-                probe = unit(back[..., -1:], dim=-2)
-            residuals = torch.baddbmm(back, basis, basis.mT @ back, alpha=-1)
-            space = torch.cat([basis, residuals, direction], dim=-1)
-            images = torch.cat([image, matrices @ space[..., self.width :]], dim=-1)
-            # What is not finite would make a factorisation raise.
-            products, energies = (torch.where(finite[:, None, None], gram(tall), 0) for tall in (space, images))
-            ritz, values = rayleigh_ritz(products, energies, self.width)
-            residual, error = _errors(products, energies, values, torch.where(finite, scale, 0).double() ** 2)
-            within = ritz.mT @ (products[..., self.width :] @ ritz[..., self.width :, :])
-            ritz, within = ritz.to(basis.dtype), within.to(basis.dtype)
-            step = space[..., self.width :] @ ritz[..., self.width :, :]
-            basis = torch.baddbmm(step, basis, ritz[..., : self.width, :])
+                probe = unit(AV[..., -1:], dim=-2)
+            R = torch.baddbmm(AV, V, V.mT @ AV, alpha=-1)
+            S = torch.cat([V, R, P], dim=-1)
+            WS = torch.cat([WV, matrices.matmat(S[..., self.width :])], dim=-1)
+            # A factorisation of what is not finite would raise.
+            gram_s, gram_ws = (torch.where(finite[:, None, None], gram(tall), 0) for tall in (S, WS))
+            C, values = rayleigh_ritz(gram_s, gram_ws, self.width)
+            residual, error = _residual_and_error(gram_s, gram_ws, values, torch.where(finite, scale, 0).double() ** 2)
+            overlap = C.mT @ (gram_s[..., self.width :] @ C[..., self.width :, :])
+            C, overlap = C.to(V.dtype), overlap.to(V.dtype)
+            step = S[..., self.width :] @ C[..., self.width :, :]
+            V = torch.baddbmm(step, V, C[..., : self.width, :])
             num_iterations += 1
             if tolerance is not None:
-                farthest, worst = torch.stack([residual.max(), error.max()]).tolist()
-                if num_iterations == 1 and (rise := _rise(energies, values)) > JUMP:
-                    # What has jumped stands out, so that its value is exact before its vectors are. A step that puts
-                    # it back among the others leaves the norm off by up to half the residual.
+                worst_residual, worst_error = torch.stack([residual.max(), error.max()]).tolist()
+                if num_iterations == 1 and (rise := _rise(gram_ws, values)) > JUMP:
+                    # A jump stands out, so that its value converges before its vectors do. A step that puts it back
+                    # among the other values leaves the norm off by up to half the residual.
                     tolerance, limit = self._thorough(tolerance, limit)
-                    enough = 2 * self.tolerance / (1 + rise)
-                elif (worst <= tolerance and farthest <= enough) or farthest <= CONVERGED:
+                    residual_limit = 2 * self.tolerance / (1 + rise)
+                elif (worst_error <= tolerance and worst_residual <= residual_limit) or worst_residual <= CONVERGED:
                     break
             if num_iterations >= limit:
                 break
-            image = images @ ritz
-            # A direction must not lie in the block, where it would cancel.
-            direction = torch.baddbmm(step, basis, within, alpha=-1)
-        left, right, leading = (images @ ritz[..., :1] * unscale)[..., 0], basis[..., 0], basis[..., :-1]
+            WV = WS @ C
+            # Without its part in V, where the two would cancel.
+            P = torch.baddbmm(step, V, overlap, alpha=-1)
+        left, right, leading = (WS @ C[..., :1] * unscale)[..., 0], V[..., 0], V[..., :-1]
         value = scale * (left.norm(dim=-1) / right.norm(dim=-1).clamp_min(torch.finfo(right.dtype).tiny))
         next_value = values[..., 1:].amax(-1).to(value.dtype)
-        value, next_value = (torch.where(finite, found, torch.nan) for found in (value, next_value))
+        value, next_value = (torch.where(finite, one, torch.nan) for one in (value, next_value))
         residual, error = residual.to(value.dtype), error.to(value.dtype)
         triple = Triple(value, unit(left), unit(right), next_value, residual, error, num_iterations)
         probe = probe + 0.1 / probe.shape[-2] ** 0.5 * signs(state["key"] + (state["age"] << 32), probe.shape[1:])
         probe = unit(probe - leading @ (leading.mT @ probe), dim=-2)
-        # The last column does not stay in the block.
-        direction = torch.baddbmm(step, leading, within[..., :-1, :], alpha=-1)
+        # The probe replaces the last column, which is therefore no part of the new block.
+        P = torch.baddbmm(step, leading, overlap[..., :-1, :], alpha=-1)
         keep = finite[:, None, None]
         return triple, {
             "basis": torch.where(keep, torch.cat([leading, probe], dim=-1), state["basis"]),
-            "direction": torch.where(keep, direction, state["direction"]),
+            "direction": torch.where(keep, P, state["direction"]),
             "key": state["key"],
             "age": state["age"] + 1,
         }
 
 
-def _rise(energies: Tensor, values: Tensor) -> float:
-    """How far, relative, a Rayleigh-Ritz step has raised the largest value of any block: the host waits for it."""
-    before, after = energies.diagonal(dim1=-2, dim2=-1)[..., : values.shape[-1]].amax(-1).sqrt(), values.amax(-1)
+def _rise(gram_ws: Tensor, values: Tensor) -> float:
+    """How far, relative, a Rayleigh-Ritz step has raised the largest value of any block: a host sync."""
+    before, after = gram_ws.diagonal(dim1=-2, dim2=-1)[..., : values.shape[-1]].amax(-1).sqrt(), values.amax(-1)
     tiny = torch.finfo(values.dtype).tiny
     return (after.clamp_min(tiny) / before.clamp_min(tiny) - 1).max().item()
 
 
-def _errors(products: Tensor, energies: Tensor, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _residual_and_error(gram_s: Tensor, gram_ws: Tensor, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`||r|| / s^2` of the longest column before a Rayleigh-Ritz step, and the relative error after it, `(k,)` both.
 
-    From the Gram matrices of `[V, R, P]`, with residuals that are `scale` times `R`, and the values after the step.
+    From the Gram matrices of `[V, R, P]` and of its image, where the residuals are `scale` times `R`, and the Ritz
+    values after the step.
 
     The error is estimated as `rho (rho / gap)^2 / 16`, with `rho` the root mean square of the residuals and `gap` how
-    far, relative, the block's last value lies below its first: a crowded spectrum makes a residual of the same length
-    mean more. The exponents and the 16 are a fit to errors against exact values, on trajectories of two MLPs and a
-    ResNet: on each, the ratio of error to estimate had a median of about 1 and lay between 0.2 and 4 in nine of ten
-    cases, while `||r||` alone said nothing about the error. Weights that drift in two directions only had errors of
+    far, relative, the block's last value lies below its first: in a crowded spectrum, a residual of the same length
+    means a larger error. The exponents and the 16 are a fit to errors against exact values, on trajectories of two MLPs
+    and a ResNet: on each, the ratio of error to estimate had a median of about 1 and lay between 0.2 and 4 in nine of
+    ten cases, while `||r||` alone did not predict the error. Weights that drift in two directions only had errors of
     three times the estimate.
     """
     width = values.shape[-1]
-    squares = energies.diagonal(dim1=-2, dim2=-1)[..., :width]
-    rests = products.diagonal(dim1=-2, dim2=-1)[..., width : 2 * width].sqrt() * scale[..., None]
+    squares = gram_ws.diagonal(dim1=-2, dim2=-1)[..., :width]
+    residuals = gram_s.diagonal(dim1=-2, dim2=-1)[..., width : 2 * width].sqrt() * scale[..., None]
     tiny = torch.finfo(squares.dtype).tiny
     square, top = squares.max(dim=-1, keepdim=True)
-    rests = rests / square.clamp_min(tiny)
-    # The last column is not one of the block: it searches.
-    rho = rests[..., :-1].square().mean(-1).sqrt()
+    residuals = residuals / square.clamp_min(tiny)
+    # Without the last column, which searches outside the block.
+    rho = residuals[..., :-1].square().mean(-1).sqrt()
     gap = 1 - values.amin(-1) / values.amax(-1).clamp_min(tiny)
     error = rho * (rho / gap.clamp_min(tiny)).square().div(16).clamp_max(1)
-    return rests.take_along_dim(top, dim=-1)[..., 0], error
+    return residuals.take_along_dim(top, dim=-1)[..., 0], error
 
 
 def _exact(like: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -281,43 +331,42 @@ class Power:
     num_iterations: int = 500
     """Iterations of one step."""
     warm: bool = False
-    """Go on from the last step's vectors instead of from noise. One iteration a step is what `spectral_norm` does."""
+    """Continue from the last step's vectors, not from noise. One iteration a step is what `spectral_norm` does."""
 
     def __post_init__(self) -> None:
         if self.num_iterations < 1:
             raise ValueError(f"{self}: num_iterations must be at least 1")
 
-    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
-        dtype = torch.promote_types(matrices.dtype, torch.float32)
-        return {"columns": normal(key, (min(matrices.shape[-2:]), 2), dtype)} if self.warm else {"key": key.clone()}
+    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"columns": normal(key, (min(shape), 2), dtype)} if self.warm else {"key": key.clone()}
 
-    def workspace(self, m: int, n: int) -> int:
+    def scratch_elements(self, m: int, n: int) -> int:
         return m * n + n * n
 
-    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
+    def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
         return None
 
     def solve(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
+        self, matrices: Matrices, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
     ) -> tuple[Triple, dict[str, Tensor]]:
-        tall = matrices.shape[-2] >= matrices.shape[-1]
-        scaled, scale = finite_or_zero(matrices if tall else matrices.mT)
-        # Many iterations are cheaper on the Gram matrix, which is as much arithmetic as n / 2 of them, but much faster.
-        many = self.num_iterations > scaled.shape[-1] // 20
-        square = scaled.mT @ scaled if many else None
+        _, m, n = matrices.shape
+        scaled, scale = scaled_to_one((matrices if m >= n else matrices.mT).dense())
+        # The Gram matrix costs as much arithmetic as n / 2 iterations, but in one product, which runs far faster.
+        use_gram = self.num_iterations > scaled.shape[-1] // 20
+        square = scaled.mT @ scaled if use_gram else None
         size = (scaled.shape[-1], 2)
-        given = state["columns"].to(scaled.dtype) if self.warm else normal(state["key"], size, scaled.dtype)
-        columns = given
+        start = state["columns"].to(scaled.dtype) if self.warm else normal(state["key"], size, scaled.dtype)
+        columns = start
         for _ in range(self.num_iterations):
-            start = unit(columns[..., 0])
+            vector = unit(columns[..., 0])
             columns = square @ columns if square is not None else scaled.mT @ (scaled @ columns)
-            value = (start * columns[..., 0]).sum(-1)
-            residual = (columns[..., 0] - value[..., None] * start).norm(dim=-1) / value.clamp_min(
+            value = (vector * columns[..., 0]).sum(-1)
+            residual = (columns[..., 0] - value[..., None] * vector).norm(dim=-1) / value.clamp_min(
                 torch.finfo(value.dtype).tiny
             )
             first = unit(columns[..., :1], dim=-2)
             second = columns[..., 1:]
-            # Twice, since what is left of a matrix of rank one is rounding, and that is no more orthogonal.
+            # Twice: with a matrix of rank one, what the first pass leaves is rounding, and not orthogonal.
             for _ in range(2):
                 second = unit(second - first * (first.mT @ second), dim=-2)
             columns = torch.cat([first, second], dim=-1)
@@ -328,33 +377,33 @@ class Power:
         triple = Triple(
             values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, self.num_iterations
         )
-        # From nothing there is no way on.
-        kept = torch.where(values[:, None] > 0, columns, given)
+        # Keep the old vectors if the matrix is zero: its product with them is zero too.
+        kept = torch.where(values[:, None] > 0, columns, start)
         state = {"columns": kept} if self.warm else {"key": state["key"] + 1}
-        return triple if tall else triple.transposed(), state
+        return triple if m >= n else triple.transposed(), state
 
 
 @dataclass(frozen=True)
 class SVD:
     """The exact singular value decomposition of every matrix: for checks, and for small models."""
 
-    def cold(self, matrices: Tensor, key: Tensor) -> dict[str, Tensor]:
+    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
         return {}
 
-    def workspace(self, m: int, n: int) -> int:
+    def scratch_elements(self, m: int, n: int) -> int:
         return 2 * m * n + min(m, n) ** 2
 
-    def pace(self, num_iterations: int | None, error: float | None) -> int | None:
+    def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
         return None
 
     def solve(
-        self, matrices: Tensor, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
+        self, matrices: Matrices, state: State, *, to_convergence: bool = False, num_iterations: int | None = None
     ) -> tuple[Triple, dict[str, Tensor]]:
-        scaled, scale = finite_or_zero(matrices)
+        scaled, scale = scaled_to_one(matrices.dense())
         left, values, right = torch.linalg.svd(scaled, full_matrices=False)
         values = values * scale[..., None]
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
-        # Equal singular values leave rounding of one part in 1e7 to the pair: the value of the very pair is exact.
+        # The vectors of equal singular values are off by rounding, one part in 1e7; the first value is not.
         return Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, *_exact(next_value)), {}
 
 

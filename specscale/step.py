@@ -1,103 +1,201 @@
-"""One scaling step over many weights: everything is measured before anything is written.
+"""The scaling step: every weight is measured before the first one is written.
 
-Weights of one kind are measured in batches, by shape where the kind works on copies: many layers share their launches.
+On a CPU, the solver stops when its error is small enough, and bad weights stop the step. On an accelerator nothing is
+read back: the host never waits, and what it needs to know of a step it reads at the next one. On CUDA that step can be
+captured in a graph and replayed.
+
+Weights of one constraint are measured in batches, of one shape where the norm stacks them: layers share launches.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from math import isfinite
-from typing import NamedTuple
+import math
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from specscale.algebra import join
-from specscale.norms import Measurement, Norm
-from specscale.parametrization import MEASURED, NormScaling
+from specscale import linalg
+from specscale.constraints import Constraint
+from specscale.errors import non_finite
+from specscale.linalg import concat, no_grad_full_precision
+from specscale.norms import Measurement
+from specscale.state import MEASURED, NormScaling
+from specscale.weights import Weight
+
+ADVICE = "Lower the learning rate or clip the gradients"
+
+NumIterations = Mapping[Constraint, int | None]
+"""The solver's iterations in a step that reads nothing back, by constraint."""
 
 
-class Member(NamedTuple):
-    """A weight in a step."""
+class ScalingStep:
+    """Takes scaling steps, and keeps between them what the host may not wait for."""
 
-    scaling: NormScaling
-    weight: Tensor
+    def __init__(self) -> None:
+        self.num_iterations: dict[str, int] = {}
+        """The solver's iterations in the last step, by the weight's name."""
+        self._planned: NumIterations = {}
+        self._pending: PendingStats | None = None
+        self._graphs: CapturedSteps | None = None
+
+    @no_grad_full_precision
+    def take(self, weights: list[Weight], skip: Tensor | None = None) -> None:
+        """Put the weights back on their targets; with a `skip` tensor that is positive, none is moved.
+
+        Raises:
+            Refusal: a weight holds NaN or infinity: on a CPU at this step, which then writes nothing; elsewhere at the
+                last one, which left that weight alone.
+        """
+        if not weights:
+            return
+        if all(linalg.can_sync(weight.parameter) for weight in weights):
+            self._take_with_sync(weights, skip)
+        else:
+            self._take_without_sync(weights, skip)
+
+    def _take_with_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
+        batches = measure(weights)
+        if bad := PendingStats(batches).non_finite():
+            raise non_finite(bad, f"no weight was scaled. {ADVICE}")
+        project_(batches, skip)
+        self._record_num_iterations(batches)
+        for weight in weights:
+            weight.scaling.mark_current(weight.parameter)
+
+    def _take_without_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
+        planned = {w.scaling.constraint: self._next_num_iterations(w.scaling.constraint) for w in weights}
+        # The step before is long done. Its error is raised once, so that training can go on from good weights.
+        pending, self._pending = self._pending, None
+        if pending is not None and (bad := pending.non_finite()):
+            raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
+        take = measure_and_project_ if self._graphs is None else self._graphs.take
+        batches = take(weights, planned, skip)
+        # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
+            self._planned, self._pending = planned, PendingStats(batches)
+            self._record_num_iterations(batches)
+        for weight in weights:
+            weight.scaling.mark_current(None if is_compiling else weight.parameter)
+
+    def _next_num_iterations(self, constraint: Constraint) -> int | None:
+        error = None if self._pending is None else self._pending.worst_error(constraint)
+        return constraint.norm.next_num_iterations(self._planned.get(constraint), error)
+
+    def _record_num_iterations(self, batches: list["Batch"]) -> None:
+        self.num_iterations = {w.name: b.measurement.num_iterations for b in batches for w in b.weights}
+
+    def capture(self, weights: Iterable[Weight]) -> None:
+        """Replay steps from CUDA graphs from now on, where these weights allow it; else a warning says why not."""
+        blocker = capture_blocker(weight.parameter for weight in weights)
+        if blocker is not None:
+            _warn_of_no_graph(blocker, stacklevel=4)
+        self._graphs = CapturedSteps() if blocker is None else None
 
 
 class Batch(NamedTuple):
-    """Weights that are measured together, and what was found; the axis of the matrices runs over all of them."""
+    """Weights that are measured together, and what was found; dimension `k` runs over all their matrices."""
 
-    members: list[Member]
+    weights: list[Weight]
     measurement: Measurement
 
 
-def batches(members: Iterable[Member]) -> Iterator[list[Member]]:
-    """Members of one kind, dtype and device, and of one shape if they are joined in a copy.
+def measure(weights: Iterable[Weight], num_iterations: NumIterations | None = None) -> list[Batch]:
+    """Measure the weights without modifying them; with `num_iterations`, nothing is read back."""
+    batches = []
+    for batch in _batches(weights):
+        constraint = batch[0].scaling.constraint
+        matrices = (weight.scaling.matrices(weight.parameter) for weight in batch)
+        states = [weight.scaling.solver_state() for weight in batch]
+        state = {name: concat([state[name] for state in states]) for name in states[0]}
+        count = num_iterations[constraint] if num_iterations else None
+        batches.append(Batch(batch, constraint.norm.measure(matrices, state, num_iterations=count)))
+    return batches
 
-    A copy and its workspace are no larger than the largest weight, unless they are of that very weight.
+
+def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
+    """Weights of one constraint, dtype and device, and of one shape if they are stacked in a copy.
+
+    A copy and its scratch memory are no larger than the largest weight, unless they are of that very weight.
     """
-    members = list(members)
-    largest = max((member.weight.numel() for member in members), default=0)
-    open_batches: dict[object, list[Member]] = {}
-    for member in members:
-        kind, weight = member.scaling.kind, member.weight
-        m, n = member.scaling.view.matrix_shape(weight)
-        workspace = kind.workspace(m, n)
-        key = (kind, None if workspace is None else (m, n), weight.dtype, weight.device)
+    weights = list(weights)
+    largest = max((weight.parameter.numel() for weight in weights), default=0)
+    open_batches: dict[object, list[Weight]] = {}
+    for weight in weights:
+        constraint, parameter = weight.scaling.constraint, weight.parameter
+        m, n = weight.view.matrix_shape(parameter)
+        scratch = constraint.norm.scratch_elements(m, n)
+        key = (constraint, None if scratch is None else (m, n), parameter.dtype, parameter.device)
         batch = open_batches.setdefault(key, [])
-        count = sum(one.scaling.view.count for one in (*batch, member))
-        if batch and workspace is not None and count * (m * n + workspace) > largest:
+        count = sum(one.view.count for one in (*batch, weight))
+        if batch and scratch is not None and count * (m * n + scratch) > largest:
             yield open_batches.pop(key)
             batch = open_batches.setdefault(key, [])
-        batch.append(member)
+        batch.append(weight)
     yield from open_batches.values()
 
 
-def measure(members: Iterable[Member], pace: Mapping[Norm, int | None] | None = None) -> list[Batch]:
-    """What the weights' matrices are now; writes nothing. With `pace`, each kind's iterations, nothing is read back."""
-    found = []
-    for batch in batches(members):
-        scalings = [member.scaling for member in batch]
-        matrices = (member.scaling.matrices(member.weight) for member in batch)
-        states = [scaling.solver_state() for scaling in scalings]
-        state = {name: join([state[name] for state in states]) for name in states[0]}
-        kind = scalings[0].kind
-        found.append(Batch(batch, kind.measure(matrices, state, num_iterations=pace[kind] if pace else None)))
-    return found
+def project_(batches: list[Batch], skip: Tensor | None) -> None:
+    """Put every measured weight back on its target, and record what was measured.
 
-
-def restore_(measured: list[Batch], skip: Tensor | None) -> None:
-    """Put every weight back on its target and store what was found.
-
-    Left alone: a matrix whose target is zero, one that is not finite, and all of them where the one-element tensor
-    `skip` is positive.
+    Left alone: a matrix that its `skip_mask` names, one that is not finite, and all of them where the one-element
+    tensor `skip` is positive.
     """
     buffers: list[Tensor] = []
     values: list[Tensor] = []
-    for members, measurement in measured:
-        scalings = [member.scaling for member in members]
-        target = join([scaling.target for scaling in scalings])
-        hold = (target == 0) | ~measurement.norm.isfinite()
+    for weights, measurement in batches:
+        scalings = [weight.scaling for weight in weights]
+        target = concat([scaling.target for scaling in scalings])
+        skip_mask = (concat([scaling.skip_mask for scaling in scalings]) > 0) | ~measurement.norm.isfinite()
         if skip is not None:
-            hold = hold | (skip > 0)
-        splits = [member.scaling.view.split(member.weight) for member in members]
-        norm = scalings[0].kind.restore_(splits, measurement, target, hold)
-        counts = [len(split) for split in splits]
-        told = {name: getattr(measurement, name) for name in MEASURED}
-        for name, joined in {**measurement.state, **told, "norm": norm}.items():
-            buffers += [scaling.get_buffer(name) for scaling in scalings]
-            values += joined.split(counts)
+            skip_mask = skip_mask | (skip > 0)
+        splits = [weight.view.split(weight.parameter.detach()) for weight in weights]
+        norm = scalings[0].constraint.project_(splits, measurement, target, skip_mask)
+        _collect(scalings, measurement._replace(norm=norm), buffers, values)
     torch._foreach_copy_(buffers, values)
 
 
-class Readout:
-    """The norms and their errors of a step on their way to the host, which need not wait for them until it reads."""
+def measure_and_project_(weights: list[Weight], num_iterations: NumIterations, skip: Tensor | None) -> list[Batch]:
+    """A step that reads nothing back."""
+    batches = measure(weights, num_iterations)
+    project_(batches, skip)
+    return batches
 
-    def __init__(self, measured: list[Batch]) -> None:
-        scalings = [m.scaling for batch in measured for m in batch.members for _ in range(len(m.scaling.target))]
-        self._names = [scaling.name for scaling in scalings]
-        self._kinds = [scaling.kind for scaling in scalings]
-        norms = torch.cat([batch.measurement.norm.double() for batch in measured])
-        errors = torch.cat([batch.measurement.error.double() for batch in measured])
-        # To pinned memory, which `to` takes by itself for such a copy.
+
+@no_grad_full_precision
+def solve_(scaling: NormScaling, weight: Tensor) -> None:
+    """Measure one weight to convergence, from the state that it has, and record what was measured."""
+    measurement = scaling.constraint.norm.measure(
+        [scaling.matrices(weight)], scaling.solver_state(), to_convergence=True
+    )
+    buffers: list[Tensor] = []
+    values: list[Tensor] = []
+    _collect([scaling], measurement, buffers, values)
+    torch._foreach_copy_(buffers, values)
+
+
+def _collect(
+    scalings: list[NormScaling], measurement: Measurement, buffers: list[Tensor], values: list[Tensor]
+) -> None:
+    """Append the buffers of the scalings, and beside each what the measurement found for it: one copy writes all."""
+    counts = [scaling.view.count for scaling in scalings]
+    measured = {name: getattr(measurement, name) for name in MEASURED}
+    for name, value in {**measurement.state, **measured}.items():
+        buffers += [scaling.get_buffer(name) for scaling in scalings]
+        values += value.split(counts)
+
+
+class PendingStats:
+    """The norms and errors of a step on their way to the host, which waits for them only when it reads them."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        weights = [weight for batch in batches for weight in batch.weights for _ in range(weight.view.count)]
+        self._names = [weight.name for weight in weights]
+        self._constraints = [weight.scaling.constraint for weight in weights]
+        norms = torch.cat([batch.measurement.norm.double() for batch in batches])
+        errors = torch.cat([batch.measurement.error.double() for batch in batches])
+        # A copy that does not block goes to pinned memory, which `to` allocates.
         self._values = torch.stack([norms, errors]).to("cpu", non_blocking=True)
         self._copied = None
         if not norms.is_cpu:
@@ -111,10 +209,69 @@ class Readout:
 
     def non_finite(self) -> list[str]:
         """The weights that held NaN or infinity."""
-        return list(
-            dict.fromkeys(n for n, norm in zip(self._names, self._read()[0], strict=True) if not isfinite(norm))
-        )
+        norms = zip(self._names, self._read()[0], strict=True)
+        return list(dict.fromkeys(name for name, norm in norms if not math.isfinite(norm)))
 
-    def worst_error(self, kind: Norm) -> float | None:
-        """The largest error among the weights of a kind; None where there was none of it."""
-        return max((e for k, e in zip(self._kinds, self._read()[1], strict=True) if k == kind), default=None)
+    def worst_error(self, constraint: Constraint) -> float | None:
+        """The largest error of the weights under a constraint; None where there was none."""
+        errors = zip(self._constraints, self._read()[1], strict=True)
+        return max((error for own, error in errors if own == constraint), default=None)
+
+
+def capture_blocker(parameters: Iterable[Tensor]) -> str | None:
+    """Why a step over these parameters cannot be captured in a CUDA graph; None where it can."""
+    devices = {parameter.device for parameter in parameters}
+    if types := sorted({device.type for device in devices} - {"cuda"}):
+        return f"weights are on {' and '.join(types)}"
+    return f"weights are on {len(devices)} devices, and a graph has one" if len(devices) > 1 else None
+
+
+def _warn_of_no_graph(reason: str, stacklevel: int) -> None:
+    warnings.warn(f"capture: no CUDA graph, since {reason}; steps run as they are", stacklevel=stacklevel)
+
+
+class CapturedSteps:
+    """Steps that read nothing back, as CUDA graphs: one launch instead of hundreds.
+
+    A graph works at fixed addresses, for fixed iterations; so there is one for each combination of these. The first
+    step of a combination runs as it is, which is also the warm-up that a capture needs; the second is captured. After a
+    capture that fails, all steps run as they are.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Batch]] | None] = {}
+        self._pool: Any = None
+        self._skip: Tensor | None = None
+        self._failed = False
+
+    def take(self, weights: list[Weight], num_iterations: NumIterations, skip: Tensor | None) -> list[Batch]:
+        """`measure_and_project_`, replayed; the next replay overwrites what it returns."""
+        if self._failed or torch.cuda.is_current_stream_capturing():
+            return measure_and_project_(weights, num_iterations, skip)
+        if skip is not None:
+            # It is a new tensor at every step, and not always at the same address.
+            self._skip = torch.empty_like(skip) if self._skip is None else self._skip
+            skip = self._skip.copy_(skip)
+        tensors = (tensor for weight in weights for tensor in (weight.parameter, *weight.scaling.buffers()))
+        key = (tuple(num_iterations.items()), skip is None, tuple(tensor.data_ptr() for tensor in tensors))
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return measure_and_project_(weights, num_iterations, skip)
+        captured = self._graphs[key]
+        if captured is None:
+            graph = torch.cuda.CUDAGraph()
+            # The stats of one replay are read before the next: graphs can share their memory.
+            self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
+            try:
+                # A capture only records: the weights are as they were if it fails.
+                with torch.cuda.graph(graph, pool=self._pool):
+                    batches = measure_and_project_(weights, num_iterations, skip)
+            except RuntimeError as error:
+                self._failed = True
+                self._graphs.clear()
+                _warn_of_no_graph(str(error).strip().splitlines()[0], stacklevel=3)
+                return measure_and_project_(weights, num_iterations, skip)
+            captured = self._graphs[key] = graph, batches
+        graph, batches = captured
+        graph.replay()
+        return batches

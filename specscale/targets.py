@@ -1,88 +1,114 @@
-"""Gains and targets: from a rule, a number or a function to one positive number per weight."""
+"""Gains and targets: from a name, a number or a function to one positive number for each weight."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specscale.errors import one_of
-from specscale.selection import Weight
+from specscale.constraints import Constraint
+from specscale.errors import Refusal, one_of
+from specscale.weights import Weight
 
-Rule = str | float | Callable[[str, nn.Module], float]
-
-GAINS = ("channels", "features", "matrix")
-
-
-def _positive(call: str, option: str, found: Any, where: str = "") -> float:
-    if isinstance(found, bool) or not isinstance(found, Real):
-        raise TypeError(f"{call}: {option} must be a number{where}, found {type(found).__name__}")
-    value = float(found)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{call}: {option} must be finite and positive{where}, found {value}")
-    return value
+Gain = str | float | Callable[[str, nn.Module], float]
+Target = Gain
 
 
-def check_rule(call: str, option: str, rule: Any, names: tuple[str, ...]) -> None:
-    """Refuse what is no rule, before a model is looked at."""
-    if isinstance(rule, str):
-        if rule not in names:
-            raise ValueError(
-                f"{call}: unknown {option} {rule!r}; choose {one_of(names)}, a number, "
-                "or a function (name, module) -> float"
-            )
-    elif not callable(rule):
-        _positive(call, option, rule)
+def _by_channels(weights: list[Weight], model: nn.Module, example_input: Any) -> dict[str, float]:
+    """`sqrt(d_out / d_in)` of the feature or channel counts."""
+    return {weight.name: _ratio(*weight.view.channels(weight.parameter)) for weight in weights}
 
 
-def evaluate(
-    call: str, option: str, rule: Rule, weights: list[Weight], model: nn.Module, example_input: Any
-) -> dict[str, float]:
-    """The value of the rule for each weight, by name; a named rule is a gain.
-
-    `"channels"`: sqrt(d_out / d_in) of the feature or channel counts; `"features"`: of the sizes of the module's output
-    and input; `"matrix"`: sqrt(m / n) of the matrix view.
-
-    Raises:
-        TypeError: a function's value is no number.
-        ValueError: a value is not finite and positive, or `"features"` cannot be measured.
-    """
-    if rule == "features":
-        return _features(call, weights, model, example_input)
-    values = {}
-    for weight in weights:
-        if rule == "channels":
-            d_out, d_in = weight.view.channels(weight.parameter)
-        elif rule == "matrix":
-            d_out, d_in = weight.view.matrices(weight.parameter).shape[1:]
-        else:
-            value = rule(weight.name, weight.module) if callable(rule) else rule
-            values[weight.name] = _positive(call, option, value, f" for {weight.name!r}")
-            continue
-        values[weight.name] = math.sqrt(d_out / d_in)
-    return values
-
-
-def _features(call: str, weights: list[Weight], model: nn.Module, example_input: Any) -> dict[str, float]:
+def _by_features(weights: list[Weight], model: nn.Module, example_input: Any) -> dict[str, float]:
+    """`sqrt(d_out / d_in)` of the sizes of each layer's output and input, in a call of the model."""
     if example_input is None:
-        raise ValueError(f'{call}: "features" needs example_input, a batch to read the activation sizes from')
+        raise Refusal('"features" needs example_input, a batch to read the activation sizes from')
     sizes = activation_sizes(model, [weight.module for weight in weights], example_input)
     gains = {}
     for weight in weights:
         d_out, d_in = weight.view.channels(weight.parameter)
-        # Without a kernel, each position's output is made of the same position's input: the counts' ratio is the
-        # sizes' ratio, and holds for a projection within attention that is never called as a module.
+        # Without a kernel, each position of the output comes from one position of the input: the ratio of the sizes is
+        # that of the counts, and is known for a projection within attention too, which is never called as a module.
         if weight.view.split(weight.parameter).ndim > 3:
             if weight.module not in sizes:
-                raise ValueError(
-                    f'{call}: "features" needs the sizes of {weight.name!r}, which example_input did not reach; '
+                raise Refusal(
+                    f'"features" needs the sizes of {weight.name!r}, which example_input did not reach; '
                     "exclude it, or choose another rule"
                 )
             d_in, d_out = sizes[weight.module]
-        gains[weight.name] = math.sqrt(d_out / d_in)
+        gains[weight.name] = _ratio(d_out, d_in)
     return gains
+
+
+def _by_matrix(weights: list[Weight], model: nn.Module, example_input: Any) -> dict[str, float]:
+    """`sqrt(m / n)` of the weight's matrices `(m, n)`."""
+    return {weight.name: _ratio(*weight.view.matrix_shape(weight.parameter)) for weight in weights}
+
+
+def _ratio(d_out: int, d_in: int) -> float:
+    return math.sqrt(d_out / d_in)
+
+
+GAINS = {"channels": _by_channels, "features": _by_features, "matrix": _by_matrix}
+"""The named gains."""
+
+
+def check_setting(option: str, setting: Any, names: Iterable[str]) -> None:
+    """Refuse what is no gain or target, before a model is looked at."""
+    if isinstance(setting, str):
+        if setting not in names:
+            raise Refusal(
+                f"unknown {option} {setting!r}; choose {one_of(names)}, a number, or a function (name, module) -> float"
+            )
+    elif not callable(setting):
+        _positive(option, setting)
+
+
+def resolve(
+    option: str, setting: Gain, weights: list[Weight], model: nn.Module, example_input: Any
+) -> dict[str, float]:
+    """The number that a gain, a number or a function gives for each weight, by name.
+
+    Raises:
+        Refusal: a function's value is no number (TypeError); a value is not finite and positive, or `"features"`
+            cannot be measured (ValueError).
+    """
+    if isinstance(setting, str):
+        return GAINS[setting](weights, model, example_input)
+    numbers = {}
+    for weight in weights:
+        number = setting(weight.name, weight.module) if callable(setting) else setting
+        numbers[weight.name] = _positive(option, number, f" for {weight.name!r}")
+    return numbers
+
+
+def resolve_targets(
+    setting: Target, constraint: Constraint, weights: list[Weight], model: nn.Module, example_input: Any
+) -> dict[str, float] | None:
+    """The target norm of each weight's matrices, by name; None for `"initial"`, which is measured.
+
+    A gain means the norm of an orthogonal matrix with that gain; a number is the norm itself.
+    """
+    if setting == "initial":
+        return None
+    numbers = resolve("target", setting, weights, model, example_input)
+    if not isinstance(setting, str):
+        return numbers
+    return {
+        weight.name: constraint.norm.of_orthogonal(numbers[weight.name], *weight.view.matrix_shape(weight.parameter))
+        for weight in weights
+    }
+
+
+def _positive(option: str, number: Any, where: str = "") -> float:
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise Refusal(f"{option} must be a number{where}, found {type(number).__name__}", TypeError)
+    value = float(number)
+    if not (math.isfinite(value) and value > 0):
+        raise Refusal(f"{option} must be finite and positive{where}, found {value}")
+    return value
 
 
 def activation_sizes(
@@ -90,8 +116,8 @@ def activation_sizes(
 ) -> Mapping[nn.Module, tuple[int, int]]:
     """Elements of each module's input and output in its first call; the model is left as it was.
 
-    `example_input`: a tensor, a tuple of positional or a dictionary of keyword arguments. The model runs in evaluation
-    mode, so that no running statistics move.
+    `example_input` is a tensor, a tuple of positional or a dictionary of keyword arguments. The model runs in
+    evaluation mode, so that no running statistics move.
     """
     sizes: dict[nn.Module, tuple[int, int]] = {}
 

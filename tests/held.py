@@ -7,7 +7,7 @@ def off_target(weight):
     """How far, relative, the weight's norm is from its target; the worst of its matrices."""
     matrices = weight.scaling.view.matrices(weight.parameter.detach()).double()
     target = weight.scaling.target.double()[:, None]
-    if weight.scaling.kind.name == "frobenius":
+    if weight.scaling.constraint.name == "frobenius":
         held = torch.linalg.matrix_norm(matrices)[:, None]
     else:
         # The first singular value is put on the target: where it then is the second, another one is the norm.

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from specscale import NonFiniteWeightError, apply_norm_scaling, certificates
-from specscale.certificates import lanczos, lanczos_steps, spectral_bounds
+from specscale import NonFiniteWeightError, apply_norm_scaling, bounds
+from specscale.bounds import lanczos, lanczos_steps, spectral_bounds
 
 
 @settings(max_examples=30, deadline=None)
@@ -32,7 +32,7 @@ def test_lanczos_stays_below_and_ends_at_the_norm(m, n, rank, exponent, steps):
 
 
 def test_a_large_matrix_lies_within_its_bounds_whatever_its_spectrum(monkeypatch):
-    monkeypatch.setattr(certificates, "EXACT_SIDE", 64)
+    monkeypatch.setattr(bounds, "EXACT_SIDE", 64)
     left, _, right = torch.linalg.svd(torch.randn(1, 400, 300, dtype=torch.float64), full_matrices=False)
     # Crowded, graded, equal, and one value alone above a crowd.
     spectra = [torch.linspace(1, 0.99, 300), torch.logspace(0, -8, 300), torch.ones(300), torch.ones(300)]
@@ -40,9 +40,9 @@ def test_a_large_matrix_lies_within_its_bounds_whatever_its_spectrum(monkeypatch
     for values in spectra:
         matrices = left @ torch.diag(values.double()) @ right
         for tall in (matrices, matrices.mT):
-            bounds = spectral_bounds(tall, torch.tensor([5]), tolerance=1e-2, miss=1e-6)
-            assert (bounds.method, bounds.miss) == ("lanczos", 1e-6)
-            assert bounds.lower * (1 - 1e-12) <= values[0].double() <= bounds.upper
+            found = spectral_bounds(tall, torch.tensor([5]), tolerance=1e-2, miss=1e-6)
+            assert (found.method, found.miss) == ("lanczos", 1e-6)
+            assert found.lower * (1 - 1e-12) <= values[0].double() <= found.upper
 
 
 def test_the_steps_are_those_of_the_theorem():
@@ -83,7 +83,7 @@ def test_the_audit_tells_the_excess_and_what_the_solver_missed(norm):
 
 
 def test_the_audit_states_its_probability_of_a_miss(monkeypatch):
-    monkeypatch.setattr(certificates, "EXACT_SIDE", 64)
+    monkeypatch.setattr(bounds, "EXACT_SIDE", 64)
     scaling = apply_norm_scaling(nn.Sequential(nn.Linear(150, 120), nn.Linear(120, 40)))
     audit = scaling.audit(tolerance=0.05, miss=1e-3)
     assert [one.method for one in audit.certificates] == ["lanczos", "svd"]

@@ -10,15 +10,17 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from specscale import Block, apply_norm_scaling
-from specscale.selection import scalable
+from specscale.weights import find_weights
 
 
 @pytest.mark.parametrize(("preset", "most"), [(mlp_5x2000, 0.03), (mlp_7x4000, 0.03), (resnet50, 0.10)])
 def test_the_state_is_a_small_part_of_the_weights(preset, most):
     with torch.device("meta"):
         model = build_model(preset(), (3, 32, 32), 100)
-    weights = [weight.view.matrices(weight.parameter) for weight in scalable("test", model)]
-    states = [Block().cold(w, torch.zeros(len(w), dtype=torch.int64, device="meta")) for w in weights]
+    weights = [weight.view.matrices(weight.parameter) for weight in find_weights(model)]
+    states = [
+        Block().init_state(torch.zeros(len(w), dtype=torch.int64, device="meta"), w.shape[1:], w.dtype) for w in weights
+    ]
     state = sum(value.nbytes for one in states for value in one.values())
     assert 0 < state / sum(weight.nbytes for weight in weights) < most
 

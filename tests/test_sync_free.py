@@ -28,7 +28,7 @@ class Refuse(TorchDispatchMode):
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    monkeypatch.setattr("specscale.algebra.may_wait", lambda tensor: False)
+    monkeypatch.setattr("specscale.linalg.can_sync", lambda tensor: False)
 
 
 @pytest.mark.parametrize("look", [lambda x: x.sum().item(), lambda x: x[x > 0], torch.linalg.svdvals, torch.linalg.qr])
@@ -112,6 +112,6 @@ def test_the_pace_follows_the_error_of_the_step_before(accelerator):
             with torch.no_grad():
                 weight.parameter.add_(size * torch.randn_like(weight.parameter) / weight.parameter.shape[0] ** 0.5)
         scaling.step()
-        paces += scaling._pace.values()
+        paces += scaling._step._planned.values()
     assert max(paces) > 2, "an error that is too large asks for more"
     assert paces[-1] < max(paces), "and one that is small for fewer"

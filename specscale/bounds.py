@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specscale.algebra import normal, unit
+from specscale.linalg import unit
+from specscale.random import normal
 
 EXACT_SIDE = 1024
 """The longest shorter side of a matrix that is decomposed."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from specscale.matrices import MatrixView
+from specscale.views import MatrixView
 
 CASES = [
     (MatrixView("o i"), (6, 4)),

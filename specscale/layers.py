@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from specscale.matrices import MatrixView
+from specscale.views import MatrixView
 
 Views = Mapping[str, MatrixView]
 

@@ -1,0 +1,84 @@
+"""Following an optimizer: a hook that scales, after each of its steps, the weights that it has moved."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from specscale.errors import Refusal, public_call
+from specscale.step import ScalingStep
+from specscale.weights import Weight, refuse_sharded
+
+HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(max).__code__  # type: ignore[attr-defined]
+"""The code of the wrapper with which torch calls hooks around an optimizer's `step`."""
+
+
+def owned_by(optimizer: torch.optim.Optimizer, weights: Iterable[Weight]) -> list[Weight]:
+    """The weights among the optimizer's parameters."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [weight for weight in weights if id(weight.parameter) in owned]
+
+
+class StepHook:
+    """Takes the scaling step after each step of an optimizer."""
+
+    def __init__(self, weights: Callable[[], list[Weight]], step: ScalingStep) -> None:
+        self.weights = weights
+        self._step = step
+
+    @public_call("step")
+    def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if _is_inner_step(optimizer):
+            return
+        # A weight that was not stepped stays, since the spectral update is not idempotent. An optimizer may clear the
+        # gradients or take none, which its writes show; but one that writes to `.data` shows by its gradients only.
+        stepped = [
+            weight
+            for weight in owned_by(optimizer, self.weights())
+            if weight.parameter.grad is not None or weight.scaling.is_stale(weight.parameter)
+        ]
+        # GradScaler calls a fused optimizer even for a step that it skips, which the optimizer does by `found_inf`.
+        self._step.take(stepped, getattr(optimizer, "found_inf", None))
+
+
+def attach(optimizer: torch.optim.Optimizer, hook: StepHook) -> RemovableHandle:
+    """Register the hook with the optimizer.
+
+    Raises:
+        Refusal: `optimizer` is no torch optimizer (TypeError); it would never call a step hook, owns none of the
+            weights, is attached already, or its weights have been sharded (ValueError).
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise Refusal(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}", TypeError)
+    kind = type(optimizer).__name__
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise Refusal(
+            f"{kind} never calls step hooks; attach to the optimizer that it wraps, or call "
+            "scaling.step() after its step"
+        )
+    owned = owned_by(optimizer, hook.weights())
+    if not owned:
+        raise Refusal(f"{kind} owns none of the scaled weights; build it from this model's parameters")
+    refuse_sharded(owned)
+    # Another handle of the same model scales the same weights, hence the look into the optimizer's own list.
+    others = [getattr(other, "__self__", None) for other in optimizer._optimizer_step_post_hooks.values()]
+    taken = {id(weight.scaling) for other in others if isinstance(other, StepHook) for weight in other.weights()}
+    if any(id(weight.scaling) in taken for weight in owned):
+        raise Refusal(f"this {kind} is attached already; a second hook would scale twice")
+    return optimizer.register_step_post_hook(hook.after_step)
+
+
+def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step that ended was called by one that overrides it: torch calls the hooks after both."""
+    if torch.compiler.is_compiling():
+        return False
+    if sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__) < 2:
+        return False
+    # A count of the steps that have begun would be wrong for good after one that raises; the call stack never is.
+    running, frame = 0, inspect.currentframe()
+    while frame is not None:
+        running += frame.f_code is HOOKED_STEP and frame.f_locals["args"][0] is optimizer
+        frame = frame.f_back
+    return running > 1

@@ -1,0 +1,35 @@
+"""Random numbers as a function of a key: nothing to seed, store or synchronise, and equal on every device and rank.
+
+Each number is a hash of (key, position): the idea of the counter-based generators of Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3" (2011).
+"""
+
+import torch
+from torch import Tensor
+
+
+def normal(key: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers `(k, *size)` from int64 keys `(k,)`, by the Box-Muller transform."""
+    count = torch.Size(size).numel()
+    uniform = (_bits(key, 2 * count).double() + 0.5) / 2**32
+    radius, angle = uniform[:, :count], uniform[:, count:]
+    return ((-2 * radius.log()).sqrt() * (2 * torch.pi * angle).cos()).to(dtype).reshape(-1, *size)
+
+
+def signs(key: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Random signs, +1 or -1, `(k, *size)`, float32, from int64 keys `(k,)`: cheaper than `normal`."""
+    return (1 - (_bits(key, torch.Size(size).numel()) & 1) * 2).float().reshape(-1, *size)
+
+
+def _bits(key: Tensor, count: int) -> Tensor:
+    """32 random bits at each of `count` positions, `(k, count)`, int64."""
+    return _hash32(_hash32(key[:, None]) + torch.arange(count, device=key.device))
+
+
+def _hash32(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (xor-shift-multiply) in int64, whose products wrap but keep the low 32 bits right."""
+    mask = 0xFFFFFFFF
+    x = (x ^ (x >> 32)) & mask
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    return x ^ (x >> 16)

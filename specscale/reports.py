@@ -1,0 +1,224 @@
+"""What the norms of a model's weights are: metrics and table from the buffers, certified audit, norms of any model."""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from specscale.errors import Refusal, non_finite, public_call
+from specscale.layers import LayerRule
+from specscale.linalg import at_least_float32, no_grad_full_precision, scaled_to_one, smaller_gram
+from specscale.solvers import Block, DenseMatrices
+from specscale.state import NormScaling
+from specscale.step import ADVICE
+from specscale.weights import Patterns, Weight, refuse_non_finite, select
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number that is reported of each weight: the largest over its matrices."""
+
+    name: str
+    values: Callable[[NormScaling], Tensor]
+    """`(k,)`, from the buffers."""
+    text: Callable[[float], str]
+
+
+def _or_exact(value: float) -> str:
+    return f"{value:.1e}" if value else "exact"
+
+
+COLUMNS = (
+    Column("target", lambda scaling: scaling.target, "{:.4g}".format),
+    Column("norm", lambda scaling: scaling.norm, "{:.4g}".format),
+    Column("excess", lambda scaling: scaling.excess(scaling.norm), "{:+.2%}".format),
+    Column("residual", lambda scaling: scaling.residual, _or_exact),
+    Column("error", lambda scaling: scaling.error, _or_exact),
+)
+"""What `NormScaler.metrics()` and `print` report; a new column is one entry."""
+
+
+def metrics(weights: list[Weight]) -> dict[str, float]:
+    """Every column of every weight as `<column>/<name>`; see `NormScaler.metrics`."""
+    _warn_if_stale(weights, stacklevel=5)
+    if bad := [weight.name for weight in weights if not bool(weight.scaling.norm.isfinite().all())]:
+        raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
+    return {
+        f"{column.name}/{weight.name}": column.values(weight.scaling).max().item()
+        for weight in weights
+        for column in COLUMNS
+    }
+
+
+def table(weights: list[Weight]) -> str:
+    """The weights and their columns as lines of text."""
+    _warn_if_stale(weights, stacklevel=4)
+    rows = [("layer", "matrices", "shape", *(column.name for column in COLUMNS))]
+    for weight in weights:
+        m, n = weight.view.matrix_shape(weight.parameter)
+        numbers = (column.text(column.values(weight.scaling).max().item()) for column in COLUMNS)
+        rows.append((weight.name, str(weight.view.count), f"{m}x{n}", *numbers))
+    return _aligned(rows)
+
+
+def _warn_if_stale(weights: list[Weight], stacklevel: int) -> None:
+    if stale := [weight.name for weight in weights if weight.scaling.is_stale(weight.parameter)]:
+        warnings.warn(
+            f"the weight of {', '.join(map(repr, stale))} has changed since it was last scaled, and the reported "
+            "values are stale; attach the optimizer that steps it, or call scaling.step() after each of its steps",
+            stacklevel=stacklevel,
+        )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """The rows in columns of equal width: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One weight's true norm; of a weight that is several matrices, the worst of them."""
+
+    name: str
+    count: int
+    """Matrices in the tensor."""
+    shape: tuple[int, int]
+    """`(m, n)` of one matrix."""
+    target: float
+    """The largest target."""
+    norm: float
+    """The largest norm: exact to float64 where `miss` is 0, else a lower bound that is attained."""
+    excess: float
+    """The worst norm / target - 1: what the method leaves above the target, with an exact solver too."""
+    error: float
+    """The worst (reported norm) / norm - 1: negative where the solver has missed something."""
+    method: str
+    """`"svd"` or `"lanczos"` for the spectral norm, `"sum"` for the Frobenius norm; in float64."""
+    miss: float
+    """The probability that the true norm is larger than `norm` by more than the audit's tolerance."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The certificates of a model's weights, in its order; `print` shows them as a table."""
+
+    certificates: list[Certificate]
+    tolerance: float
+    """Where `miss` is not 0, how far, relative, the true norm may lie above `norm`."""
+
+    @property
+    def miss(self) -> float:
+        """The probability that any weight's norm is larger than stated, by more than the tolerance."""
+        return sum(one.miss for one in self.certificates)
+
+    @property
+    def worst_error(self) -> float:
+        """The largest absolute error of the solver, relative to the norm."""
+        return max(abs(one.error) for one in self.certificates)
+
+    @property
+    def worst_excess(self) -> float:
+        """The largest excess."""
+        return max(one.excess for one in self.certificates)
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [
+            ("layer", "matrices", "shape", "target", "norm", "excess", "solver's error", "method", "miss")
+        ]
+        for one in self.certificates:
+            numbers = (f"{one.target:.4g}", f"{one.norm:.6g}", f"{one.excess:+.3%}", f"{one.error:+.1e}")
+            m, n = one.shape
+            rows.append((one.name, str(one.count), f"{m}x{n}", *numbers, one.method, f"{one.miss:.0e}"))
+        summary = "every norm is exact in float64"
+        if self.miss:
+            summary = (
+                f"a norm by lanczos may be larger by {self.tolerance:.0e}, and by more with probability {self.miss:.0e}"
+            )
+        return f"{_aligned(rows)}\n{summary}"
+
+
+@no_grad_full_precision
+def audit(weights: list[Weight], tolerance: float, miss: float, seed: int) -> Audit:
+    """The weights' certified norms; see `NormScaler.audit`."""
+    if not (0 < tolerance < 1 and 0 < miss < 1):
+        raise Refusal(f"tolerance and miss must lie between 0 and 1, found {tolerance} and {miss}")
+    refuse_non_finite(weights, ADVICE)
+    return Audit([_certificate(weight, tolerance, miss, seed) for weight in weights], tolerance)
+
+
+def _certificate(weight: Weight, tolerance: float, miss: float, seed: int) -> Certificate:
+    scaling, parameter = weight.scaling, weight.parameter
+    key = scaling.seeds(parameter.device, seed)
+    bounds = scaling.constraint.norm.certify(scaling.matrices(parameter), key, tolerance, miss)
+    norm = bounds.lower
+    # A matrix of zeros has no relative error.
+    error = torch.where(norm > 0, scaling.norm.double() / norm - 1, 0)
+    return Certificate(
+        name=weight.name,
+        count=weight.view.count,
+        shape=weight.view.matrix_shape(parameter),
+        target=scaling.target.max().item(),
+        norm=norm.max().item(),
+        excess=scaling.excess(norm).max().item(),
+        error=error[error.abs().argmax()].item(),
+        method=bounds.method,
+        miss=bounds.miss,
+    )
+
+
+@public_call("spectral_norms")
+@no_grad_full_precision
+def spectral_norms(
+    module: nn.Module, *, include: Patterns = None, exclude: Patterns = None, rules: Iterable[LayerRule] = ()
+) -> dict[str, float]:
+    """The spectral norm of every weight of a model, scaled or plain, frozen or not, by layer name.
+
+    By the block solver, until the residual is 1e-5 relative or for 300 iterations. A weight that is several matrices is
+    reported by its largest norm, and one that is computed from parameters by the norm of the result.
+
+    Raises:
+        TypeError: `module` is no module, or an option has a wrong type.
+        ValueError: a pattern matches nothing, a rule does not fit a layer, or no weight is selected.
+    """
+    solver = Block()
+    norms = {}
+    for weight in select(module, include, exclude, rules, frozen=True):
+        matrices = at_least_float32(weight.view.matrices(weight.parameter))
+        key = torch.arange(len(matrices), device=matrices.device)
+        _, m, n = matrices.shape
+        state = solver.init_state(key, (m, n), matrices.dtype)
+        triple, _ = solver.solve(DenseMatrices(matrices), state, to_convergence=True)
+        norms[weight.name] = triple.value.max().item()
+    return norms
+
+
+@public_call("singular_values")
+@no_grad_full_precision
+def singular_values(
+    module: nn.Module, *, include: Patterns = None, exclude: Patterns = None, rules: Iterable[LayerRule] = ()
+) -> dict[str, Tensor]:
+    """All singular values of every weight of a model, scaled or plain, frozen or not, by layer name.
+
+    Each `(k, min(m, n))`, float64, in descending order, for a weight that is `k` matrices `(m, n)`. From the smaller
+    Gram matrix in float64, so that each value is right to 1e-8 of the largest, and float32's own rounding of the weight
+    is larger than that. Slow for wide layers: `min(m, n)^3` operations a matrix.
+
+    Raises:
+        TypeError: `module` is no module, or an option has a wrong type.
+        ValueError: a pattern matches nothing, a rule does not fit a layer, or no weight is selected.
+        NonFiniteWeightError: a weight holds NaN or infinity.
+    """
+    weights = select(module, include, exclude, rules, frozen=True)
+    refuse_non_finite(weights, "load good weights")
+    values = {}
+    for weight in weights:
+        scaled, scale = scaled_to_one(at_least_float32(weight.view.matrices(weight.parameter)))
+        squares = torch.linalg.eigvalsh(smaller_gram(scaled))
+        values[weight.name] = squares.flip(-1).clamp_min(0).sqrt() * scale[:, None]
+    return values

@@ -1,0 +1,159 @@
+"""What a scaled weight carries: a parametrization whose forward is the identity and whose buffers are all the state."""
+
+import weakref
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from specscale.constraints import Constraint
+from specscale.linalg import at_least_float32
+from specscale.views import MatrixView
+
+MEASURED = ("norm", "residual", "error")
+"""The buffers that a measurement fills, beside the solver's."""
+
+
+class NormScaling(nn.Module):
+    """The state of one scaled weight: its targets, its norms and what the solver continues from, all buffers.
+
+    The weight itself is always on its target, so that forward has nothing to do: the step writes the weight.
+
+    Buffers, one number for each of the weight's `k` matrices, float32 or wider:
+
+    - `target_<constraint>`: the target norm; the name says of which constraint, so that a checkpoint does.
+    - `skip_mask`: 1 for a matrix that is left alone, 0 for the others.
+    - `norm`: the norm after the last step. `residual` and `error`: how far the solver was from it.
+
+    And the solver's own.
+    """
+
+    norm: Tensor
+    residual: Tensor
+    error: Tensor
+    skip_mask: Tensor
+
+    def __init__(
+        self,
+        constraint: Constraint,
+        view: MatrixView,
+        weight: Tensor,
+        *,
+        name: str,
+        is_only: bool,
+        parameter_order: tuple[str, ...],
+    ) -> None:
+        super().__init__()
+        self.constraint = constraint
+        self.view = view
+        self.name = name
+        """What the weight was called when it was put under scaling: it seeds the random numbers."""
+        self.is_only = is_only
+        """Whether it is its layer's only weight, and is therefore called as the layer is."""
+        self.parameter_order = parameter_order
+        """The layer's parameters in their order before registering moved this one to the end."""
+        self.load_hooks: tuple[RemovableHandle, ...] = ()
+        self.needs_solve = False
+        """Whether a checkpoint has brought the weight without a state for this solver."""
+        self._recorded: tuple[weakref.ref[Tensor], int] | None = None
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        for buffer in (*MEASURED, self.target_name, "skip_mask"):
+            self.register_buffer(buffer, torch.zeros(view.count, dtype=dtype, device=weight.device))
+        state = self._init_state(weight)
+        self._solver_buffers = tuple(state)
+        for buffer, value in state.items():
+            self.register_buffer(buffer, value)
+
+    @property
+    def target_name(self) -> str:
+        return f"target_{self.constraint.name}"
+
+    @property
+    def target(self) -> Tensor:
+        """`(k,)`: the target norm of each matrix."""
+        return self.get_buffer(self.target_name)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """The weight as `(k, m, n)`, float32 or wider, for reading."""
+        return at_least_float32(self.view.matrices(weight.detach()))
+
+    def seeds(self, device: torch.device, salt: int = 0) -> Tensor:
+        """`(k,)`, int64: what seeds the random numbers of each matrix, a function of the weight's name."""
+        return torch.arange(self.view.count, device=device) + (zlib.crc32(self.name.encode()) + salt << 20)
+
+    def excess(self, norm: Tensor) -> Tensor:
+        """`(k,)`, float64: `norm / target - 1`; minus infinity, never the worst, for a matrix that is left alone."""
+        excess = norm.double() / self.target.double() - 1
+        return torch.where(self.skip_mask > 0, -torch.inf, excess)
+
+    def solver_state(self) -> dict[str, Tensor]:
+        """The solver's buffers, by name."""
+        return {name: self.get_buffer(name) for name in self._solver_buffers}
+
+    def reset_solver_(self, weight: Tensor) -> None:
+        """Forget what the solver knows of the weight."""
+        for name, value in self._init_state(weight).items():
+            self.get_buffer(name).copy_(value)
+
+    def _init_state(self, weight: Tensor) -> dict[str, Tensor]:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return self.constraint.norm.init_state(self.seeds(weight.device), self.view.matrix_shape(weight), dtype)
+
+    def retarget_(self) -> None:
+        """Hold the norms that were measured last; a matrix of zeros has no direction and is left alone."""
+        self.target.copy_(self.norm)
+        self.skip_mask.copy_(self.norm == 0)
+
+    def mark_current(self, weight: Tensor | None) -> None:
+        """Record the weight's version as the one that the buffers describe; None clears it."""
+        self._recorded = None if weight is None else (weakref.ref(weight), weight._version)
+
+    def is_stale(self, weight: Tensor) -> bool:
+        """Whether the weight is known to have been written to since `mark_current`."""
+        return self._recorded is not None and self._recorded[0]() is weight and self._recorded[1] != weight._version
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `model.half()` and its like must not round targets and singular vectors: follow the device, not the dtype.
+        self.mark_current(None)
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self.get_buffer(name)
+            if after.is_floating_point() and after.dtype.itemsize < 4:
+                self.register_buffer(name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        count = f"{self.view.count} matrices, " if self.view.count > 1 else ""
+        return f"{self.constraint.name}, {count}target={float(self.target.max()):.4g}"
+
+
+def scalings_of(module: nn.Module) -> Iterator[tuple[str, NormScaling]]:
+    """The scaled tensors of a layer itself: the tensor's name and its scaling."""
+    if parametrize.is_parametrized(module):
+        for tensor in module.parametrizations:  # type: ignore[union-attr]
+            if (scaling := scaling_of(module, tensor)) is not None:
+                yield tensor, scaling
+
+
+def scaling_of(module: nn.Module, tensor: str) -> NormScaling | None:
+    """The scaling of a layer's tensor, or None where it has none."""
+    if not parametrize.is_parametrized(module, tensor):
+        return None
+    scalings = [p for p in module.parametrizations[tensor] if isinstance(p, NormScaling)]  # type: ignore[union-attr, index]
+    return scalings[0] if scalings else None
+
+
+def original(module: nn.Module, tensor: str) -> nn.Parameter:
+    """The parameter behind a parametrized tensor."""
+    return module.parametrizations[tensor].original  # type: ignore[union-attr, index, return-value]

@@ -1,0 +1,285 @@
+"""The weights of a model: which tensors they are, what they are called, and which of them the caller selects."""
+
+import fnmatch
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from einops import EinopsError
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from specscale.errors import Refusal, nearest, non_finite
+from specscale.layers import BUILT_IN, LayerRule
+from specscale.state import NormScaling, original, scaling_of, scalings_of
+from specscale.views import MatrixView
+
+Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Patterns = Pattern | Iterable[Pattern] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight tensor of a model: where it is, what it is called, and as which matrices it is read."""
+
+    layer: str
+    """The layer's name in the model."""
+    module: nn.Module
+    """The layer."""
+    tensor: str
+    """The tensor's name in the layer."""
+    view: MatrixView
+    is_only: bool = True
+    """Whether the layer has no other weight, so that the layer's name is enough."""
+    state: NormScaling | None = None
+    """Its scaling, where it has been put under one."""
+
+    @property
+    def name(self) -> str:
+        """The layer's name, with the tensor's behind it where the layer has several weights or no name."""
+        return self.layer if self.layer and self.is_only else f"{self.layer}.{self.tensor}".lstrip(".")
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight: the parameter itself, under scaling too, or what is computed from other parameters."""
+        if scaling_of(self.module, self.tensor) is not None:
+            return original(self.module, self.tensor)
+        return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
+
+    @property
+    def scaling(self) -> NormScaling:
+        """The state of its scaling."""
+        if self.state is None:
+            raise AttributeError(f"the weight of {self.name!r} is not under norm scaling")
+        return self.state
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether its scaling is still on the layer."""
+        return self.state is not None and scaling_of(self.module, self.tensor) is self.state
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether the tensor is computed from parameters, so that what is written to it would be lost."""
+        return scaling_of(self.module, self.tensor) is None and self.tensor not in self.module._parameters
+
+    @property
+    def sources(self) -> dict[str, Tensor]:
+        """The layer's parameters that a computed weight may be made of; the weight alone where it is a parameter."""
+        if not self.is_computed:
+            return {self.tensor: self.parameter}
+        parameters: dict[str, Tensor] = dict(self.module.named_parameters())
+        return {name: parameters[name] for name in parameters if self.tensor in name} or parameters
+
+    @property
+    def is_trainable(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.sources.values())
+
+
+def scaled_weights(model: nn.Module) -> Iterator[Weight]:
+    """Every scaled weight of a model, in the model's order.
+
+    Each is called as it was when it was put under scaling, with the layer's name in this model.
+    """
+    for layer, module in model.named_modules():
+        for tensor, scaling in scalings_of(module):
+            yield Weight(layer, module, tensor, scaling.view, scaling.is_only, scaling)
+
+
+def find_weights(model: nn.Module, rules: Iterable[LayerRule] = ()) -> list[Weight]:
+    """Every weight of the model, scaled or not, by the first rule that matches its layer: `rules`, then the built-in.
+
+    A tensor that several layers share comes once, as the first one's.
+    """
+    return [holders[0] for holders in _weights_with_holders(model, rules)]
+
+
+def select(
+    model: nn.Module,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    rules: Iterable[LayerRule] = (),
+    *,
+    frozen: bool = False,
+) -> list[Weight]:
+    """The weights that `include` and `exclude` leave, in the model's order; with `frozen`, frozen ones too.
+
+    A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers.
+
+    Raises:
+        Refusal: `model` is no module, a pattern is neither a string, a type nor a predicate, or a rule is no
+            `LayerRule` (TypeError); a pattern or a rule matches nothing, a rule does not fit a layer, no weight is
+            left, or one is lazy, on the meta device or sharded (ValueError).
+    """
+    if not isinstance(model, nn.Module):
+        raise Refusal(f"expected a torch.nn.Module, found {type(model).__name__}", TypeError)
+    rules = [rules] if isinstance(rules, LayerRule) else list(rules)
+    for rule in rules:
+        if not isinstance(rule, LayerRule):
+            raise Refusal(f"rules takes LayerRule objects, found {type(rule).__name__}", TypeError)
+    weights = _weights_with_holders(model, rules)
+    # A module without weights cannot be included; to exclude it is no mistake.
+    with_weights = dict.fromkeys(name for holders in weights for one in holders for name in _with_parents(one.layer))
+    included = _matcher("include", include, with_weights)
+    excluded = _matcher("exclude", exclude, [name for name, _ in model.named_modules()])
+    selected = [
+        holders[0]
+        for holders in weights
+        if (frozen or holders[0].is_trainable)
+        and (include is None or any(included(one.layer, one.module) for one in holders))
+        and not any(excluded(one.layer, one.module) for one in holders)
+    ]
+    refuse_without_values(selected)
+    refuse_sharded(selected)
+    if not selected:
+        raise Refusal(
+            f"no weight of {type(model).__name__} is selected; it has {len(weights)} that could be scaled "
+            "(linear, convolution, attention and recurrent weights, and what rules add), "
+            "of which include, exclude and requires_grad leave none"
+        )
+    return selected
+
+
+def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[list[Weight]]:
+    """Each weight of the model as a list: as its first layer holds it, then as each layer that shares it does."""
+    own = list(rules)
+    unused = list(own)
+    # The tensors are kept alive, so that no id is used twice: one that is computed is a new tensor at every look.
+    seen: dict[int, tuple[Tensor, list[Weight]]] = {}
+    for layer, module in model.named_modules():
+        rule = next((rule for rule in (*own, *BUILT_IN) if rule.matches(layer, module)), None)
+        unused = [one for one in unused if one is not rule]
+        views = rule.views(module) if rule is not None else {}
+        weights = [Weight(layer, module, tensor, view) for tensor, view in views.items()]
+        weights = [weight for weight in weights if _has_elements(weight)]
+        tensors = [weight.parameter for weight in weights]
+        is_only = sum(id(tensor) not in seen for tensor in tensors) == 1
+        for tensor, weight in zip(tensors, weights, strict=True):
+            seen.setdefault(id(tensor), (tensor, []))[1].append(replace(weight, is_only=is_only))
+    if unused:
+        kind = getattr(unused[0].layer, "__name__", repr(unused[0].layer))
+        raise Refusal(f"the rule for {kind} matches no layer of {type(model).__name__}")
+    return [holders for _, holders in seen.values()]
+
+
+def _has_elements(weight: Weight) -> bool:
+    """Whether the layer has the tensor that its rule names, as numbers; the shape must fit the rule."""
+    kind = type(weight.module).__name__
+    if not hasattr(weight.module, weight.tensor):
+        names = ", ".join(repr(own) for own, _ in weight.module.named_parameters(recurse=False)) or "none"
+        raise Refusal(
+            f"the rule for {kind} names {weight.tensor!r}, which {weight.layer!r} does not have; "
+            f"its parameters are {names}"
+        )
+    parameter = weight.parameter
+    if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
+        return False
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return True
+    try:
+        weight.view.matrix_shape(parameter)
+    except EinopsError:
+        raise Refusal(
+            f"the rule for {kind} reads {weight.tensor!r} of {weight.layer!r} as {weight.view}, "
+            f"which its shape {tuple(parameter.shape)} does not fit"
+        ) from None
+    return parameter.numel() > 0
+
+
+def _with_parents(name: str) -> list[str]:
+    """The module's name and those of all modules that it lies in, itself first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def _matcher(option: str, patterns: Patterns, names: Iterable[str]) -> Callable[[str, nn.Module], bool]:
+    """Whether a pattern matches a module: a string by its name or that of a module it lies in, others by itself."""
+    if patterns is None:
+        patterns = []
+    elif isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        patterns = [patterns]
+    patterns, names = list(patterns), list(names)
+    for pattern in patterns:
+        if isinstance(pattern, nn.Module) or not (isinstance(pattern, str) or callable(pattern)):
+            raise Refusal(
+                f"{option} takes shell patterns on module names, types of layers, or predicates "
+                f"(name, module) -> bool, found {type(pattern).__name__}",
+                TypeError,
+            )
+        if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise Refusal(
+                f"{option} pattern {pattern!r} matches no module; the nearest names are {nearest(pattern, names)}"
+            )
+
+    def matches(name: str, module: nn.Module, pattern: Pattern) -> bool:
+        if isinstance(pattern, str):
+            return any(fnmatch.fnmatchcase(one, pattern) for one in _with_parents(name))
+        return isinstance(module, pattern) if isinstance(pattern, type) else pattern(name, module)
+
+    return lambda name, module: any(matches(name, module, pattern) for pattern in patterns)
+
+
+def refuse_without_values(weights: Iterable[Weight]) -> None:
+    """Refuse weights that have no values yet: lazy ones, and those on the meta device."""
+    for weight in weights:
+        if isinstance(weight.parameter, nn.parameter.UninitializedParameter):
+            raise Refusal(f"the weight of {weight.name!r} has no shape yet; call the lazy model once first")
+        if weight.parameter.is_meta:
+            raise Refusal(
+                f"the weight of {weight.name!r} is on the meta device and holds no numbers; "
+                "give the model memory (to_empty) and values first"
+            )
+
+
+def refuse_sharded(weights: Iterable[Weight]) -> None:
+    """Refuse weights of which this process holds a shard."""
+    # Whoever shards has imported it.
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    for weight in weights:
+        if isinstance(weight.parameter, sharded):
+            raise Refusal(f"the weight of {weight.name!r} is sharded (a DTensor), which is not supported")
+
+
+def refuse_computed(weights: Iterable[Weight]) -> None:
+    """Refuse weights that are no parameters: what is written to one is overwritten by what it is computed from."""
+    for weight in weights:
+        if weight.is_computed:
+            sources = ", ".join(map(repr, weight.sources))
+            raise Refusal(
+                f"{weight.tensor!r} of {weight.name!r} is computed from {sources}, "
+                "as by pruning, weight normalisation or a parametrization; remove that first, or exclude the layer"
+            )
+
+
+def refuse_scaled(weights: Iterable[Weight]) -> None:
+    """Refuse weights that are under scaling already."""
+    for weight in weights:
+        if scaling_of(weight.module, weight.tensor) is not None:
+            raise Refusal(f"{weight.name!r} is scaled already; call remove_norm_scaling(model) first, or exclude it")
+
+
+def refuse_shared_memory(weights: Iterable[Weight]) -> None:
+    """Refuse two parameters in the same memory, which would be scaled twice; one that layers share is one weight."""
+    first: dict[int, Weight] = {}
+    for weight in weights:
+        other = first.setdefault(weight.parameter.data_ptr(), weight)
+        if other is not weight:
+            raise Refusal(
+                f"the weights of {other.name!r} and {weight.name!r} are two parameters in the same memory; "
+                "exclude one, which then follows the other, or tie them as one parameter"
+            )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a model under DistributedDataParallel."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise Refusal(
+            "the model is under DistributedDataParallel already, which would wait for the parameters by their "
+            "old names; scale the model first, then wrap it"
+        )
+
+
+def refuse_non_finite(weights: Iterable[Weight], advice: str) -> None:
+    """Refuse weights that hold NaN or infinity, by `NonFiniteWeightError`."""
+    if bad := [weight.name for weight in weights if not bool(weight.parameter.isfinite().all())]:
+        raise non_finite(bad, advice)
