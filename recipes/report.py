@@ -1,36 +1,25 @@
-"""A report over finished runs: one HTML file to open in a browser, and the same as a W&B report.
+"""A report on the finished runs of a preset: one HTML file to open in a browser, and the same as a W&B report.
 
 Example: python recipes/report.py runs/mlp-5x2000
 
-`report.html` holds the tables and pictures of a preset's runs and needs nothing else; `report.json` is what W&B would
-be sent, made without network. `--publish` sends it, to the project that the runs were logged to.
+`report.html` contains all tables and images. `report.json` is the W&B report, written without network access;
+`--publish` sends it to the W&B project that the runs were logged to.
 """
 
 import base64
 import json
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import figures
 import tyro
-from compare import differences
-from logs import say, write_atomically
-from runs import Run, layers, read
-from summaries import HEADER, findings, rows
-from tables import html, markdown
-
-CAPTIONS = {
-    "accuracy": "Accuracy by epoch: training (while learning, on augmented images) and test.",
-    "loss": "Cross entropy by epoch.",
-    "curves": "Training and test together, by condition: how far they part.",
-    "spectral_norms": "The spectral norm of every weight matrix; darker lines are earlier layers.",
-    "excess": "How far each spectral norm is above its target; dotted lines are drops of the learning rate.",
-    "spectra": "All singular values of a weight matrix, largest first; darker lines are earlier epochs.",
-    "ranks": "Stable, numerical (above a hundredth of the largest) and effective rank, over the full rank.",
-    "iterations": "The solver's iterations a step, mean over the epoch, of layers that are not solved exactly.",
-    "operator_norms": "Each convolution's norm as an operator over that of its flattened weight.",
-}
+from lib import figures
+from lib.console import markdown
+from lib.files import write_atomically
+from lib.post import findings
+from lib.runs import Runs, per_layer, read_runs
+from lib.summaries import HEADER, differing_options, table_rows
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
@@ -40,50 +29,56 @@ img { max-width: 100%; display: block; margin-top: 2em }
 figcaption { color: #555 } .wide { overflow-x: auto }"""
 
 
-def origins(runs: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
-    """Where each run was made: a table's header and rows."""
-    header = ["run", "seed", "epochs", "solver", "processes", "hardware", "threads", "torch", "commit", "command"]
-    found = []
-    for name, seeds in runs.items():
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<table>\n<tr>{head}</tr>\n{body}</table>\n"
+
+
+def provenance_table(runs: Runs) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table of where each run was made."""
+    keys = ["processes", "hardware", "threads", "torch", "commit", "command"]
+    rows = []
+    for condition, seeds in runs.items():
         for run in seeds:
-            made = run.summary["provenance"]
-            row = [name, run.config["seed"], len(run.epochs), run.config["solver"]]
-            found.append([str(cell) for cell in (*row, *(made.get(key, "-") for key in header[4:]))])
-    return header, found
+            options = [condition, run.config["seed"], len(run.epochs), run.config["solver"]]
+            provenance = [run.summary["provenance"].get(key, "-") for key in keys]
+            rows.append([str(cell) for cell in (*options, *provenance)])
+    return ["run", "seed", "epochs", "solver", *keys], rows
 
 
-def page(title: str, runs: dict[str, list[Run]], pictures: list[Path]) -> str:
-    """The report as one HTML document, pictures and all."""
-    said = "".join(f"<li>{escape(str(one))}</li>\n" for one in findings(runs))
-    shown = ""
-    for path in pictures:
+def html_report(title: str, runs: Runs, images: list[Path]) -> str:
+    """The report as one HTML document that contains its images."""
+    items = "".join(f"<li>{escape(str(finding))}</li>\n" for finding in findings(runs))
+    figure_elements = ""
+    for path in images:
         data = base64.b64encode(path.read_bytes()).decode()
-        caption = escape(CAPTIONS[path.stem])
-        shown += f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption>'
-        shown += "</figure>\n"
+        caption = escape(figures.FIGURES[path.stem].__doc__ or "")
+        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+        figure_elements += f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>Norm scaling: {escape(title)}</h1>
 <h2>Comparison</h2>
-<div class="wide">{html(HEADER, rows(runs))}</div>
-<p>{escape(differences(runs).strip())}</p>
+<div class="wide">{html_table(HEADER, table_rows(runs))}</div>
+<p>{escape(differing_options(runs).strip())}</p>
 <h2>The post's findings</h2>
 <ul>
-{said}</ul>
+{items}</ul>
 <h2>Figures</h2>
-{shown}
+{figure_elements}
 <h2>Where the runs were made</h2>
-<div class="wide">{html(*origins(runs))}</div>
+<div class="wide">{html_table(*provenance_table(runs))}</div>
 </body></html>
 """
 
 
-def wandb_report(title: str, runs: dict[str, list[Run]], project: str, entity: str = "") -> Any:
-    """The report for W&B, seeds averaged; nothing is sent."""
+def wandb_report(title: str, runs: Runs, project: str, entity: str = "") -> Any:
+    """The report for W&B, averaged over seeds. This only builds it; nothing is sent."""
     from wandb_workspaces.reports import v2 as wr
 
     preset = next(iter(runs.values()))[0].config["preset"]
-    mine = wr.Runset(
+    runset = wr.Runset(
         entity=entity,
         project=project,
         name=preset,
@@ -95,8 +90,10 @@ def wandb_report(title: str, runs: dict[str, list[Run]], project: str, entity: s
         average = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
         return wr.LinePlot(title=title, x="epoch", y=keys, **average, **options)
 
-    names = list(layers(next(iter(runs.values()))[0].epochs[0], "spectral_norm"))
-    curves = [by_epoch(f"{s} {k}", [f"{s}/{k}"]) for k in ("accuracy", "loss") for s in ("train", "test")]
+    names = list(per_layer(next(iter(runs.values()))[0].epochs[0], "spectral_norm"))
+    curves = [
+        by_epoch(f"{split} {key}", [f"{split}/{key}"]) for key in ("accuracy", "loss") for split in ("train", "test")
+    ]
     norms = [by_epoch(f"spectral norm, {name}", [f"spectral_norm/{name}"], log_y=True) for name in names]
     overhead = [
         wr.BarPlot(title=title, metrics=[key], groupby_aggfunc="mean")
@@ -110,49 +107,49 @@ def wandb_report(title: str, runs: dict[str, list[Run]], project: str, entity: s
         blocks=[
             wr.TableOfContents(),
             wr.H1("Comparison"),
-            wr.MarkdownBlock(markdown(HEADER, rows(runs)) + differences(runs)),
+            wr.MarkdownBlock(markdown(HEADER, table_rows(runs)) + differing_options(runs)),
             wr.H1("The post's findings"),
             wr.UnorderedList(
                 items=list(map(str, findings(runs))) or ["The conditions that they compare are not all here."]
             ),
             wr.H1("Accuracy and loss"),
-            wr.PanelGrid(runsets=[mine], panels=curves),
+            wr.PanelGrid(runsets=[runset], panels=curves),
             wr.H1("Spectral norms"),
-            wr.PanelGrid(runsets=[mine], panels=norms),
+            wr.PanelGrid(runsets=[runset], panels=norms),
             wr.H1("Overhead"),
-            wr.PanelGrid(runsets=[mine], panels=overhead),
+            wr.PanelGrid(runsets=[runset], panels=overhead),
             wr.H1("Options"),
-            wr.PanelGrid(runsets=[mine], panels=[wr.RunComparer(diff_only=True)]),
+            wr.PanelGrid(runsets=[runset], panels=[wr.RunComparer(diff_only=True)]),
         ],
         width="fluid",
     )
 
 
-def spec(report: Any) -> dict[str, Any]:
-    """What W&B would store of the report. The one call of wandb-workspaces' own internals."""
+def report_json(report: Any) -> dict[str, Any]:
+    """The JSON that W&B stores for the report. It takes a private method: wandb-workspaces has no public one."""
     return json.loads(report._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
 
 
 def main(folder: tyro.conf.Positional[Path], publish: bool = False, entity: str = "") -> None:
-    """Report on one preset's runs.
+    """Report on the runs of one preset.
 
     Args:
-        folder: of the preset's runs.
-        publish: send the report to W&B, which needs a login.
-        entity: W&B user or team; empty for the login's own.
+        folder: the preset's folder.
+        publish: send the report to W&B; this needs a login.
+        entity: W&B user or team; empty for the default of the login.
     """
-    runs = read(folder)
+    runs = read_runs(folder)
     if not runs:
         raise SystemExit(f"report: no finished run in {folder}; give a preset's folder, such as runs/digits")
     title = folder.resolve().name
-    write_atomically(folder / "report.html", page(title, runs, figures.draw(runs, folder)))
+    write_atomically(folder / "report.html", html_report(title, runs, figures.draw(runs, folder)))
     project = next(iter(runs.values()))[0].config["wandb_project"]
     report = wandb_report(title, runs, project, entity)
-    write_atomically(folder / "report.json", json.dumps(spec(report), indent=1))
-    say(f"{folder}: report.html, report.json")
+    write_atomically(folder / "report.json", json.dumps(report_json(report), indent=1))
+    print(f"{folder}: report.html, report.json", flush=True)
     if publish:
         report.save()
-        say(report.url)
+        print(report.url, flush=True)
 
 
 if __name__ == "__main__":

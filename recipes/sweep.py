@@ -1,8 +1,8 @@
-"""Train a grid of presets, conditions, target rules and seeds: what is done is skipped, and one table comes out.
+"""Train a grid of presets, norms, target rules and seeds, skip finished runs, and compare all of them in one table.
 
 Example: python recipes/sweep.py --presets mlp-5x2000 resnet34 --seeds 0 1 2 -- --data-root data --download
 
-What follows `--` goes to every run of recipes/train.py as it is.
+Options after `--` are passed to every run of recipes/train.py.
 """
 
 import os
@@ -16,39 +16,38 @@ from queue import Queue
 import torch
 import tyro
 from compare import compare_all
-from logs import say
-from presets import PRESETS, Condition, Targets, condition
-
-PRESETS_BY_NAME = {preset().preset: preset() for preset in PRESETS}
+from lib.post import POST_PRESETS
+from lib.presets import PRESETS, SPECTRAL_NORMS, Config, Norm, TargetRule
+from lib.runs import is_finished, run_name
 
 
 @dataclass(frozen=True)
 class Options:
-    """The grid, and how it runs."""
+    """The grid, and how it is run."""
 
-    presets: tuple[str, ...] = ("mlp-5x2000", "mlp-7x4000", "resnet34", "resnet50")
-    """Which presets."""
-    norms: tuple[Condition, ...] = ("none", "frobenius", "spectral")
-    """Under which conditions."""
-    targets: tuple[Targets, ...] = ("described", "published")
-    """From which target rules; a run that two rules would make the same is made once."""
+    presets: tuple[str, ...] = POST_PRESETS
+    """Presets to train."""
+    norms: tuple[Norm, ...] = Config.norms
+    """Norms to constrain."""
+    targets: tuple[TargetRule, ...] = ("described", "published")
+    """Target rules; two rules that give the same run are trained once."""
     seeds: tuple[int, ...] = (0,)
-    """From which seeds."""
+    """Seeds to train from."""
     processes: int = 1
-    """Processes of each run, by torchrun."""
+    """Processes of each run, started by torchrun."""
     jobs: int = 1
-    """Runs side by side; GPUs are dealt out among them."""
+    """Runs in parallel; the GPUs are divided among them."""
     task: int | None = None
-    """Do only this run of the grid, counted from 0, and draw no table: for an array of batch jobs."""
+    """Train only this run of the grid, counted from 0, without a comparison: for array jobs of a cluster."""
     list: bool = False
-    """Tell the grid, one run a line, and which of them are finished; train nothing."""
+    """List the runs of the grid and which of them are finished; train nothing."""
     out: Path = Path("runs")
     """Folder for the results."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run."""
+    """A run of the grid."""
 
     preset: str
     norm: str
@@ -57,93 +56,90 @@ class Task:
 
     @property
     def name(self) -> str:
-        return f"{self.preset}/{condition(self.norm, self.targets)}-seed{self.seed}"
+        return f"{self.preset}/{run_name(self.norm, self.targets, self.seed)}"
 
-    def command(self, options: Options, rest: list[str]) -> list[str]:
+    def is_finished(self, options: Options) -> bool:
+        return is_finished(options.out / self.name)
+
+    def command(self, options: Options, train_options: list[str]) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}"]
         return [
             *(sys.executable, *launcher, str(Path(__file__).with_name("train.py")), self.preset),
             *("--norms", self.norm, "--targets", self.targets, "--seed", str(self.seed)),
-            *("--out", str(options.out), "--resume", "--no-compare", *rest),
+            *("--out", str(options.out), "--resume", "--no-compare", *train_options),
         ]
 
 
 def grid(options: Options) -> list[Task]:
-    """The runs, without those that another target rule of the grid makes too."""
+    """The runs of the grid, without duplicates: those that are the same under two target rules."""
     tasks = {}
     for preset in options.presets:
+        is_mlp = PRESETS[preset]().model == "mlp"
         for seed in options.seeds:
             for targets in options.targets:
                 for norm in options.norms:
-                    # An MLP has no maps: its activation sizes are its channel counts, and the published init is the
-                    # described one. Only what is held to a published target differs.
-                    is_mlp = PRESETS_BY_NAME[preset].model == "mlp"
-                    differs = targets == "published" and norm in ("spectral", "clipped")
-                    same = is_mlp and not differs
-                    key = (preset, seed, norm, None if same else targets)
+                    # The activations of an MLP have no height and width: its sizes are its channels, and the published
+                    # init is the described one. Only the published targets of the spectral norm differ.
+                    depends_on_rule = not is_mlp or (targets == "published" and norm in SPECTRAL_NORMS)
+                    key = (preset, seed, norm, targets if depends_on_rule else None)
                     tasks.setdefault(key, Task(preset, norm, targets, seed))
     return list(tasks.values())
 
 
-def is_finished(task: Task, options: Options) -> bool:
-    return (options.out / task.name / "summary.json").exists()
-
-
-def train(task: Task, options: Options, rest: list[str], slots: Queue[int]) -> bool:
-    """One run in processes of its own, its lines told under its name; whether it went through."""
+def train(task: Task, options: Options, train_options: list[str], slots: Queue[int]) -> bool:
+    """Train one run in its own processes and print its output, each line after its name; whether it succeeded."""
     slot = slots.get()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if options.jobs > 1 and torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         first = slot * options.processes
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + options.processes])
-    process = subprocess.Popen(
-        task.command(options, rest), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = task.command(options, train_options)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout or ():
-        say(f"{task.name}: {line.rstrip()}")
+        print(f"{task.name}: {line.rstrip()}", flush=True)
     slots.put(slot)
     return process.wait() == 0
 
 
 def find_problem(options: Options) -> str | None:
-    """What is wrong with the options, as a sentence that says what would work."""
-    if unknown := [name for name in options.presets if name not in PRESETS_BY_NAME]:
-        return f"unknown preset {unknown[0]!r}; choose {', '.join(PRESETS_BY_NAME)}"
+    """What is wrong with the options, and what would work; None if they are fine."""
+    if unknown := [name for name in options.presets if name not in PRESETS]:
+        return f"unknown preset {unknown[0]!r}; choose {', '.join(PRESETS)}"
     if options.jobs < 1 or options.processes < 1:
         return f"--jobs and --processes must be at least 1, found {options.jobs} and {options.processes}"
     devices = torch.cuda.device_count()
     if devices and options.jobs * options.processes > devices:
-        return f"{options.jobs} jobs of {options.processes} processes need more than the {devices} GPUs that are here"
+        return f"{options.jobs} jobs of {options.processes} processes need more than the {devices} available GPUs"
     if options.task is not None and not 0 <= options.task < len(grid(options)):
         return f"--task must be from 0 to {len(grid(options)) - 1}, found {options.task}"
     return None
 
 
-def main(options: Options, rest: list[str]) -> None:
+def main(options: Options, train_options: list[str]) -> None:
     if problem := find_problem(options):
         sys.exit(f"sweep: {problem}")
     tasks = grid(options)
     if options.list:
         for number, task in enumerate(tasks):
-            say(f"{number}  {task.name}  {'finished' if is_finished(task, options) else 'open'}")
+            print(f"{number}  {task.name}  {'finished' if task.is_finished(options) else 'open'}")
         return
     chosen = tasks if options.task is None else [tasks[options.task]]
-    todo = [task for task in chosen if not is_finished(task, options)]
-    say(f"{len(chosen)} runs, {len(chosen) - len(todo)} finished already")
+    unfinished = [task for task in chosen if not task.is_finished(options)]
+    print(f"{len(chosen)} runs, {len(chosen) - len(unfinished)} finished already", flush=True)
     slots: Queue[int] = Queue()
     for slot in range(options.jobs):
         slots.put(slot)
     with ThreadPoolExecutor(options.jobs) as pool:
-        through = list(pool.map(lambda task: train(task, options, rest, slots), todo))
-    if options.task is None and any(is_finished(task, options) for task in tasks):
-        say(compare_all(options.out))
-    if failed := [task.name for task, good in zip(todo, through, strict=True) if not good]:
+        succeeded = list(pool.map(lambda task: train(task, options, train_options, slots), unfinished))
+    if options.task is None and any(task.is_finished(options) for task in tasks):
+        print(compare_all(options.out), flush=True)
+    if failed := [task.name for task, success in zip(unfinished, succeeded, strict=True) if not success]:
         sys.exit(f"sweep: {', '.join(failed)} did not go through; the same command tries again")
 
 
 def read_command_line() -> tuple[Options, list[str]]:
-    """The sweep's own options, and what follows `--`."""
+    """The options of the sweep, and those after `--` for the training."""
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     return tyro.cli(Options, args=arguments[:end], description=__doc__), arguments[end + 1 :]

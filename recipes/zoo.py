@@ -1,15 +1,16 @@
-"""Norm scaling on every architecture of timm, torchvision and transformers: applied, stepped, checked and taken off.
+"""Apply norm scaling to every architecture of timm, torchvision and transformers, take a step, check it and remove it.
 
 Example: python recipes/zoo.py --registries torchvision --max-params 3e7
 
-Each architecture is a line of OUT/zoo.jsonl, and one that has its line is not done again. It is built with random
-weights, put under scaling, and each weight gets a spike: a matrix of rank one and of 1.5 times its norm is added. A
-spectral step must then end on the target exactly, since the second singular value cannot be above it (Weyl's
-inequality), and so must a Frobenius step. Architectures that are too large for memory are read on the meta device:
-their weights, shapes, and targets by rule.
+Each architecture is one line of OUT/zoo.jsonl; those that have a line already are skipped. A model is built with random
+weights and put under norm scaling. Then a spike is added to each weight: a matrix of rank one whose norm is 1.5 times
+that of the weight. After it, a spectral step must end exactly on the target, because the second singular value cannot
+be above it (Weyl's inequality), and so must a Frobenius step. Architectures that do not fit into memory are built on
+the meta device: only their weights, shapes and target rules are checked.
 """
 
 import gc
+import inspect
 import resource
 import time
 import warnings
@@ -22,9 +23,9 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from logs import append, progress, read_lines, say, write_atomically
-from provenance import commit
-from tables import markdown
+from lib.console import markdown, progress
+from lib.files import append_json_line, read_json_lines, write_atomically
+from lib.provenance import commit
 from torch import Tensor, nn
 
 from specscale import NormScaler, apply_norm_scaling
@@ -33,25 +34,31 @@ from specscale.linalg import smaller_gram
 from specscale.targets import resolve
 from specscale.weights import Weight, find_weights
 
-Registry = Literal["timm", "torchvision", "transformers"]
+Builder = Callable[[], nn.Module]
 
 EXACT_SIDE = 2048
-"""The longest shorter side of a matrix whose Gram matrix is decomposed, which takes a third of Lanczos' time."""
+"""The shorter side up to which the Gram matrix is decomposed, in a third of the time of Lanczos bounds."""
 
 
-def architectures(registry: Registry) -> dict[str, Callable[[], nn.Module]]:
-    """What builds each architecture of a registry, by name, with random weights."""
-    if registry == "timm":
-        import timm
+def timm_builders() -> dict[str, Builder]:
+    import timm
 
-        return {name: lambda name=name: timm.create_model(name, pretrained=False) for name in timm.list_models()}  # type: ignore[misc]
-    if registry == "torchvision":
-        import torchvision
+    return {name: lambda name=name: timm.create_model(name, pretrained=False) for name in timm.list_models()}  # type: ignore[misc]
 
-        return {
-            name: lambda name=name: torchvision.models.get_model(name, weights=None, **_no_backbone_weights(name))  # type: ignore[misc]
-            for name in torchvision.models.list_models()
-        }
+
+def torchvision_builders() -> dict[str, Builder]:
+    import torchvision
+
+    def build(name: str) -> nn.Module:
+        # Detection and segmentation models download the weights of their backbones by default.
+        parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+        backbone = {"weights_backbone": None} if "weights_backbone" in parameters else {}
+        return torchvision.models.get_model(name, weights=None, **backbone)
+
+    return {name: lambda name=name: build(name) for name in torchvision.models.list_models()}  # type: ignore[misc]
+
+
+def transformers_builders() -> dict[str, Builder]:
     import transformers
 
     return {
@@ -60,26 +67,20 @@ def architectures(registry: Registry) -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-def _no_backbone_weights(name: str) -> dict[str, None]:
-    """Detection and segmentation models load their backbones' weights unless told otherwise."""
-    import inspect
-
-    import torchvision
-
-    builder = torchvision.models.get_model_builder(name)
-    return {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+REGISTRIES = {"timm": timm_builders, "torchvision": torchvision_builders, "transformers": transformers_builders}
+"""For each registry, what returns a function for each of its architectures, which builds it with random weights."""
 
 
 class Mismatch(Exception):
-    """A weight whose norm is not what it must be, by name."""
+    """A check failed; the message names the weight."""
 
 
 class NotBuilt(Exception):
-    """An architecture that its own package does not build, and why."""
+    """The registry cannot build an architecture; the message is its error."""
 
 
 def exact_norms(matrices: Tensor) -> Tensor:
-    """The spectral norm of each of `matrices (k, m, n)`, in float64."""
+    """The spectral norms `(k,)` of `matrices (k, m, n)`, in float64."""
     matrices = matrices.detach().double()
     if min(matrices.shape[-2:]) > EXACT_SIDE:
         return spectral_bounds(matrices, torch.arange(len(matrices)), tolerance=1e-3, miss=1e-6).lower
@@ -87,29 +88,29 @@ def exact_norms(matrices: Tensor) -> Tensor:
 
 
 def norms_of(scaling: NormScaler, weight_norms: Callable[[Tensor], Tensor]) -> Iterable[tuple[str, Tensor, Tensor]]:
-    """Name, targets and true norms of each weight, without the matrices that are left alone."""
+    """Name, target norms and exact norms of each weight; without the matrices that are skipped."""
     for weight in scaling.weights:
-        held = weight.scaling.skip_mask == 0
-        true = weight_norms(weight.scaling.view.matrices(weight.parameter))
-        yield weight.name, weight.scaling.target[held].double(), true[held]
+        is_scaled = weight.scaling.skip_mask == 0
+        exact = weight_norms(weight.scaling.view.matrices(weight.parameter))
+        yield weight.name, weight.scaling.target[is_scaled].double(), exact[is_scaled]
 
 
-def worst(what: str, found: Iterable[tuple[str, Tensor, Tensor]], tolerance: float) -> float:
-    """The largest relative distance from the target, to two digits.
+def worst_error(check: str, norms: Iterable[tuple[str, Tensor, Tensor]], tolerance: float) -> float:
+    """The largest relative error of a norm against its target, to two digits.
 
     Raises:
-        Mismatch: it is larger than `tolerance`; the message names the layer.
+        Mismatch: the error is larger than `tolerance`, or NaN.
     """
-    distances = {name: (true / target - 1).abs().max().item() for name, target, true in found}
-    name = max(distances, key=lambda name: distances[name])
-    if not distances[name] <= tolerance:
-        raise Mismatch(f"{what}: {name} is {distances[name]:.1e} from its target")
-    return float(f"{distances[name]:.1e}")
+    errors = {name: (exact / target - 1).abs().max().item() for name, target, exact in norms}
+    name = max(errors, key=lambda name: errors[name])
+    if not errors[name] <= tolerance:
+        raise Mismatch(f"{check}: {name} is {errors[name]:.1e} from its target")
+    return float(f"{errors[name]:.1e}")
 
 
 @torch.no_grad()
 def spike_(scaling: NormScaler, seed: int) -> None:
-    """Add to each matrix one of rank one and of 1.5 times its norm."""
+    """Add to each matrix a random matrix of rank one, with 1.5 times its norm."""
     generator = torch.Generator().manual_seed(seed)
     for weight in scaling.weights:
         view, parameter = weight.scaling.view, weight.parameter
@@ -122,51 +123,56 @@ def spike_(scaling: NormScaler, seed: int) -> None:
 
 
 def check(model: nn.Module) -> dict[str, Any]:
-    """Scale the model, disturb it, step, check every norm and take the scaling off, for both norms.
+    """Check both norms: apply the scaling, add a spike, take a step, compare every norm, and remove the scaling.
 
-    Layers whose weights are computed, as by weight normalisation, are excluded, and named by type.
+    Layers whose weights are computed, as by weight normalization, are excluded; the result names their types.
 
     Raises:
-        Mismatch: a norm is off, or the model is not the plain one again.
+        Mismatch: a norm is off its target, or the model is changed after the removal.
     """
-    before = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    original = {name: value.clone() for name, value in state_tensors(model).items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
     types = [type(module) for module in model.modules()]
     computed = {weight.module for weight in find_weights(model) if weight.is_computed}
-    found: dict[str, Any] = {"computed": ", ".join(sorted({type(module).__name__ for module in computed}))}
+    results: dict[str, Any] = {"computed": ", ".join(sorted({type(module).__name__ for module in computed}))}
     norms: dict[str, Callable[[Tensor], Tensor]] = {
         "spectral": exact_norms,
         "frobenius": lambda matrices: torch.linalg.matrix_norm(matrices.detach().double()),
     }
     for norm, weight_norms in norms.items():
         start = time.monotonic()
-        with warnings.catch_warnings(record=True) as skipped:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             scaling = apply_norm_scaling(model, norm, exclude=lambda _, module: module in computed)
-        found[f"{norm} apply s"] = round(time.monotonic() - start, 2)
-        found["weights"] = len(scaling.weights)
-        found["matrices"] = sum(weight.scaling.view.count for weight in scaling.weights)
-        found["with zeros"] = sum("holds a zero matrix" in str(one.message) for one in skipped)
-        found[f"{norm} target error"] = worst(f"{norm} target", norms_of(scaling, weight_norms), 1e-4)
+        results[f"{norm} apply s"] = round(time.monotonic() - start, 2)
+        results["weights"] = len(scaling.weights)
+        results["matrices"] = sum(weight.scaling.view.count for weight in scaling.weights)
+        results["with zeros"] = sum("holds a zero matrix" in str(warning.message) for warning in caught)
+        results[f"{norm} target error"] = worst_error(f"{norm} target", norms_of(scaling, weight_norms), 1e-4)
         spike_(scaling, seed=0)
         scaling.step()
-        found[f"{norm} step error"] = worst(f"{norm} step", norms_of(scaling, weight_norms), 1e-3)
+        results[f"{norm} step error"] = worst_error(f"{norm} step", norms_of(scaling, weight_norms), 1e-3)
         with torch.no_grad():
             for weight in scaling.weights:
-                weight.parameter.copy_(before[names[weight.parameter]])
+                weight.parameter.copy_(original[names[weight.parameter]])
         scaling.remove()
-    after = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    if list(after) != list(before) or not all(torch.equal(value, before[name]) for name, value in after.items()):
+    state = state_tensors(model)
+    if list(state) != list(original) or not all(torch.equal(value, original[name]) for name, value in state.items()):
         raise Mismatch("the model's state is not the plain one's again")
     if {parameter: name for name, parameter in model.named_parameters()} != names:
         raise Mismatch("the model's parameters are not the plain one's again")
     if [type(module) for module in model.modules()] != types:
         raise Mismatch("the model's layers are not the plain one's again")
-    return found
+    return results
 
 
-def read_on_meta(model: nn.Module) -> dict[str, Any]:
-    """The weights of a model that holds no numbers: that each is found, has a shape, and a target by rule."""
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what is not a tensor."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def check_on_meta(model: nn.Module) -> dict[str, Any]:
+    """Check a model without values: every weight has a shape, and a target by rule."""
     weights: list[Weight] = find_weights(model)
     targets = resolve("target", "channels", weights, model, None)
     if not weights or len(targets) != len(weights):
@@ -174,8 +180,8 @@ def read_on_meta(model: nn.Module) -> dict[str, Any]:
     return {"weights": len(weights), "matrices": sum(weight.view.count for weight in weights)}
 
 
-def left_alone(model: nn.Module) -> list[str]:
-    """Parameters of two axes or more that no rule names, embeddings apart, by the type of their layer."""
+def unscaled_parameters(model: nn.Module) -> list[str]:
+    """The parameters with two axes or more that norm scaling does not cover, by layer type; without embeddings."""
     scaled = {id(weight.parameter) for weight in find_weights(model)}
     return sorted(
         {
@@ -190,43 +196,43 @@ def left_alone(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Options:
-    """Every architecture of the registries, each as a line."""
+    """Check every architecture of the registries."""
 
-    registries: tuple[Registry, ...] = ("timm", "torchvision", "transformers")
-    """Whose architectures."""
+    registries: tuple[Literal[tuple(REGISTRIES)], ...] = tuple(REGISTRIES)
+    """Registries to check."""
     names: str = "*"
-    """Shell pattern on the architectures' names."""
+    """Shell pattern for the names of the architectures."""
     max_params: float = 5e8
-    """Larger ones are left for another run."""
+    """Skip larger architectures, for another run to check, unless they are above --meta-above."""
     meta_above: float = 5e8
-    """The parameters above which an architecture is read on the meta device alone."""
+    """Check architectures with more parameters on the meta device only."""
     max_memory: float = 10e9
-    """Bytes; what asks for more fails, and is not killed."""
+    """Memory limit in bytes; an allocation above it fails, and the process is not killed."""
     retry: bool = False
-    """Do again what failed or was not built."""
+    """Check again those that failed or were not built."""
     num_threads: int | None = None
-    """Threads of torch on the CPU; None leaves torch's choice."""
+    """Threads of torch on the CPU; None is torch's default."""
     out: Path = Path("runs/zoo")
-    """Folder for the lines and the table."""
+    """Folder for zoo.jsonl and the table."""
 
 
-def one(build: Callable[[], nn.Module], options: Options) -> dict[str, Any] | None:
-    """What is found about one architecture; None if it is too large for this run."""
-    model = on_meta(build) or for_real(build)
+def check_architecture(build: Builder, options: Options) -> dict[str, Any] | None:
+    """The results for one architecture; None if it is too large for this run."""
+    model = build_on_meta(build) or build_with_weights(build)
     params = sum(parameter.numel() for parameter in model.parameters())
     is_large = params > options.meta_above
     if params > options.max_params and not is_large:
         return None
-    facts = {"family": type(model).__module__.rpartition(".")[2], "params": params, "on meta": is_large}
-    facts["left alone"] = left_alone(model)
+    results = {"family": type(model).__module__.rpartition(".")[2], "params": params, "on meta": is_large}
+    results["left alone"] = unscaled_parameters(model)
     if is_large:
-        return facts | read_on_meta(model)
+        return results | check_on_meta(model)
     torch.manual_seed(0)
-    return facts | check(for_real(build))
+    return results | check(build_with_weights(build))
 
 
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
-    """The model without its numbers; None where it looks at them while it is built."""
+def build_on_meta(build: Builder) -> nn.Module | None:
+    """The model on the meta device; None if its constructor needs the values of its weights."""
     try:
         with torch.device("meta"):
             return build()
@@ -234,11 +240,11 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
         return None
 
 
-def for_real(build: Callable[[], nn.Module]) -> nn.Module:
-    """The model.
+def build_with_weights(build: Builder) -> nn.Module:
+    """The model with random weights.
 
     Raises:
-        NotBuilt: what building it raises.
+        NotBuilt: the constructor raises an error.
     """
     try:
         return build()
@@ -246,62 +252,63 @@ def for_real(build: Callable[[], nn.Module]) -> nn.Module:
         raise NotBuilt(f"{type(error).__name__}: {error}") from error
 
 
-def reason(text: str) -> str:
-    """An error's text in one short line."""
+def one_line(text: str) -> str:
+    """An error message as one short line."""
     return " ".join(text.split())[:300]
 
 
-def sweep(options: Options) -> list[dict[str, Any]]:
-    """The lines of all architectures that are done."""
+def check_all(options: Options) -> list[dict[str, Any]]:
+    """Check what has no line yet, and append its lines to the file; returns all lines."""
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "zoo.jsonl"
-    lines = {(line["registry"], line["name"]): line for line in read_lines(path)}
+    lines = {(line["registry"], line["name"]): line for line in read_json_lines(path)}
     done = {key for key, line in lines.items() if not (options.retry and "weights" not in line)}
     builders = {
         (registry, name): build
         for registry in options.registries
-        for name, build in architectures(registry).items()
+        for name, build in REGISTRIES[registry]().items()
         if fnmatch(name, options.names) and (registry, name) not in done
     }
-    # Of the code that runs, whatever the files come to be while it does.
-    made_by = commit()
+    # Before the first check: the files may change while the checks run, the code that runs does not.
+    commit_of_run = commit()
     for _, (key, build) in zip(progress(len(builders), "architectures"), builders.items(), strict=True):
         registry, name = key
         start = time.monotonic()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = one(build, options)
+                results = check_architecture(build, options)
         except NotBuilt as error:
-            found = {"not built": reason(f"{error}")}
+            results = {"not built": one_line(f"{error}")}
         except Exception as error:
-            found = {"failed": reason(f"{type(error).__name__}: {error}")}
-        if found is None:
+            results = {"failed": one_line(f"{type(error).__name__}: {error}")}
+        if results is None:
             continue
-        line = {"registry": registry, "name": name} | found
-        line |= {"seconds": round(time.monotonic() - start, 1), "commit": made_by}
+        line = {"registry": registry, "name": name} | results
+        line |= {"seconds": round(time.monotonic() - start, 1), "commit": commit_of_run}
         lines[key] = line
-        append(path, line)
+        append_json_line(path, line)
         gc.collect()
     return list(lines.values())
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """A row for each registry, and every architecture that did not pass, with its reason."""
+    """A row for each registry, then the architectures that did not pass and those that passed in part, with reasons."""
     by_registry: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         by_registry[line["registry"]].append(line)
     header = ["registry", "families", "architectures", "for real", "on meta", "failed", "not built"]
     header += ["weights", "matrices", "worst initial target", "worst step, spectral", "worst step, Frobenius"]
     rows = []
-    for registry, own in by_registry.items():
-        passed = [line for line in own if "weights" in line]
-        real = [line for line in passed if not line["on meta"]]
-        counts = [len({line["family"] for line in passed}), len(own), len(real), len(passed) - len(real)]
-        counts += [sum(kind in line for line in own) for kind in ("failed", "not built")]
+    for registry, of_registry in by_registry.items():
+        passed = [line for line in of_registry if "weights" in line]
+        with_weights = [line for line in passed if not line["on meta"]]
+        counts = [len({line["family"] for line in passed}), len(of_registry)]
+        counts += [len(with_weights), len(passed) - len(with_weights)]
+        counts += [sum(kind in line for line in of_registry) for kind in ("failed", "not built")]
         counts += [sum(line[key] for line in passed) for key in ("weights", "matrices")]
         keys = ("spectral target error", "spectral step error", "frobenius step error")
-        errors = [f"{max((line[key] for line in real), default=0):.1e}" for key in keys]
+        errors = [f"{max((line[key] for line in with_weights), default=0):.1e}" for key in keys]
         rows.append([registry, *(f"{count:,}" for count in counts), *errors])
     text = markdown(header, rows)
     headings = {
@@ -310,21 +317,21 @@ def table(lines: list[dict[str, Any]]) -> str:
         "computed": "Passed without layers whose weights are computed",
     }
     for kind, heading in headings.items():
-        if named := [line for line in lines if line.get(kind)]:
+        if listed := [line for line in lines if line.get(kind)]:
             text += f"\n{heading}:\n\n"
-            text += "".join(f"- {line['registry']}, `{line['name']}`: {line[kind]}\n" for line in named)
+            text += "".join(f"- {line['registry']}, `{line['name']}`: {line[kind]}\n" for line in listed)
     return text
 
 
 def main(options: Options) -> None:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    text = table(sweep(options))
+    text = table(check_all(options))
     write_atomically(options.out / "zoo.md", text)
-    say(f"{text}\n{options.out}: zoo.jsonl, zoo.md")
+    print(f"{text}\n{options.out}: zoo.jsonl, zoo.md", flush=True)
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(Options, description=__doc__)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(chosen.max_memory), resource.RLIM_INFINITY))
-    main(chosen)
+    options = tyro.cli(Options, description=__doc__)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(options.max_memory), resource.RLIM_INFINITY))
+    main(options)

@@ -4,8 +4,8 @@ from itertools import accumulate
 
 import pytest
 import torch
-from models import build
-from presets import mlp_5x2000, mlp_7x4000, resnet50
+from lib.models import build_model
+from lib.presets import mlp_5x2000, mlp_7x4000, resnet50
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,7 +16,7 @@ from specscale.weights import find_weights
 @pytest.mark.parametrize(("preset", "most"), [(mlp_5x2000, 0.03), (mlp_7x4000, 0.03), (resnet50, 0.10)])
 def test_the_state_is_a_small_part_of_the_weights(preset, most):
     with torch.device("meta"):
-        model = build(preset(), (3, 32, 32), 100)
+        model = build_model(preset(), (3, 32, 32), 100)
     weights = [weight.view.matrices(weight.parameter) for weight in find_weights(model)]
     states = [
         Block().init_state(torch.zeros(len(w), dtype=torch.int64, device="meta"), w.shape[1:], w.dtype) for w in weights

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from data import Prepare, crop_and_flip, load, train_loader
-from data import test_loader as loader_of_test
-from presets import digits, mlp_5x2000
-from ranks import Ranks
+from lib.datasets import Preprocessing, crop_and_flip, load_data, train_loader
+from lib.datasets import test_loader as loader_of_test
+from lib.distributed import Processes
+from lib.presets import digits, mlp_5x2000
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -32,25 +32,25 @@ def cifar100(tmp_path, monkeypatch):
     return replace(mlp_5x2000(), data_root=tmp_path, batch_size=64)
 
 
-def epoch_of(config, data, rank=0, world=1):
-    prepare = Prepare(data, ALONE.device, torch.contiguous_format)
-    prepare.draw(config.seed, 3)
-    loader = train_loader(data, config, rank, world, epoch=3)
-    return {int(i): image for images, _, index in loader for i, image in zip(index, prepare.train(images, index))}  # noqa: B905
+def epoch_of(config, data, rank=0, world_size=1):
+    preprocessing = Preprocessing(data, ALONE.device, torch.contiguous_format)
+    preprocessing.draw_augmentation(config.seed, 3)
+    loader = train_loader(data, config, rank, world_size, epoch=3)
+    return {int(i): image for images, _, index in loader for i, image in zip(index, preprocessing.train(images, index))}  # noqa: B905
 
 
 def test_cifar100_is_read_whole_and_limited(cifar100):
-    data = load(cifar100, ALONE)
-    assert (data.shape, data.num_classes, len(data.train), len(data.test)) == ((3, 32, 32), 100, 300, 70)
+    data = load_data(cifar100, ALONE)
+    assert (data.image_shape, data.num_classes, len(data.train), len(data.test)) == ((3, 32, 32), 100, 300, 70)
     raw = pickle.loads((cifar100.data_root / "cifar-100-python" / "train").read_bytes())
     assert torch.equal(data.train[5][0], torch.from_numpy(raw["data"][5]).reshape(3, 32, 32))
     assert data.train[5][1] == raw["fine_labels"][5]
-    data = load(replace(cifar100, limit_train=20, limit_test=10), ALONE)
+    data = load_data(replace(cifar100, limit_train=20, limit_test=10), ALONE)
     assert (len(data.train), len(data.test)) == (20, 10)
 
 
 def test_an_image_looks_the_same_whatever_the_workers_and_ranks(cifar100):
-    data = load(cifar100, ALONE)
+    data = load_data(cifar100, ALONE)
     whole = epoch_of(cifar100, data)
     assert sorted(whole) == list(range(300))
     by_workers = epoch_of(replace(cifar100, num_workers=2), data)
@@ -62,7 +62,7 @@ def test_an_image_looks_the_same_whatever_the_workers_and_ranks(cifar100):
 
 def test_a_step_sees_the_same_images_on_any_number_of_ranks():
     config = digits()
-    data = load(config, ALONE)
+    data = load_data(config, ALONE)
 
     def steps(world):
         parts = [[index.tolist() for _, _, index in train_loader(data, config, r, world, 1)] for r in range(world)]
@@ -73,7 +73,7 @@ def test_a_step_sees_the_same_images_on_any_number_of_ranks():
 
 
 def test_every_test_image_counts_once():
-    config, data = digits(), load(digits(), ALONE)
+    config, data = digits(), load_data(digits(), ALONE)
     seen = [i for rank in range(3) for _, _, index in loader_of_test(data, config, rank, 3) for i in index.tolist()]
     assert sorted(seen) == list(range(len(data.test)))
 

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from compare import text
-from runs import Run, by_condition
-from summaries import beside_published
+from compare import comparison
+from lib.post import published_table
+from lib.runs import Run, group_by_condition
 
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))) if "```python\n" in page.read_text()]
@@ -40,10 +40,10 @@ def test_each_cell_of_the_support_matrix_is_a_test_for_that_norm():
 @pytest.mark.parametrize("preset", ["mlp-5x2000", "mlp-5x256", "resnet18-quarter"])
 def test_the_experiments_tables_are_those_of_their_records(preset):
     results = ROOT / "docs" / "results"
-    runs = by_condition(Run(**part) for part in map(run_of, json.loads((results / f"{preset}.json").read_text())))
-    assert (results / f"{preset}.md").read_text() == text(runs)
+    runs = group_by_condition(Run(**part) for part in map(run_of, json.loads((results / f"{preset}.json").read_text())))
+    assert (results / f"{preset}.md").read_text() == comparison(runs)
     if preset == "mlp-5x2000":
-        assert (results / "published.md").read_text().strip() == beside_published({preset: runs}).strip()
+        assert (results / "published.md").read_text().strip() == published_table({preset: runs}).strip()
 
 
 def run_of(record):

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import build, left_alone, start
-from presets import mlp_5x2000, mlp_7x4000, resnet34, resnet50
+from lib.models import build_model, excluded_pattern, init_and_scale
+from lib.presets import mlp_5x2000, mlp_7x4000, resnet34, resnet50
 from torch import nn
 
 from specscale import spectral_norms
@@ -84,9 +84,9 @@ def expected_gains(preset, rule, names):
 @pytest.mark.parametrize(("preset", "rule"), HELD)
 def test_every_layer_starts_and_is_held_as_published(preset, rule):
     config = replace(preset(), targets=rule)
-    model = build(config, CIFAR, 100)
+    model = build_model(config, CIFAR, 100)
     plain = {name: parameter.clone() for name, parameter in model.named_parameters() if "downsample" in name}
-    scaling = start(config, "spectral", model, CIFAR)
+    scaling = init_and_scale(config, "spectral", model, CIFAR)
     assert [weight.scaling.view.matrix_shape(weight.parameter) for weight in scaling.weights] == SHAPES[preset]
     metrics = scaling.metrics()
     for name, value in expected_gains(preset, rule, [weight.name for weight in scaling.weights]).items():
@@ -100,8 +100,8 @@ def test_every_layer_starts_and_is_held_as_published(preset, rule):
 @pytest.mark.parametrize(("preset", "rule"), [(p, r) for p, r in HELD if p is not mlp_7x4000])
 def test_every_condition_starts_from_the_same_weights(preset, rule):
     config = replace(preset(), targets=rule)
-    models = {norm: build(config, CIFAR, 100) for norm in ("none", "frobenius", "spectral")}
-    scalings = {norm: start(config, norm, model, CIFAR) for norm, model in models.items()}
+    models = {norm: build_model(config, CIFAR, 100) for norm in ("none", "frobenius", "spectral")}
+    scalings = {norm: init_and_scale(config, norm, model, CIFAR) for norm, model in models.items()}
     assert scalings["none"] is None
     # Frobenius targets are the norms after the init, each layer's own.
     targets = scalings["frobenius"].metrics()
@@ -116,8 +116,8 @@ def test_every_condition_starts_from_the_same_weights(preset, rule):
 
 @pytest.mark.parametrize("preset", GAINS, ids=lambda preset: preset.__name__)
 def test_described_gains_are_the_activation_sizes_of_a_forward_pass(preset):
-    model = build(preset(), CIFAR, 100)
-    start(preset(), "none", model, CIFAR)
+    model = build_model(preset(), CIFAR, 100)
+    init_and_scale(preset(), "none", model, CIFAR)
     gains = {}
 
     def read(name):
@@ -127,14 +127,14 @@ def test_described_gains_are_the_activation_sizes_of_a_forward_pass(preset):
         if isinstance(module, nn.Linear | nn.Conv2d) and "downsample" not in name:
             module.register_forward_hook(read(name))
     model.eval()(torch.zeros(1, *CIFAR))
-    assert spectral_norms(model, exclude=left_alone(model)) == pytest.approx(gains, rel=1e-4)
+    assert spectral_norms(model, exclude=excluded_pattern(model)) == pytest.approx(gains, rel=1e-4)
 
 
 @pytest.mark.parametrize("preset", [resnet34, resnet50])
 def test_channel_targets_do_not_see_the_maps(preset):
     config = replace(preset(), targets="channels")
-    model = build(config, CIFAR, 100)
-    for weight in start(config, "spectral", model, CIFAR).weights:
+    model = build_model(config, CIFAR, 100)
+    for weight in init_and_scale(config, "spectral", model, CIFAR).weights:
         m, n = weight.parameter.shape[:2]
         assert weight.scaling.target.item() == pytest.approx(math.sqrt(m / n), rel=1e-4), weight.name
 

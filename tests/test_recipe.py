@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from presets import digits, mlp_5x2000
+from lib.presets import digits, mlp_5x2000
 from train import find_problem, main
 
 from specscale import NormScaler
@@ -167,7 +167,7 @@ def test_a_missing_or_failing_wandb_stops_no_training(wandb, tmp_path):
     ],
 )
 def test_options_that_cannot_work_are_refused(options, text):
-    assert re.match(text, find_problem(options, world=2))
+    assert re.match(text, find_problem(options, world_size=2))
 
 
 def test_a_refusal_is_said_once_by_all_ranks_together(tmp_path):
@@ -198,12 +198,12 @@ def test_resuming_with_other_options_is_refused_and_seeds_are_compared(tmp_path)
 
 WORKER = """
 import sys, torch, train
-from presets import digits, replace
+from lib.presets import digits, replace
 norm, model, rank = sys.argv[1], sys.argv[2], __import__("os").environ["RANK"]
 # Not both: on some CPUs, bfloat16 convolutions of maps as small as these have gradients out of unwritten memory.
 options = {"amp": True} if model == "mlp" else {"channels_last": True, "num_workers": 1}
-models, distribute = [], train.distribute
-train.distribute = lambda model, ranks: models.append(model) or distribute(model, ranks)
+models, data_parallel = [], train.data_parallel
+train.data_parallel = lambda model, processes: models.append(model) or data_parallel(model, processes)
 options |= {"model": model, "norms": (norm,), "epochs": 1, "limit_train": 512, "width": 700, "wandb": "disabled"}
 train.main(replace(digits(), **options))
 torch.save(models[0].state_dict(), f"{rank}.pt")

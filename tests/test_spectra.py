@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from spectra import RANKS, effective_rank, input_sizes, numerical_rank, operator_norm, snapshot, stable_rank
+from lib.spectra import RANKS, effective_rank, input_shapes, numerical_rank, operator_norm, snapshot, stable_rank
 from torch import nn
 
 
@@ -60,4 +60,4 @@ def test_a_snapshot_names_every_layer_and_leaves_the_model_alone():
     assert found["singular_values/3"] == pytest.approx(exact.tolist(), rel=1e-4)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert input_sizes(model, (3, 8, 8)) == {"0": (1, 3, 8, 8)}
+    assert input_shapes(model, (3, 8, 8)) == {"0": (1, 3, 8, 8)}

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 from compare import compare_all
-from presets import digits
+from lib.post import findings, published_table
+from lib.presets import digits
+from lib.runs import Run, group_by_condition, read_runs
+from lib.summaries import HEADER, record, statistics_of, table_rows
 from report import main as report
-from runs import Run, by_condition, read
-from summaries import HEADER, beside_published, findings, record, rows, statistics_of
 from train import main as train
 
 
@@ -41,33 +42,33 @@ def test_statistics_are_those_of_the_post():
 
 
 def test_the_table_averages_seeds_and_measures_time_against_no_scaling():
-    runs = by_condition([run("spectral", seed=1, step=30.0), run("spectral", step=10.0), run("none")])
+    runs = group_by_condition([run("spectral", seed=1, step=30.0), run("spectral", step=10.0), run("none")])
     assert list(runs) == ["none", "spectral"]
-    table = {row[0]: dict(zip(HEADER, row, strict=True)) for row in rows(runs)}
+    table = {row[0]: dict(zip(HEADER, row, strict=True)) for row in table_rows(runs)}
     assert table["spectral"]["ms / step"] == "20.00 ± 14.14"
     assert table["spectral"]["ratio to none"] == "2.000"
     assert table["none"]["test accuracy %"] == "35.00"
-    alone = by_condition([run("spectral")])
-    assert rows(alone)[0][-1] == "-"
+    alone = group_by_condition([run("spectral")])
+    assert table_rows(alone)[0][-1] == "-"
 
 
 def test_findings_are_told_whether_they_hold_or_not():
     good = [run("none", norms=(9, 20), gap=2), run("frobenius", norms=(4, 8), gap=1)]
-    holding = findings(by_condition([*good, run("spectral", norms=(0.80, 0.81), gap=0.1)]))
+    holding = findings(group_by_condition([*good, run("spectral", norms=(0.80, 0.81), gap=0.1)]))
     assert [one.holds for one in holding] == [True] * 4
-    assert holding[1].figures == "none 43.500, frobenius 18.000, spectral 2.415"
-    failing = findings(by_condition([*good, run("spectral", "published", norms=(9, 40), gap=3)]))
+    assert holding[1].numbers == "none 43.500, frobenius 18.000, spectral 2.415"
+    failing = findings(group_by_condition([*good, run("spectral", "published", norms=(9, 40), gap=3)]))
     assert [one.holds for one in failing] == [False] * 4
     assert "spectral-published" in failing[0].claim
-    assert findings(by_condition([run("spectral")])) == []
+    assert findings(group_by_condition([run("spectral")])) == []
 
 
 def test_ours_stand_beside_the_published_figures():
-    table = beside_published({"mlp-5x2000": by_condition([run("spectral", "published")]), "other": {}})
+    table = published_table({"mlp-5x2000": group_by_condition([run("spectral", "published")]), "other": {}})
     row = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
     assert row[:8] == ["mlp-5x2000", "spectral-published", "4", "1", "35.00", "23.21", "4.10", "3.53"]
     assert row[8:] == ["6", "0.8", "3.5", "0.02"]
-    assert beside_published({"digits": by_condition([run("none")])}) == ""
+    assert published_table({"digits": group_by_condition([run("none")])}) == ""
 
 
 def test_a_record_is_small_and_whole():
@@ -96,13 +97,13 @@ def test_everything_is_drawn_and_recorded(trained):
     assert "| spectral-published |" in said
     assert "| clipped | 2 | " in said
     records = json.loads((folder / "results.json").read_text())
-    assert [one["condition"] for one in records] == list(read(folder))
+    assert [one["condition"] for one in records] == list(read_runs(folder))
     assert all(one["summary"]["provenance"]["command"] for one in records)
     assert records[-1]["epochs"][1]["epoch"] == 2
 
 
 def test_clipped_runs_hold_every_layer_on_its_target(trained):
-    (clipped,) = read(trained / "digits")["clipped"]
+    (clipped,) = read_runs(trained / "digits")["clipped"]
     for line in [*clipped.epochs]:
         for name, target in clipped.summary["targets"].items():
             assert line[f"spectral_norm/{name}"] == pytest.approx(target, rel=1e-5)
@@ -113,7 +114,7 @@ def test_the_report_is_one_file_and_a_wandb_spec(trained):
     report(folder)
     page = (folder / "report.html").read_text()
     assert page.count('<img alt="') == page.count("data:image/png;base64,") == len(list(folder.glob("*.png")))
-    for row in rows(read(folder)):
+    for row in table_rows(read_runs(folder)):
         assert "".join(f"<td>{cell}</td>" for cell in row) in page
     assert "src=" not in page.replace('src="data:', "")
     spec = json.loads((folder / "report.json").read_text())

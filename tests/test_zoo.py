@@ -11,8 +11,8 @@ import timm
 import torch
 import transformers
 import zoo
-from logs import read_lines
-from provenance import commit
+from lib.files import read_json_lines
+from lib.provenance import commit
 from test_recipe import ROOT
 from torch import nn
 
@@ -89,7 +89,7 @@ def test_what_is_off_target_is_named():
     with torch.no_grad():
         model[1].weight.mul_(1.1)
     with pytest.raises(zoo.Mismatch, match=r"spectral step: 1 is 1.0e-01 from its target"):
-        zoo.worst("spectral step", zoo.norms_of(scaling, zoo.exact_norms), 1e-3)
+        zoo.worst_error("spectral step", zoo.norms_of(scaling, zoo.exact_norms), 1e-3)
 
 
 def test_the_sweep_goes_on_where_it_stopped_and_says_what_failed(tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_the_sweep_goes_on_where_it_stopped_and_says_what_failed(tmp_path, monke
         return nn.Sequential(nn.Linear(80, 90), nn.Conv2d(3, 4, 3), normed)
 
     builders = {"small": small, "broken": broken, "lazy": lazy, "large": lambda: nn.Linear(2000, 2000)}
-    monkeypatch.setattr(zoo, "architectures", lambda registry: builders)
+    monkeypatch.setitem(zoo.REGISTRIES, "timm", lambda: builders)
     options = zoo.Options(registries=("timm",), max_params=1e5, meta_above=3e6, out=tmp_path)
     zoo.main(options)
     lines = {line["name"]: line for line in map(json.loads, (tmp_path / "zoo.jsonl").read_text().splitlines())}
@@ -131,6 +131,6 @@ def test_every_architecture():
     """Hours; the report in runs/zoo, or $SPECSCALE_ZOO, is gone on with."""
     out = Path(os.environ.get("SPECSCALE_ZOO", ROOT / "runs" / "zoo"))
     subprocess.run([sys.executable, ROOT / "recipes" / "zoo.py", "--out", out], check=True)
-    lines = {(line["registry"], line["name"]): line for line in read_lines(out / "zoo.jsonl")}
+    lines = {(line["registry"], line["name"]): line for line in read_json_lines(out / "zoo.jsonl")}
     assert len(lines) > 2000
     assert not [line for line in lines.values() if "failed" in line]

@@ -1,4 +1,4 @@
-"""Where figures come from: the code, the libraries and the machine."""
+"""Where results come from: the code, the libraries and the machine."""
 
 import platform
 import subprocess
@@ -8,27 +8,26 @@ import torch
 
 
 def provenance() -> dict[str, str | int]:
-    """The commit, torch's version, the processor that computes, and torch's threads."""
+    """The commit, the version of torch, the GPU or CPU, and the number of torch's threads."""
     return {
         "commit": commit(),
         "torch": torch.__version__,
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "threads": torch.get_num_threads(),
     }
 
 
 def commit() -> str:
-    """The commit of these files, marked where they differ from it; "unknown" outside a git checkout."""
+    """The commit of this checkout, with -dirty if files differ from it; "unknown" outside a git checkout."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return process.stdout.strip() or "unknown"
 
 
-def processor() -> str:
-    """The CPU's name as the system tells it."""
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

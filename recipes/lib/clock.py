@@ -1,4 +1,4 @@
-"""Time spans of many steps, measured without waiting for the device."""
+"""Timing of many steps without synchronizing with the device at each."""
 
 import statistics
 import time
@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from specscale import NormScaler
+
 
 class Clock:
-    """A list of spans: events on CUDA, the wall clock on a CPU."""
+    """A stopwatch that keeps every span: by CUDA events on a GPU, by the wall clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._spans: list[tuple[Any, Any]] = []
-        self._begun: Any = None
+        self._started: Any = None
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -25,10 +27,10 @@ class Clock:
         return event
 
     def start(self, *_: Any) -> None:
-        self._begun = self._now()
+        self._started = self._now()
 
     def stop(self, *_: Any) -> None:
-        self._spans.append((self._begun, self._now()))
+        self._spans.append((self._started, self._now()))
 
     @contextmanager
     def span(self) -> Iterator[None]:
@@ -40,10 +42,17 @@ class Clock:
         """The spans since the last call, in milliseconds."""
         if self._cuda:
             torch.cuda.synchronize()
-        spans = [begin.elapsed_time(end) if self._cuda else 1000 * (end - begin) for begin, end in self._spans]
+        spans = [start.elapsed_time(end) if self._cuda else 1000 * (end - start) for start, end in self._spans]
         self._spans.clear()
         return spans
 
     def median_ms(self) -> float:
-        """Their median; 0 where there is none."""
+        """The median of the spans since the last call; 0 if there are none."""
         return statistics.median(self.take_ms() or [0.0])
+
+
+def attach_timed(scaling: NormScaler, optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+    """Attach the norm scaling to the optimizer, with the clock around it: hooks run in the order of registration."""
+    optimizer.register_step_post_hook(clock.start)
+    scaling.attach(optimizer)
+    optimizer.register_step_post_hook(clock.stop)

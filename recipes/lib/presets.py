@@ -1,0 +1,149 @@
+"""The configuration of a run, the presets that fill it in, and the choices that its options offer."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+SPECTRAL_NORMS = ("spectral", "clipped")
+"""The norms whose constraint puts the spectral norm on the target."""
+NORMS = ("none", "frobenius", *SPECTRAL_NORMS)
+"""Everything that a model can be trained under, in the order of tables and figures."""
+TARGET_RULES = ("described", "published", "channels")
+"""Where the gains of the init and the target norms come from, in the order of tables and figures."""
+
+Norm = Literal[NORMS]
+TargetRule = Literal[TARGET_RULES]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train one model under several norm constraints, one after another, and compare the runs."""
+
+    preset: str = "digits"
+    """Name of the results folder and of the W&B group."""
+    model: str = "mlp"
+    """mlp, resnet34, resnet50 or resnet18-quarter (variants for CIFAR), or the name of any timm model."""
+    depth: int = 3
+    """Number of weight matrices of the MLP."""
+    width: int = 256
+    """Hidden units in each layer of the MLP."""
+    data: Literal["digits", "cifar100"] = "digits"
+    """Data set: the handwritten digits that come with scikit-learn, or CIFAR-100 from data_root."""
+    data_root: Path = Path("data")
+    """Folder that contains cifar-100-python."""
+    download: bool = False
+    """Download CIFAR-100 into data_root if it is not there."""
+    norms: tuple[Norm, ...] = ("none", "frobenius", "spectral")
+    """Norms to constrain, one run for each. none: no constraint, but the same scaled orthogonal init as the others.
+    clipped: spectral, and every other singular value above the target is clipped to it."""
+    targets: TargetRule = "described"
+    """Rule for the init's gains and the target norms. described: from each layer's activation sizes.
+    published: as in the post's code. channels: like described, but from the numbers of channels alone."""
+    solver: Literal["block", "power", "svd"] = "block"
+    """Solver of the spectral constraint; power is the post's: 500 iterations from random vectors at every step."""
+    epochs: int = 20
+    """Passes over the training data."""
+    batch_size: int = 128
+    """Images per step, all processes together."""
+    lr: float = 1e-3
+    """Initial learning rate of Adam."""
+    milestones: tuple[float, ...] = (0.3, 0.6)
+    """Fractions of the epochs after which the learning rate drops."""
+    gamma: float = 0.1
+    """Factor on the learning rate at each milestone."""
+    spectra: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 1.0)
+    """Fractions of the epochs after which the singular values and ranks of every weight are logged; 0 is the init."""
+    seed: int = 0
+    """Seed of the init, of the order of the images and of their augmentation."""
+    limit_train: int | None = None
+    """Use only the first so many training images."""
+    limit_test: int | None = None
+    """Use only the first so many test images."""
+    amp: bool = False
+    """Autocast to bfloat16; weights and norm scaling stay in float32."""
+    channels_last: bool = False
+    """Keep images and convolutions in the channels_last memory format."""
+    num_workers: int = 0
+    """Worker processes of each data loader; the results do not depend on it."""
+    out: Path = Path("runs")
+    """Folder for the results; those of a preset go to OUT/PRESET."""
+    resume: bool = False
+    """Resume interrupted runs from their checkpoints; finished runs are kept."""
+    overwrite: bool = False
+    """Delete existing runs and train them again."""
+    compare: bool = True
+    """Compare the runs of the preset at the end; switch it off for runs in parallel and call compare.py once."""
+    wandb: Literal["disabled", "offline", "online"] = "offline"
+    """W&B mode; offline needs no account."""
+    wandb_project: str = "specscale"
+    """W&B project."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as plain JSON values: paths as strings, tuples as lists."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+WITHOUT_EFFECT = ("norms", "data_root", "download", "num_workers", "out", "resume", "overwrite", "compare")
+WITHOUT_EFFECT += ("wandb", "wandb_project")
+"""The options that do not change the results of a run."""
+
+
+def condition_name(norm: str, targets: str) -> str:
+    """The condition of a run: its norm, and its target rule unless that is the default one."""
+    return norm if targets == Config.targets else f"{norm}-{targets}"
+
+
+PRESETS: dict[str, Callable[[], Config]] = {}
+"""The presets by name."""
+
+
+def preset(build: Callable[[], Config]) -> Callable[[], Config]:
+    """Add a function that returns a configuration to the presets; its docstring is the help of the command line."""
+    PRESETS[build().preset] = build
+    return build
+
+
+@preset
+def digits() -> Config:
+    """Seconds on a laptop: an MLP on the digits of scikit-learn."""
+    return Config()
+
+
+@preset
+def mlp_5x2000() -> Config:
+    """The post's medium MLP: 5 weight matrices, 2000 hidden units, CIFAR-100, 200 epochs."""
+    return replace(digits(), preset="mlp-5x2000", data="cifar100", depth=5, width=2000, epochs=200, batch_size=512)
+
+
+@preset
+def mlp_7x4000() -> Config:
+    """The post's large MLP: 7 weight matrices, 4000 hidden units."""
+    return replace(mlp_5x2000(), preset="mlp-7x4000", depth=7, width=4000)
+
+
+@preset
+def resnet34() -> Config:
+    """The post's ResNet-34: its first convolution is 3x3, without pooling after it."""
+    return replace(mlp_5x2000(), preset="resnet34", model="resnet34")
+
+
+@preset
+def resnet50() -> Config:
+    """The post's ResNet-50, with the same first convolution."""
+    return replace(mlp_5x2000(), preset="resnet50", model="resnet50")
+
+
+@preset
+def mlp_5x256() -> Config:
+    """The medium MLP at an eighth of its width, with an exact solver, under every norm."""
+    return replace(mlp_5x2000(), preset="mlp-5x256", width=256, epochs=30, solver="svd", norms=NORMS)
+
+
+@preset
+def resnet18_quarter() -> Config:
+    """A small ResNet on a quarter of the images, hours on a CPU: to compare the target rules channels and described."""
+    small = replace(resnet34(), preset="resnet18-quarter", model="resnet18-quarter", epochs=5, batch_size=128)
+    return replace(small, limit_train=12800, limit_test=2560)
