@@ -14,6 +14,9 @@ from typing import Any, Literal
 import matplotlib
 import torch
 import tyro
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
 from lib.clock import Clock, attach_timed
 from lib.console import markdown, progress
 from lib.datasets import Data, Preprocessing, load_data, random_data, train_loader
@@ -23,9 +26,6 @@ from lib.models import build_model, init_and_scale
 from lib.post import POST_PRESETS
 from lib.presets import PRESETS, Config
 from lib.provenance import provenance
-from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
-
 from specscale import SVD, Block, NormScaler, Power
 from specscale.solvers import DenseMatrices
 

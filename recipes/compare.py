@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import tyro
+
 from lib import figures
 from lib.console import markdown
 from lib.files import write_atomically

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+
 from lib import figures
 from lib.console import markdown
 from lib.files import write_atomically

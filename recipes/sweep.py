@@ -1,4 +1,4 @@
-"""Train a grid of presets, norms, target rules and seeds, skip finished runs, and compare all of them in one table.
+"""Train a grid of presets, norms, target sources and seeds, skip finished runs, and compare all of them in one table.
 
 Example: python recipes/sweep.py --presets mlp-5x2000 resnet34 --seeds 0 1 2 -- --data-root data --download
 
@@ -15,9 +15,10 @@ from queue import Queue
 
 import torch
 import tyro
+
 from compare import compare_all
 from lib.post import POST_PRESETS
-from lib.presets import PRESETS, SPECTRAL_NORMS, Config, Norm, TargetRule
+from lib.presets import PRESETS, SPECTRAL_NORMS, Config, Norm, TargetSource
 from lib.runs import is_finished, run_name
 
 
@@ -29,8 +30,8 @@ class Options:
     """Presets to train."""
     norms: tuple[Norm, ...] = Config.norms
     """Norms to constrain."""
-    targets: tuple[TargetRule, ...] = ("described", "published")
-    """Target rules; two rules that give the same run are trained once."""
+    targets: tuple[TargetSource, ...] = ("described", "published")
+    """Target sources; two sources that give the same run are trained once."""
     seeds: tuple[int, ...] = (0,)
     """Seeds to train from."""
     processes: int = 1
@@ -71,7 +72,7 @@ class Task:
 
 
 def grid(options: Options) -> list[Task]:
-    """The runs of the grid, without duplicates: those that are the same under two target rules."""
+    """The runs of the grid, without duplicates: those that are the same under two target sources."""
     tasks = {}
     for preset in options.presets:
         is_mlp = PRESETS[preset]().model == "mlp"

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 import tyro
+from torch import nn
+from tqdm import tqdm
+
 from compare import compare
 from lib.checkpoint import Progress, resume, save_checkpoint
 from lib.clock import Clock, attach_timed
@@ -23,9 +26,6 @@ from lib.presets import PRESETS, WITHOUT_EFFECT, Config
 from lib.run_log import RunLog, WandbRun
 from lib.runs import is_finished, run_name
 from lib.summaries import HEADER
-from torch import nn
-from tqdm import tqdm
-
 from specscale import NormScaler, spectral_norms
 
 

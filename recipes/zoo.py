@@ -6,7 +6,7 @@ Each architecture is one line of OUT/zoo.jsonl; those that have a line already a
 weights and put under norm scaling. Then a spike is added to each weight: a matrix of rank one whose norm is 1.5 times
 that of the weight. After it, a spectral step must end exactly on the target, because the second singular value cannot
 be above it (Weyl's inequality), and so must a Frobenius step. Architectures that do not fit into memory are built on
-the meta device: only their weights, shapes and target rules are checked.
+the meta device: only their weights, shapes and targets by channels are checked.
 """
 
 import gc
@@ -23,11 +23,11 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor, nn
+
 from lib.console import markdown, progress
 from lib.files import append_json_line, read_json_lines, write_atomically
 from lib.provenance import commit
-from torch import Tensor, nn
-
 from specscale import NormScaler, apply_norm_scaling
 from specscale.bounds import spectral_bounds
 from specscale.linalg import smaller_gram
@@ -172,7 +172,7 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_on_meta(model: nn.Module) -> dict[str, Any]:
-    """Check a model without values: every weight has a shape, and a target by rule."""
+    """Check a model without values: every weight has a shape, and a target by its channels."""
     weights: list[Weight] = find_weights(model)
     targets = resolve("target", "channels", weights, model, None)
     if not weights or len(targets) != len(weights):

@@ -4,11 +4,11 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lib.models import build_model
-from lib.presets import mlp_5x2000, mlp_7x4000, resnet50
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from lib.models import build_model
+from lib.presets import mlp_5x2000, mlp_7x4000, resnet50
 from specscale import Block, apply_norm_scaling
 from specscale.weights import find_weights
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+
 from lib.datasets import Preprocessing, crop_and_flip, load_data, train_loader
 from lib.datasets import test_loader as loader_of_test
 from lib.distributed import Processes

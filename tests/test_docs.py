@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from compare import comparison
 from lib.post import published_table
 from lib.runs import Run, group_by_condition

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lib.models import build_model, excluded_pattern, init_and_scale
-from lib.presets import mlp_5x2000, mlp_7x4000, resnet34, resnet50
 from torch import nn
 
+from lib.models import build_model, excluded_pattern, init_and_scale
+from lib.presets import mlp_5x2000, mlp_7x4000, resnet34, resnet50
 from specscale import spectral_norms
 
 CIFAR = (3, 32, 32)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lib.presets import digits, mlp_5x2000
-from train import find_problem, main
 
+from lib.presets import digits, mlp_5x2000
 from specscale import NormScaler
+from train import find_problem, main
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

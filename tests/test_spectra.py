@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from lib.spectra import RANKS, effective_rank, input_shapes, numerical_rank, operator_norm, snapshot, stable_rank
 from torch import nn
+
+from lib.spectra import RANKS, effective_rank, input_shapes, numerical_rank, operator_norm, snapshot, stable_rank
 
 
 def test_ranks_of_known_spectra():

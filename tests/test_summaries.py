@@ -5,6 +5,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
+
 from compare import compare_all
 from lib.post import findings, published_table
 from lib.presets import digits

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from sweep import Options, find_problem, grid
 
 SWEEP = str(Path(__file__).parent.parent / "recipes" / "sweep.py")

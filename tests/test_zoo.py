@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 import transformers
-import zoo
-from lib.files import read_json_lines
-from lib.provenance import commit
 from test_recipe import ROOT
 from torch import nn
 
+import zoo
+from lib.files import read_json_lines
+from lib.provenance import commit
 from specscale import NormScaler, apply_norm_scaling
 
 TRAINED = [

@@ -1,13 +1,13 @@
 """The figures of finished runs: those of the post, and more."""
 
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from lib.presets import NORMS, SPECTRAL_NORMS, TARGET_RULES
+from lib.presets import NORMS, SPECTRAL_NORMS, TARGET_SOURCES
 from lib.runs import Run, Runs, per_layer, rank_keys
 
 matplotlib.use("Agg")
@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-# More styles than names: a new norm or target rule takes the next one.
-COLOURS = dict(zip(NORMS, ("#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04"), strict=False))
-LINE_STYLES = dict(zip(TARGET_RULES, ("-", "--", ":", "-."), strict=False))
+# A new norm or target source takes the next style, from the first one again when they run out.
+COLOURS = dict(zip(NORMS, cycle(("#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04"))))
+LINE_STYLES = dict(zip(TARGET_SOURCES, cycle(("-", "--", ":", "-."))))
 
 
 def _grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:

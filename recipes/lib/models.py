@@ -97,8 +97,8 @@ def init_and_scale(config: Config, norm: str, model: nn.Module, image_shape: tup
     """
     options: dict[str, Any] = {"exclude": excluded_pattern(model), "example_input": torch.zeros(1, *image_shape)}
     gains = published_gains(config, model) if config.targets == "published" else None
-    rule = "channels" if config.targets == "channels" else "features"
-    gain = rule if gains is None else lambda name, module: gains[name]
+    named_gain = "channels" if config.targets == "channels" else "features"
+    gain = named_gain if gains is None else lambda name, module: gains[name]
     orthogonal_init_(model, gain, generator=torch.Generator().manual_seed(config.seed), **options)
     if norm == "none":
         return None

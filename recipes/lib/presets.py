@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-SPECTRAL_NORMS = ("spectral", "clipped")
-"""The norms whose constraint puts the spectral norm on the target."""
-NORMS = ("none", "frobenius", *SPECTRAL_NORMS)
+from specscale.constraints import CONSTRAINTS
+from specscale.solvers import SOLVERS
+
+NORMS = ("none", *CONSTRAINTS)
 """Everything that a model can be trained under, in the order of tables and figures."""
-TARGET_RULES = ("described", "published", "channels")
+SPECTRAL_NORMS = tuple(name for name, one in CONSTRAINTS.items() if one.norm_type.name == "spectral")
+"""The constraints that put the spectral norm on the target."""
+TARGET_SOURCES = ("described", "published", "channels")
 """Where the gains of the init and the target norms come from, in the order of tables and figures."""
 
 Norm = Literal[NORMS]
-TargetRule = Literal[TARGET_RULES]
+TargetSource = Literal[TARGET_SOURCES]
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,10 @@ class Config:
     norms: tuple[Norm, ...] = ("none", "frobenius", "spectral")
     """Norms to constrain, one run for each. none: no constraint, but the same scaled orthogonal init as the others.
     clipped: spectral, and every other singular value above the target is clipped to it."""
-    targets: TargetRule = "described"
-    """Rule for the init's gains and the target norms. described: from each layer's activation sizes.
+    targets: TargetSource = "described"
+    """Source of the init's gains and of the target norms. described: from each layer's activation sizes.
     published: as in the post's code. channels: like described, but from the numbers of channels alone."""
-    solver: Literal["block", "power", "svd"] = "block"
+    solver: Literal[tuple(SOLVERS)] = "block"
     """Solver of the spectral constraint; power is the post's: 500 iterations from random vectors at every step."""
     epochs: int = 20
     """Passes over the training data."""
@@ -92,7 +95,7 @@ WITHOUT_EFFECT += ("wandb", "wandb_project")
 
 
 def condition_name(norm: str, targets: str) -> str:
-    """The condition of a run: its norm, and its target rule unless that is the default one."""
+    """The condition of a run: its norm, and its target source unless that is the default one."""
     return norm if targets == Config.targets else f"{norm}-{targets}"
 
 
@@ -144,6 +147,6 @@ def mlp_5x256() -> Config:
 
 @preset
 def resnet18_quarter() -> Config:
-    """A small ResNet on a quarter of the images, hours on a CPU: to compare the target rules channels and described."""
+    """A small ResNet on a quarter of the images, for CPUs: to compare targets from channels and from activations."""
     small = replace(resnet34(), preset="resnet18-quarter", model="resnet18-quarter", epochs=5, batch_size=128)
     return replace(small, limit_train=12800, limit_test=2560)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.files import read_json_lines
-from lib.presets import NORMS, TARGET_RULES, condition_name
+from lib.presets import NORMS, TARGET_SOURCES, condition_name
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def read_runs(preset_folder: Path) -> Runs:
 
 
 def group_by_condition(runs: Iterable[Run]) -> Runs:
-    """The runs by condition, in the order of the norms and target rules, then of the seeds."""
+    """The runs by condition, in the order of the norms and target sources, then of the seeds."""
     groups: Runs = {}
 
     def order(run: Run) -> tuple[int, int, int]:
-        return NORMS.index(run.config["norm"]), TARGET_RULES.index(run.config["targets"]), run.config["seed"]
+        return NORMS.index(run.config["norm"]), TARGET_SOURCES.index(run.config["targets"]), run.config["seed"]
 
     for run in sorted(runs, key=order):
         groups.setdefault(run.condition, []).append(run)

@@ -75,11 +75,11 @@ def _mean_and_deviation(values: list[float], digits: int) -> str:
 
 
 def baseline(runs: Runs, condition: str) -> str | None:
-    """The unconstrained condition to compare step times with: of the same target rule if there is one, else any."""
+    """The unconstrained condition to compare step times with: of the same target source if there is one, else any."""
     targets = runs[condition][0].config["targets"]
     plain = [name for name, seeds in runs.items() if seeds[0].config["norm"] == "none"]
-    same_rule = [name for name in plain if runs[name][0].config["targets"] == targets]
-    return next(iter(same_rule or plain), None)
+    same_source = [name for name in plain if runs[name][0].config["targets"] == targets]
+    return next(iter(same_source or plain), None)
 
 
 def differing_options(runs: Runs) -> str:
