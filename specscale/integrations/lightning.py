@@ -22,12 +22,12 @@ class NormScalingCallback(Callback):
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach, once the optimizers are there and a checkpoint is restored.
+        """Attach, after the optimizers are made and a checkpoint is restored.
 
         Raises:
             ValueError: the module has no scaled weight, no optimizer owns one, or one of them is attached already.
         """
-        # The earlier run's optimizers may come back, and are not to be scaled twice.
+        # An earlier fit's optimizers may be used again, and must not be attached twice.
         if self.scaling is not None:
             self.scaling.detach()
         self.scaling = self._given or NormScaler.of(pl_module)
@@ -45,10 +45,10 @@ class NormScalingCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Log, at the steps at which Lightning logs."""
         before, self._step = self._step, trainer.global_step
-        # A batch that only accumulates gradients takes no step.
+        # Gradient accumulation: this batch took no step.
         if self.scaling is None or self._step == before or not trainer._logger_connector.should_update_logs:
             return
         metrics = self.scaling.metrics()
-        # As Lightning's own monitors do: with `log_dict` every batch, logged or not, would loop over all names.
+        # As Lightning's own monitors do: `log_dict` would loop over all names at every batch, logged or not.
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -16,7 +16,7 @@ class NormScalingCallback(TrainerCallback):
     >>> trainer.add_callback(NormScalingCallback(trainer))
 
     Args:
-        trainer: whose `log` the metrics go through, to its history and every reporter.
+        trainer: its `log` sends the metrics to the history and every reporter.
         scaling: the handle, such as `scaling.capture()`; None finds it on the model at every `train`.
     """
 
@@ -31,10 +31,10 @@ class NormScalingCallback(TrainerCallback):
         """Attach to the optimizer that accelerate has wrapped.
 
         Raises:
-            ValueError: the model has no scaled weight, or one that the trainer could not save; the optimizer owns
-                none, or is attached already.
+            ValueError: the model has no scaled weight, or one that the trainer cannot save; the optimizer owns
+                none of them, or is attached already.
         """
-        # The earlier run's optimizer may come back, and is not to be scaled twice.
+        # An earlier run's optimizer may be used again, and must not be attached twice.
         if self.scaling is not None:
             self.scaling.detach()
         self.scaling = self._given or NormScaler.of(model)
@@ -49,7 +49,7 @@ class NormScalingCallback(TrainerCallback):
 
 
 def _refuse_shared(scaling: NormScaler, model: nn.Module) -> None:
-    # The trainer would say so too, but only at its first checkpoint.
+    # The trainer raises an error too, but only at its first checkpoint.
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     if shared := [weight.name for weight in scaling.weights if names[id(weight.parameter)] > 1]:
         raise ValueError(
