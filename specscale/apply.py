@@ -63,7 +63,7 @@ def apply_norm_scaling(
             or as a function `(name, module) -> float`.
         include: shell patterns on module names, each taking everything below the modules that it matches, types of
             layers, or predicates `(name, module) -> bool`; None means all.
-        exclude: likewise, what to leave alone.
+        exclude: the weights that are not scaled, in the same ways.
         rules: which tensors of other layers are weights too, and as which matrices; they come before the built-in ones.
         solver: of the spectral norm: `"block"`, `"power"`, `"svd"`, or an instance such as `Block(width=8)`.
         gain: of the init: `"channels"` (`sqrt(d_out / d_in)` of the feature or channel counts), `"features"` (of the

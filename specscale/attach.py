@@ -32,14 +32,15 @@ class StepHook:
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if _is_inner_step(optimizer):
             return
-        # A weight that was not stepped stays, since the spectral update is not idempotent. An optimizer may clear the
-        # gradients or take none, which its writes show; but one that writes to `.data` shows by its gradients only.
+        # A weight that was not stepped must not move: the spectral update is not idempotent. A stepped weight has a
+        # gradient, or its version counter has changed. Neither alone is enough: an optimizer may clear the gradients
+        # in its step, and a write to `.data` does not change the counter.
         stepped = [
             weight
             for weight in owned_by(optimizer, self.weights())
             if weight.parameter.grad is not None or weight.scaling.is_stale(weight.parameter)
         ]
-        # GradScaler calls a fused optimizer even for a step that it skips, which the optimizer does by `found_inf`.
+        # GradScaler calls a fused optimizer for skipped steps too, and the optimizer skips by `found_inf` itself.
         self._step.take(stepped, getattr(optimizer, "found_inf", None))
 
 

@@ -46,7 +46,7 @@ class Constraint(ABC):
     def project_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> Tensor:
         """Put the matrices of `weights`, each `(k_i, o, i, ...)`, back on `target (k,)`, in place.
 
-        Those where `skip_mask (k,)` is true and those of norm zero, which have no direction, are left alone. Returns
+        Those where `skip_mask (k,)` is true and those of norm zero, which have no direction, are skipped. Returns
         the norms `(k,)` afterwards.
         """
         norm = measurement.norm.to(target.dtype)

@@ -55,7 +55,7 @@ def orthogonal_init_(
         gain: `"channels"`, `"features"`, `"matrix"`, a number, or a function `(name, module) -> float`.
         include: shell patterns on module names, each taking everything below the modules that it matches, types of
             layers, or predicates `(name, module) -> bool`; None means all.
-        exclude: likewise, what to leave alone.
+        exclude: the weights that are not overwritten, in the same ways.
         rules: which tensors of other layers are weights too, and as which matrices; they come before the built-in ones.
         example_input: for `"features"`, a batch that the model can be called with.
         generator: the source of randomness; None means torch's global one.

@@ -23,7 +23,7 @@ class LayerRule:
     >>> LayerRule(Dense, {"kernel": MatrixView("i o")})               # every layer of a type
     >>> LayerRule(lambda name, module: name == "router", {"weight": MatrixView("o i")})      # or by a predicate
     >>> LayerRule(Experts, lambda experts: {"w": MatrixView("k i o", len(experts.w))})       # as the layer has it
-    >>> LayerRule(Router, {})                                         # no weight: such layers are left alone
+    >>> LayerRule(Router, {})                                         # no weight: such layers are not scaled
     """
 
     layer: type[nn.Module] | Callable[[str, nn.Module], bool]

@@ -38,7 +38,7 @@ class Norm(ABC):
     """A norm, and how it is measured. The defaults are those of a norm that needs no solver."""
 
     name: ClassVar[str]
-    """Which norm it is: targets of one name mean the same, whatever the constraint."""
+    """Which norm it is: constraints on norms of one name have comparable targets."""
 
     @classmethod
     def with_solver(cls, solver: Solver) -> Self:

@@ -92,7 +92,7 @@ def _shapes(buffers: Mapping[str, Tensor], without: set[str]) -> dict[str, tuple
 def _rename_old_buffers(saved: dict[str, Any], scaling: NormScaling) -> None:
     """Bring the buffers of a checkpoint of version 0.1.0 under today's names.
 
-    It held `target`, 0 for a matrix that is left alone, and `order`: 2 for the Frobenius norm, 0 for the spectral.
+    It held `target`, 0 for a matrix that is skipped, and `order`: 2 for the Frobenius norm, 0 for the spectral.
     """
     if "target" in saved:
         target, order = saved.pop("target"), saved.pop("order", None)
@@ -102,7 +102,7 @@ def _rename_old_buffers(saved: dict[str, Any], scaling: NormScaling) -> None:
 
 
 def _rename_target(saved: dict[str, Any], scaling: NormScaling) -> None:
-    """Bring the checkpoint's targets under this constraint's name, whatever constraint on the same norm wrote them."""
+    """Bring the checkpoint's targets under this constraint's name, if they are of the same norm."""
     for key in [key for key in saved if key.startswith("target_")]:
         written_by = CONSTRAINTS.get(key.removeprefix("target_"))
         if written_by is None or written_by.norm_type.name != scaling.constraint.norm.name:

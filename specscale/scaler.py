@@ -49,7 +49,7 @@ class NormScaler:
         return [weight for weight in self._weights if weight.is_scaled and weight.module in present]
 
     def _scaled(self) -> list[Weight]:
-        """The weights; a handle that has none left must not report that all is well."""
+        """The weights; an empty handle must not report success."""
         weights = self.weights
         if not weights:
             raise Refusal(
@@ -95,7 +95,7 @@ class NormScaler:
     def step(self) -> None:
         """Put every weight back on its target: for training loops without `attach`, once after each optimizer step.
 
-        A frozen weight is left alone.
+        A frozen weight is not scaled.
 
         Raises:
             ValueError: no weight is scaled any more.
@@ -107,8 +107,8 @@ class NormScaler:
     def project(self, model: nn.Module | None = None) -> None:
         """Solve the singular vectors anew and take one scaling step: for a copy of the model that holds an average.
 
-        An average of weights (EMA, SWA) is on no target, and an average of singular vectors is none. Frozen weights are
-        scaled too.
+        An average of weights (EMA, SWA) is not on the targets, and averaged singular vectors are not singular vectors.
+        Frozen weights are scaled too.
 
         >>> ema = torch.optim.swa_utils.AveragedModel(model)
         >>> scaling.project(ema)

@@ -26,7 +26,7 @@ class NormScaling(nn.Module):
     Buffers, one number for each of the weight's `k` matrices, float32 or wider:
 
     - `target_<constraint>`: the target norm; the name says of which constraint, so that a checkpoint does.
-    - `skip_mask`: 1 for a matrix that is left alone, 0 for the others.
+    - `skip_mask`: 1 for a matrix that is not scaled, 0 for the others.
     - `norm`: the norm after the last step. `residual` and `error`: how far the solver was from it.
 
     And the solver's own.
@@ -92,7 +92,7 @@ class NormScaling(nn.Module):
         return torch.arange(self.view.count, device=device) + (zlib.crc32(self.name.encode()) + salt << 20)
 
     def excess(self, norm: Tensor) -> Tensor:
-        """`(k,)`, float64: `norm / target - 1`; minus infinity, never the worst, for a matrix that is left alone."""
+        """`(k,)`, float64: `norm / target - 1`; minus infinity, which is never the largest, where `skip_mask` is 1."""
         excess = norm.double() / self.target.double() - 1
         return torch.where(self.skip_mask > 0, -torch.inf, excess)
 
@@ -110,7 +110,7 @@ class NormScaling(nn.Module):
         return self.constraint.norm.init_state(self.seeds(weight.device), self.view.matrix_shape(weight), dtype)
 
     def retarget_(self) -> None:
-        """Hold the norms that were measured last; a matrix of zeros has no direction and is left alone."""
+        """Hold the norms that were measured last; a matrix of zeros has no direction and is skipped."""
         self.target.copy_(self.norm)
         self.skip_mask.copy_(self.norm == 0)
 

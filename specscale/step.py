@@ -39,7 +39,7 @@ class ScalingStep:
 
     @no_grad_full_precision
     def take(self, weights: list[Weight], skip: Tensor | None = None) -> None:
-        """Put the weights back on their targets; with a `skip` tensor that is positive, none is moved.
+        """Put the weights back on their targets; where the tensor `skip` is positive, no weight changes.
 
         Raises:
             Refusal: a weight holds NaN or infinity: on a CPU at this step, which then writes nothing; elsewhere at the
@@ -138,8 +138,8 @@ def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
 def project_(batches: list[Batch], skip: Tensor | None) -> None:
     """Put every measured weight back on its target, and record what was measured.
 
-    Left alone: a matrix that its `skip_mask` names, one that is not finite, and all of them where the one-element
-    tensor `skip` is positive.
+    Skipped: matrices whose `skip_mask` is 1, those that are not finite, and all of them where the one-element tensor
+    `skip` is positive.
     """
     buffers: list[Tensor] = []
     values: list[Tensor] = []

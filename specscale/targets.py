@@ -35,7 +35,7 @@ def _by_features(weights: list[Weight], model: nn.Module, example_input: Any) ->
             if weight.module not in sizes:
                 raise Refusal(
                     f'"features" needs the sizes of {weight.name!r}, which example_input did not reach; '
-                    "exclude it, or choose another rule"
+                    "exclude it, or choose another gain or target"
                 )
             d_in, d_out = sizes[weight.module]
         gains[weight.name] = _ratio(d_out, d_in)

@@ -51,7 +51,7 @@ class MatrixView:
         return rearrange(tensor, f"{self.axes} -> {'k' if lengths else '1'} o {columns.format(names)}", **lengths)
 
     def split(self, weight: Tensor) -> Tensor:
-        """The tensor as `(k, o, i, ...)`, always a view, whatever the memory format: writing to it writes the weight.
+        """The tensor as `(k, o, i, ...)`, a view in every memory format: writing to it writes the weight.
 
         Splitting and permuting axes never copies; merging them, as `matrices` does, may.
         """
