@@ -4,6 +4,7 @@ The plan reads the model and makes all that the commit registers and writes; eve
 that a call that fails leaves the model as it was.
 """
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from specscale.parametrization import register, unregister
 from specscale.scaler import NormScaler
 from specscale.solvers import SOLVERS, SVD, Block, Power, Solver
 from specscale.state import NormScaling
-from specscale.step import solve_
+from specscale.step import solve_anew_
 from specscale.targets import GAINS, Gain, Target, check_setting, resolve, resolve_targets
 from specscale.weights import (
     Patterns,
@@ -35,7 +36,7 @@ from specscale.weights import (
 )
 
 
-@public_call("apply_norm_scaling")
+@public_call()
 def apply_norm_scaling(
     module: nn.Module,
     norm: str = "spectral",
@@ -104,7 +105,7 @@ def apply_norm_scaling(
 
 
 def _constraint(norm: str, solver: str | Solver) -> Constraint:
-    if norm not in CONSTRAINTS:
+    if not isinstance(norm, str) or norm not in CONSTRAINTS:
         raise Refusal(f"unknown norm {norm!r}; choose {one_of(CONSTRAINTS)}")
     if isinstance(solver, str):
         if solver not in SOLVERS:
@@ -138,20 +139,20 @@ def _plan(
     if gains is None:
         refuse_non_finite(weights, "load good weights, or start anew with init='orthogonal'")
     else:
-        plan.values.extend((weight, _init(weight, gains[weight.name], generator)) for weight in weights)
+        plan.values.extend((weight, orthogonal_like(weight, gains[weight.name], generator)) for weight in weights)
     values = [value for _, value in plan.values] or [weight.parameter for weight in weights]
     for weight, value in zip(weights, values, strict=True):
         scaling = NormScaling(
             constraint,
             weight.view,
             value,
-            name=weight.name,
+            seed_name=weight.name,
             is_only=weight.is_only,
             parameter_order=tuple(weight.module._parameters),
         )
-        solve_(scaling, value)
+        solve_anew_(scaling, value)
         if targets is not None:
-            scaling.target.fill_(targets[weight.name])
+            scaling.target.copy_(_in_range(targets[weight.name], weight, scaling.target.dtype))
         else:
             scaling.retarget_()
         if bool(scaling.skip_mask.any()):
@@ -160,34 +161,40 @@ def _plan(
                 "Give a target other than 'initial' to scale it once it has moved"
             )
         if not bool(scaling.skip_mask.all()):
-            plan.weights.append(replace(weight, state=scaling))
+            plan.weights.append(replace(weight, parametrization=scaling))
     if not plan.weights:
         raise Refusal("no weight is selected, since all of them are zero; give a target or an init")
     return plan
 
 
-def _init(weight: Weight, gain: float, generator: torch.Generator | None) -> Tensor:
-    value = orthogonal_like(weight, gain, generator)
-    if not bool(value.isfinite().all()):
-        raise Refusal(f"gain {gain:.3g} for {weight.name!r} is out of the range of {value.dtype}")
-    return value
+def _in_range(target: float, weight: Weight, dtype: torch.dtype) -> Tensor:
+    rounded = torch.tensor(target, dtype=torch.float64).to(dtype)
+    if not 0 < float(rounded) < math.inf:
+        raise Refusal(f"target {target:.3g} for {weight.name!r} is out of the range of {dtype}")
+    return rounded
 
 
+@torch.no_grad()
 def _commit(module: nn.Module, plan: _Plan) -> NormScaler:
-    """Register the scalings, then write the init."""
+    """Register the scalings, then write the init. An interruption leaves the model as it was."""
+    before: list[tuple[Weight, Tensor]] = []
     try:
         for weight in plan.weights:
             register(weight.module, weight.tensor, weight.scaling)
+        # Each new value is let go as the old one is kept, so that memory does not grow.
+        while plan.values:
+            weight, value = plan.values.pop()
+            before.append((weight, weight.parameter.clone()))
+            weight.parameter.copy_(value)
+        for weight in plan.weights:
+            weight.scaling.mark_current(weight.parameter)
     except BaseException:
+        for weight, value in before:
+            weight.parameter.copy_(value)
         for weight in plan.weights:
             if weight.is_scaled:
                 unregister(weight.module, weight.tensor)
         raise
-    with torch.no_grad():
-        for weight, value in plan.values:
-            weight.parameter.copy_(value)
-    for weight in plan.weights:
-        weight.scaling.mark_current(weight.parameter)
     return NormScaler(module, plan.weights)
 
 
@@ -196,7 +203,7 @@ def is_norm_scaled(module: nn.Module) -> bool:
     return any(True for _ in scaled_weights(module))
 
 
-@public_call("remove_norm_scaling")
+@public_call()
 def remove_norm_scaling(module: nn.Module) -> nn.Module:
     """Take norm scaling off a model, in place, and return it: the same parameters under their plain names.
 

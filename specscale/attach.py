@@ -1,15 +1,16 @@
 """Following an optimizer: a hook that scales, after each of its steps, the weights that it has moved."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from specscale.errors import Refusal, public_call
 from specscale.step import ScalingStep
-from specscale.weights import Weight, refuse_sharded
+from specscale.weights import Weight, current_weights, refuse_sharded
 
 HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(max).__code__  # type: ignore[attr-defined]
 """The code of the wrapper with which torch calls hooks around an optimizer's `step`."""
@@ -24,7 +25,8 @@ def owned_by(optimizer: torch.optim.Optimizer, weights: Iterable[Weight]) -> lis
 class StepHook:
     """Takes the scaling step after each step of an optimizer."""
 
-    def __init__(self, weights: Callable[[], list[Weight]], step: ScalingStep) -> None:
+    def __init__(self, model: nn.Module, weights: list[Weight], step: ScalingStep) -> None:
+        self._model = model
         self.weights = weights
         self._step = step
 
@@ -37,15 +39,17 @@ class StepHook:
         # in its step, and a write to `.data` does not change the counter.
         stepped = [
             weight
-            for weight in owned_by(optimizer, self.weights())
+            for weight in owned_by(optimizer, current_weights(self._model, self.weights))
             if weight.parameter.grad is not None or weight.scaling.is_stale(weight.parameter)
         ]
         # GradScaler calls a fused optimizer for skipped steps too, and the optimizer skips by `found_inf` itself.
         self._step.take(stepped, getattr(optimizer, "found_inf", None))
 
 
-def attach(optimizer: torch.optim.Optimizer, hook: StepHook) -> RemovableHandle:
-    """Register the hook with the optimizer.
+def attach(
+    optimizer: torch.optim.Optimizer, model: nn.Module, weights: list[Weight], step: ScalingStep
+) -> RemovableHandle:
+    """Take the step for those of the model's scaled weights that the optimizer owns, after each of its steps.
 
     Raises:
         Refusal: `optimizer` is no torch optimizer (TypeError); it would never call a step hook, owns none of the
@@ -59,16 +63,16 @@ def attach(optimizer: torch.optim.Optimizer, hook: StepHook) -> RemovableHandle:
             f"{kind} never calls step hooks; attach to the optimizer that it wraps, or call "
             "scaling.step() after its step"
         )
-    owned = owned_by(optimizer, hook.weights())
+    owned = owned_by(optimizer, current_weights(model, weights))
     if not owned:
         raise Refusal(f"{kind} owns none of the scaled weights; build it from this model's parameters")
     refuse_sharded(owned)
     # Another handle of the same model scales the same weights, hence the look into the optimizer's own list.
     others = [getattr(other, "__self__", None) for other in optimizer._optimizer_step_post_hooks.values()]
-    taken = {id(weight.scaling) for other in others if isinstance(other, StepHook) for weight in other.weights()}
+    taken = {id(weight.scaling) for other in others if isinstance(other, StepHook) for weight in other.weights}
     if any(id(weight.scaling) in taken for weight in owned):
         raise Refusal(f"this {kind} is attached already; a second hook would scale twice")
-    return optimizer.register_step_post_hook(hook.after_step)
+    return optimizer.register_step_post_hook(StepHook(model, weights, step).after_step)
 
 
 def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:

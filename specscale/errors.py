@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DIVERGED = "Lower the learning rate or clip the gradients"
+ADVICE = "Lower the learning rate or clip the gradients"
 """The advice to a training run whose weights are not finite any more."""
 
 
@@ -24,19 +24,23 @@ class Refusal(Exception):
         self.error = error
 
 
-def public_call(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def public_call(name: str | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a function that users call: a `Refusal` becomes the error that they see, with the call's name in front.
 
-    What a user's own function raises (a predicate, a target, the model) passes through as it is.
+    The name is the function's own, unless another is given. What a user's own function raises (a predicate, a target,
+    the model) passes through as it is.
     """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        call = name or function.__name__
+
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
             try:
                 return function(*args, **kwargs)
             except Refusal as refusal:
-                raise refusal.error(f"{name}: {refusal}") from refusal.__cause__
+                error = refusal.error(f"{call}: {refusal}")
+                raise error.with_traceback(refusal.__traceback__) from refusal.__cause__
 
         return run
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specscale.errors import public_call
+from specscale.errors import Refusal, public_call
 from specscale.layers import LayerRule
 from specscale.linalg import no_grad_full_precision
 from specscale.targets import GAINS, Gain, check_setting, resolve
@@ -30,14 +30,20 @@ def orthogonal(shape: torch.Size, like: Tensor, generator: torch.Generator | Non
 
 @no_grad_full_precision
 def orthogonal_like(weight: Weight, gain: float, generator: torch.Generator | None) -> Tensor:
-    """A tensor of the weight's shape, dtype and strides whose matrices are `gain` times orthogonal ones."""
+    """A tensor like the weight, memory format included, whose matrices are `gain` times orthogonal ones.
+
+    Raises:
+        Refusal: the gain is out of the dtype's range.
+    """
     value = torch.empty_like(weight.parameter)
     shape = weight.view.matrices(value).shape
     weight.view.write_(value, gain * orthogonal(shape, value, generator))
+    if not bool(value.isfinite().all()):
+        raise Refusal(f"gain {gain:.3g} for {weight.name!r} is out of the range of {value.dtype}")
     return value
 
 
-@public_call("orthogonal_init_")
+@public_call()
 def orthogonal_init_(
     module: nn.Module,
     gain: Gain = "channels",

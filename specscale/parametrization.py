@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from specscale.constraints import CONSTRAINTS
 from specscale.errors import Refusal, public_call
 from specscale.state import NormScaling, original, scaling_of, scalings_of
-from specscale.step import solve_
+from specscale.step import solve_anew_
 from specscale.weights import Weight, scaled_weights
 
 
@@ -76,13 +76,14 @@ def _complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: 
             continue
         saved = {k.removeprefix(home): state_dict.pop(k) for k in list(state_dict) if k.startswith(home)}
         _rename_old_buffers(saved, scaling)
-        _rename_target(saved, scaling)
+        _rename_target(saved, scaling, Weight(prefix.removesuffix("."), module, tensor, scaling.view, scaling.is_only))
         own = dict(scaling.named_buffers())
-        fixed = {scaling.target_name, "skip_mask"}
-        if _shapes(own, fixed) != _shapes(saved, fixed):
+        # These need no solver; without one of the others, all of them are solved anew from the weight.
+        kept = {scaling.target_name, "skip_mask"}
+        if _shapes(own, kept) != _shapes(saved, kept):
             scaling.needs_solve = True
-            saved = {name: saved[name] for name in fixed if name in saved}
-        state_dict.update({home + name: value for name, value in {**own, **saved}.items()})
+            saved = own | {name: saved[name] for name in kept if name in saved}
+        state_dict.update({home + name: value for name, value in saved.items()})
 
 
 def _shapes(buffers: Mapping[str, Tensor], without: set[str]) -> dict[str, tuple[int, ...]]:
@@ -96,18 +97,19 @@ def _rename_old_buffers(saved: dict[str, Any], scaling: NormScaling) -> None:
     """
     if "target" in saved:
         target, order = saved.pop("target"), saved.pop("order", None)
-        names = {None: scaling.constraint.name, 2: "frobenius", 0: "spectral"}
-        saved[f"target_{names[None if order is None else int(order)]}"] = target
+        names = {2: "frobenius", 0: "spectral"}
+        name = scaling.constraint.name if order is None else names.get(int(order), f"of_order_{int(order)}")
+        saved[f"target_{name}"] = target
         saved["skip_mask"] = (target == 0).to(target.dtype)
 
 
-def _rename_target(saved: dict[str, Any], scaling: NormScaling) -> None:
+def _rename_target(saved: dict[str, Any], scaling: NormScaling, weight: Weight) -> None:
     """Bring the checkpoint's targets under this constraint's name, if they are of the same norm."""
     for key in [key for key in saved if key.startswith("target_")]:
         written_by = CONSTRAINTS.get(key.removeprefix("target_"))
         if written_by is None or written_by.norm_type.name != scaling.constraint.norm.name:
             raise Refusal(
-                f"the checkpoint's target of {scaling.name!r} is not of the {scaling.constraint.norm.name} norm; "
+                f"the checkpoint's target of {weight.name!r} is not of the {scaling.constraint.norm.name} norm; "
                 "apply_norm_scaling with the other norm before loading, or load a plain state dict"
             )
         saved[scaling.target_name] = saved.pop(key)
@@ -119,11 +121,10 @@ def _solve_what_was_missing(module: nn.Module, _: Any) -> None:
         scaling.mark_current(parameter)
         if scaling.needs_solve:
             scaling.needs_solve = False
-            scaling.reset_solver_(parameter)
-            solve_(scaling, parameter)
+            solve_anew_(scaling, parameter)
 
 
-@public_call("plain_state_dict")
+@public_call()
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     """A scaled model's state dict as the plain model's: names, order and content.
 

@@ -1,5 +1,6 @@
 """What the norms of a model's weights are: metrics and table from the buffers, certified audit, norms of any model."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from specscale.errors import DIVERGED, Refusal, non_finite, public_call
+from specscale.errors import ADVICE, Refusal, non_finite, public_call
 from specscale.layers import LayerRule
 from specscale.linalg import at_least_float32, no_grad_full_precision, scaled_to_one, smaller_gram
 from specscale.solvers import Block, DenseMatrices
@@ -42,13 +43,10 @@ COLUMNS = (
 def metrics(weights: list[Weight]) -> dict[str, float]:
     """Every column of every weight as `<column>/<name>`; see `NormScaler.metrics`."""
     _warn_if_stale(weights, stacklevel=5)
-    if bad := [weight.name for weight in weights if not bool(weight.scaling.norm.isfinite().all())]:
-        raise non_finite(bad, f"the last step did not scale it. {DIVERGED}")
-    return {
-        f"{column.name}/{weight.name}": column.values(weight.scaling).max().item()
-        for weight in weights
-        for column in COLUMNS
-    }
+    rows = [(weight.name, _row(weight)) for weight in weights]
+    if bad := [name for name, row in rows if not math.isfinite(row["norm"])]:
+        raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
+    return {f"{column}/{name}": number for name, row in rows for column, number in row.items()}
 
 
 def table(weights: list[Weight]) -> str:
@@ -57,9 +55,15 @@ def table(weights: list[Weight]) -> str:
     rows = [("layer", "matrices", "shape", *(column.name for column in COLUMNS))]
     for weight in weights:
         m, n = weight.view.matrix_shape(weight.parameter)
-        numbers = (column.text(column.values(weight.scaling).max().item()) for column in COLUMNS)
+        numbers = (column.text(number) for column, number in zip(COLUMNS, _row(weight).values(), strict=True))
         rows.append((weight.name, str(weight.view.count), f"{m}x{n}", *numbers))
     return _aligned(rows)
+
+
+def _row(weight: Weight) -> dict[str, float]:
+    """The weight's columns, read from its device at once."""
+    numbers = torch.stack([column.values(weight.scaling).max().double() for column in COLUMNS]).tolist()
+    return dict(zip((column.name for column in COLUMNS), numbers, strict=True))
 
 
 def _warn_if_stale(weights: list[Weight], stacklevel: int) -> None:
@@ -147,7 +151,7 @@ def audit(weights: list[Weight], tolerance: float, miss: float, seed: int) -> Au
     """The weights' certified norms; see `NormScaler.audit`."""
     if not (0 < tolerance < 1 and 0 < miss < 1):
         raise Refusal(f"tolerance and miss must lie between 0 and 1, found {tolerance} and {miss}")
-    refuse_non_finite(weights, DIVERGED)
+    refuse_non_finite(weights, ADVICE)
     return Audit([_certificate(weight, tolerance, miss, seed) for weight in weights], tolerance)
 
 
@@ -171,7 +175,7 @@ def _certificate(weight: Weight, tolerance: float, miss: float, seed: int) -> Ce
     )
 
 
-@public_call("spectral_norms")
+@public_call()
 @no_grad_full_precision
 def spectral_norms(
     module: nn.Module, *, include: Patterns = None, exclude: Patterns = None, rules: Iterable[LayerRule] = ()
@@ -197,7 +201,7 @@ def spectral_norms(
     return norms
 
 
-@public_call("singular_values")
+@public_call()
 @no_grad_full_precision
 def singular_values(
     module: nn.Module, *, include: Patterns = None, exclude: Patterns = None, rules: Iterable[LayerRule] = ()

@@ -7,11 +7,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from specscale import reports
-from specscale.attach import StepHook, attach, owned_by
+from specscale.attach import attach, owned_by
 from specscale.errors import Refusal, public_call
 from specscale.parametrization import plain_state_dict, unregister
-from specscale.step import ScalingStep, solve_
-from specscale.weights import Weight, refuse_non_finite, scaled_weights
+from specscale.step import ScalingStep, solve_anew_
+from specscale.weights import Weight, current_weights, refuse_non_finite, scaled_weights
 
 
 class NormScaler:
@@ -45,8 +45,7 @@ class NormScaler:
     @property
     def weights(self) -> list[Weight]:
         """The weights that are under this scaling, in the model's order, without layers that the model has lost."""
-        present = set(self._model.modules())
-        return [weight for weight in self._weights if weight.is_scaled and weight.module in present]
+        return current_weights(self._model, self._weights)
 
     def _scaled(self) -> list[Weight]:
         """The weights; an empty handle must not report success."""
@@ -58,7 +57,7 @@ class NormScaler:
             )
         return weights
 
-    @public_call("attach")
+    @public_call()
     def attach(self, optimizer: torch.optim.Optimizer) -> "NormScaler":
         """Scale, after every step of the optimizer, the weights that it has stepped.
 
@@ -69,7 +68,7 @@ class NormScaler:
             ValueError: it would never call a step hook, owns none of the weights, is attached already, or its weights
                 have been sharded.
         """
-        self._handles.append(attach(optimizer, StepHook(lambda: self.weights, self._step)))
+        self._handles.append(attach(optimizer, self._model, self._weights, self._step))
         return self
 
     def owned_by(self, optimizer: torch.optim.Optimizer) -> list[Weight]:
@@ -91,7 +90,7 @@ class NormScaler:
         self._step.capture(self.weights)
         return self
 
-    @public_call("step")
+    @public_call()
     def step(self) -> None:
         """Put every weight back on its target: for training loops without `attach`, once after each optimizer step.
 
@@ -103,7 +102,7 @@ class NormScaler:
         """
         self._step.take([weight for weight in self._scaled() if weight.parameter.requires_grad])
 
-    @public_call("project")
+    @public_call()
     def project(self, model: nn.Module | None = None) -> None:
         """Solve the singular vectors anew and take one scaling step: for a copy of the model that holds an average.
 
@@ -124,7 +123,7 @@ class NormScaler:
         scaler._solve_anew()
         scaler._step.take(scaler.weights)
 
-    @public_call("retarget")
+    @public_call()
     def retarget(self) -> None:
         """Hold, from now on, the norms that the weights have now: for other weights that were loaded.
 
@@ -140,8 +139,7 @@ class NormScaler:
         weights = self._scaled()
         refuse_non_finite(weights, "load good weights first")
         for weight in weights:
-            weight.scaling.reset_solver_(weight.parameter)
-            solve_(weight.scaling, weight.parameter)
+            solve_anew_(weight.scaling, weight.parameter)
             weight.scaling.mark_current(weight.parameter)
 
     @property
@@ -149,7 +147,7 @@ class NormScaler:
         """The solver's iterations in the last step, by layer; zero where the norm is exact. No host sync."""
         return dict(self._step.num_iterations)
 
-    @public_call("metrics")
+    @public_call()
     def metrics(self) -> dict[str, float]:
         """`target/<layer>`, `norm/`, `excess/`, `residual/` and `error/` of every weight, from the buffers.
 
@@ -166,7 +164,7 @@ class NormScaler:
         """
         return reports.metrics(self.weights)
 
-    @public_call("audit")
+    @public_call()
     def audit(self, *, tolerance: float = 1e-3, miss: float = 1e-6, seed: int = 0) -> reports.Audit:
         """The weights' true norms in float64, beside what the solver reports: slow, and certified.
 

@@ -43,15 +43,15 @@ class NormScaling(nn.Module):
         view: MatrixView,
         weight: Tensor,
         *,
-        name: str,
+        seed_name: str,
         is_only: bool,
         parameter_order: tuple[str, ...],
     ) -> None:
         super().__init__()
         self.constraint = constraint
         self.view = view
-        self.name = name
-        """What the weight was called when it was put under scaling: it seeds the random numbers."""
+        self.seed_name = seed_name
+        """The weight's name when it was put under scaling, which seeds the random numbers."""
         self.is_only = is_only
         """Whether it is its layer's only weight, and is therefore called as the layer is."""
         self.parameter_order = parameter_order
@@ -63,10 +63,11 @@ class NormScaling(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for buffer in (*MEASURED, self.target_name, "skip_mask"):
             self.register_buffer(buffer, torch.zeros(view.count, dtype=dtype, device=weight.device))
-        state = self._init_state(weight)
+        # Only the shapes: the first solve fills the buffers.
+        state = self.init_solver_state(weight, torch.device("meta"))
         self._solver_buffers = tuple(state)
         for buffer, value in state.items():
-            self.register_buffer(buffer, value)
+            self.register_buffer(buffer, torch.zeros(value.shape, dtype=value.dtype, device=weight.device))
 
     @property
     def target_name(self) -> str:
@@ -89,7 +90,7 @@ class NormScaling(nn.Module):
 
     def seeds(self, device: torch.device, salt: int = 0) -> Tensor:
         """`(k,)`, int64: what seeds the random numbers of each matrix, a function of the weight's name."""
-        return torch.arange(self.view.count, device=device) + (zlib.crc32(self.name.encode()) + salt << 20)
+        return torch.arange(self.view.count, device=device) + (zlib.crc32(self.seed_name.encode()) + salt << 20)
 
     def excess(self, norm: Tensor) -> Tensor:
         """`(k,)`, float64: `norm / target - 1`; minus infinity, which is never the largest, where `skip_mask` is 1."""
@@ -100,14 +101,10 @@ class NormScaling(nn.Module):
         """The solver's buffers, by name."""
         return {name: self.get_buffer(name) for name in self._solver_buffers}
 
-    def reset_solver_(self, weight: Tensor) -> None:
-        """Forget what the solver knows of the weight."""
-        for name, value in self._init_state(weight).items():
-            self.get_buffer(name).copy_(value)
-
-    def _init_state(self, weight: Tensor) -> dict[str, Tensor]:
+    def init_solver_state(self, weight: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """The solver's state before the first solve of such a weight."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return self.constraint.norm.init_state(self.seeds(weight.device), self.view.matrix_shape(weight), dtype)
+        return self.constraint.norm.init_state(self.seeds(device), self.view.matrix_shape(weight), dtype)
 
     def retarget_(self) -> None:
         """Hold the norms that were measured last; a matrix of zeros has no direction and is skipped."""

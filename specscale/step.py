@@ -7,6 +7,7 @@ captured in a graph and replayed.
 Weights of one constraint are measured in batches, of one shape where the norm stacks them: layers share launches.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from specscale import linalg
 from specscale.constraints import Constraint
-from specscale.errors import DIVERGED, non_finite
+from specscale.errors import ADVICE, non_finite
 from specscale.linalg import concat, no_grad_full_precision
 from specscale.norms import Measurement
 from specscale.state import MEASURED, NormScaling
@@ -55,18 +56,19 @@ class ScalingStep:
     def _take_with_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
         batches = measure(weights)
         if bad := PendingStats(batches).non_finite():
-            raise non_finite(bad, f"no weight was scaled. {DIVERGED}")
+            raise non_finite(bad, f"no weight was scaled. {ADVICE}")
         project_(batches, skip)
         self._record_num_iterations(batches)
         for weight in weights:
             weight.scaling.mark_current(weight.parameter)
 
     def _take_without_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
-        planned = {w.scaling.constraint: self._next_num_iterations(w.scaling.constraint) for w in weights}
+        constraints = dict.fromkeys(weight.scaling.constraint for weight in weights)
+        planned = {constraint: self._next_num_iterations(constraint) for constraint in constraints}
         # The step before is long done. Its error is raised once, so that training can go on from good weights.
         pending, self._pending = self._pending, None
         if pending is not None and (bad := pending.non_finite()):
-            raise non_finite(bad, f"the last step did not scale it. {DIVERGED}")
+            raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
         take = measure_and_project_ if self._graphs is None else self._graphs.take
         batches = take(weights, planned, skip)
         # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
@@ -163,11 +165,10 @@ def measure_and_project_(weights: list[Weight], num_iterations: NumIterations, s
 
 
 @no_grad_full_precision
-def solve_(scaling: NormScaling, weight: Tensor) -> None:
-    """Measure one weight to convergence, from the state that it has, and record what was measured."""
-    measurement = scaling.constraint.norm.measure(
-        [scaling.matrices(weight)], scaling.solver_state(), to_convergence=True
-    )
+def solve_anew_(scaling: NormScaling, weight: Tensor) -> None:
+    """Measure one weight to convergence, from the solver's initial state, and record what was measured."""
+    state = scaling.init_solver_state(weight, weight.device)
+    measurement = scaling.constraint.norm.measure([scaling.matrices(weight)], state, to_convergence=True)
     buffers: list[Tensor] = []
     values: list[Tensor] = []
     _collect([scaling], measurement, buffers, values)
@@ -189,9 +190,7 @@ class PendingStats:
     """The norms and errors of a step on their way to the host, which waits for them only when it reads them."""
 
     def __init__(self, batches: list[Batch]) -> None:
-        weights = [weight for batch in batches for weight in batch.weights for _ in range(weight.view.count)]
-        self._names = [weight.name for weight in weights]
-        self._constraints = [weight.scaling.constraint for weight in weights]
+        self._batches = [batch.weights for batch in batches]
         norms = torch.cat([batch.measurement.norm.double() for batch in batches])
         errors = torch.cat([batch.measurement.error.double() for batch in batches])
         # A copy that does not block goes to pinned memory, which `to` allocates.
@@ -201,20 +200,27 @@ class PendingStats:
             self._copied = torch.Event(device=norms.device)
             self._copied.record()
 
-    def _read(self) -> list[list[float]]:
+    def _read(self, row: int) -> Iterator[tuple[list[Weight], list[list[float]]]]:
+        """Each batch of weights, and the numbers of each weight's matrices."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._values.tolist()
+        numbers = iter(self._values[row].tolist())
+        for weights in self._batches:
+            yield weights, [list(itertools.islice(numbers, weight.view.count)) for weight in weights]
 
     def non_finite(self) -> list[str]:
         """The weights that held NaN or infinity."""
-        norms = zip(self._names, self._read()[0], strict=True)
-        return list(dict.fromkeys(name for name, norm in norms if not math.isfinite(norm)))
+        return [
+            weight.name
+            for weights, norms in self._read(0)
+            for weight, own in zip(weights, norms, strict=True)
+            if not all(map(math.isfinite, own))
+        ]
 
     def worst_error(self, constraint: Constraint) -> float | None:
-        """The largest error of the weights under a constraint; None where there was none."""
-        errors = zip(self._constraints, self._read()[1], strict=True)
-        return max((error for own, error in errors if own == constraint), default=None)
+        """The largest error of the weights under a constraint; None if the step had none of them."""
+        errors = [own for weights, own in self._read(1) if weights[0].scaling.constraint == constraint]
+        return max((error for batch in errors for own in batch for error in own), default=None)
 
 
 def capture_blocker(parameters: Iterable[Tensor]) -> str | None:

@@ -31,8 +31,8 @@ class Weight:
     view: MatrixView
     is_only: bool = True
     """Whether the layer has no other weight, so that the layer's name is enough."""
-    state: NormScaling | None = None
-    """Its scaling, where it has been put under one."""
+    parametrization: NormScaling | None = None
+    """Its scaling, where it has been put under one; `scaling` in code that knows that it has."""
 
     @property
     def name(self) -> str:
@@ -42,21 +42,22 @@ class Weight:
     @property
     def parameter(self) -> Tensor:
         """The weight: the parameter itself, under scaling too, or what is computed from other parameters."""
-        if self.state is not None or scaling_of(self.module, self.tensor) is not None:
+        if self.parametrization is not None or scaling_of(self.module, self.tensor) is not None:
             return original(self.module, self.tensor)
         return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
 
     @property
     def scaling(self) -> NormScaling:
-        """The state of its scaling."""
-        if self.state is None:
+        """Its scaling."""
+        if self.parametrization is None:
             raise AttributeError(f"the weight of {self.name!r} is not under norm scaling")
-        return self.state
+        return self.parametrization
 
     @property
     def is_scaled(self) -> bool:
         """Whether its scaling is still on the layer."""
-        return self.state is not None and scaling_of(self.module, self.tensor) is self.state
+        own = self.parametrization
+        return own is not None and scaling_of(self.module, self.tensor) is own
 
     @property
     def is_computed(self) -> bool:
@@ -86,10 +87,19 @@ def scaled_weights(model: nn.Module) -> Iterator[Weight]:
             yield Weight(layer, module, tensor, scaling.view, scaling.is_only, scaling)
 
 
+def current_weights(model: nn.Module, weights: Iterable[Weight]) -> list[Weight]:
+    """Those of the weights that are still under their scaling, in layers that the model still has."""
+    present = set(model.modules())
+    return [weight for weight in weights if weight.is_scaled and weight.module in present]
+
+
 def find_weights(model: nn.Module, rules: Iterable[LayerRule] = ()) -> list[Weight]:
     """Every weight of the model, scaled or not, by the first rule that matches its layer: `rules`, then the built-in.
 
     A tensor that several layers share comes once, as the first one's.
+
+    Raises:
+        Refusal: a rule matches nothing, or does not fit a layer.
     """
     return [holders[0] for holders in _weights_with_holders(model, rules)]
 
@@ -151,19 +161,22 @@ def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[
         unused = [one for one in unused if one is not rule]
         views = rule.views(module) if rule is not None else {}
         weights = [Weight(layer, module, tensor, view) for tensor, view in views.items()]
-        weights = [weight for weight in weights if _has_elements(weight)]
+        weights = [weight for weight in weights if _is_read(weight)]
         tensors = [weight.parameter for weight in weights]
         is_only = sum(id(tensor) not in seen for tensor in tensors) == 1
         for tensor, weight in zip(tensors, weights, strict=True):
-            seen.setdefault(id(tensor), (tensor, []))[1].append(replace(weight, is_only=is_only))
+            # A weight keeps the name that it was put under scaling with.
+            scaling = scaling_of(module, weight.tensor)
+            named = replace(weight, is_only=is_only if scaling is None else scaling.is_only)
+            seen.setdefault(id(tensor), (tensor, []))[1].append(named)
     if unused:
         kind = getattr(unused[0].layer, "__name__", repr(unused[0].layer))
         raise Refusal(f"the rule for {kind} matches no layer of {type(model).__name__}")
     return [holders for _, holders in seen.values()]
 
 
-def _has_elements(weight: Weight) -> bool:
-    """Whether the layer has the tensor that its rule names, as numbers; the shape must fit the rule."""
+def _is_read(weight: Weight) -> bool:
+    """Whether the layer's tensor has elements to be read as matrices; refuses one that does not fit its rule."""
     kind = type(weight.module).__name__
     if not hasattr(weight.module, weight.tensor):
         names = ", ".join(repr(own) for own, _ in weight.module.named_parameters(recurse=False)) or "none"
@@ -259,9 +272,18 @@ def refuse_scaled(weights: Iterable[Weight]) -> None:
 
 
 def refuse_shared_memory(weights: Iterable[Weight]) -> None:
-    """Refuse two parameters in the same memory, which would be scaled twice; one that layers share is one weight."""
+    """Refuse two parameters in the same memory, which would be scaled twice, and elements that share theirs.
+
+    A parameter that layers share is one weight.
+    """
     first: dict[int, Weight] = {}
     for weight in weights:
+        shape, strides = weight.parameter.shape, weight.parameter.stride()
+        if any(size > 1 and stride == 0 for size, stride in zip(shape, strides, strict=True)):
+            raise Refusal(
+                f"the weight of {weight.name!r} is expanded, so that its elements share memory; "
+                "give the layer a parameter of its own, such as weight.clone()"
+            )
         other = first.setdefault(weight.parameter.data_ptr(), weight)
         if other is not weight:
             raise Refusal(

@@ -20,6 +20,7 @@ from specscale import (
     singular_values,
     spectral_norms,
 )
+from specscale.state import NormScaling
 
 COLUMN_NAMES = ("target", "norm", "excess", "residual", "error")
 
@@ -153,6 +154,7 @@ def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
+        ({"norm": ["spectral"]}, ValueError, r"unknown norm \['spectral'\]; choose"),
         ({"norm": "nuclear"}, ValueError, "unknown norm 'nuclear'; choose 'frobenius', 'spectral' or 'clipped'"),
         ({"solver": "qr"}, ValueError, "unknown solver 'qr'; choose 'block', 'power' or 'svd'"),
         ({"solver": 3}, TypeError, "solver must be a name or a Block, Power or SVD, found int"),
@@ -381,9 +383,16 @@ def test_a_weight_has_one_name_everywhere(norm):
         one.rnn.parametrizations.weight_ih_l0.original.data[0, 0] = float("nan")
         with pytest.raises(NonFiniteWeightError, match=r"step: the weight of 'rnn.weight_ih_l0' holds NaN"):
             scaling.step()
+        assert set(names) <= set(spectral_norms(one)) == {*names, "rnn.weight_hh_l0"}
     # In a larger model, a layer has the name that it has there.
     wrapped = nn.ModuleDict({"net": copy.deepcopy(model)})
     assert [weight.name for weight in NormScaler.of(wrapped).weights] == [f"net.{name}" for name in names]
+
+
+def expanded():
+    model = small()
+    model[2].weight = nn.Parameter(torch.randn(1, 6).expand(3, 6))
+    return model
 
 
 class Raises:
@@ -405,7 +414,14 @@ class Raises:
         (lambda: small().half(), {"gain": 1e-9}, ValueError, "no weight is selected, since all of them are zero"),
         # A warning that is an error is a failing call too, as it is in these tests.
         (small, {"gain": lambda name, module: 1e-50 if name == "2" else 1.0}, UserWarning, "'2' holds a zero matrix"),
-        (lambda: small().to(torch.float16), {"exclude": "[0-2]"}, ValueError, "no weight of Sequential is selected"),
+        (
+            lambda: small().half(),
+            {"target": 1e-50},
+            ValueError,
+            "target 1e-50 for '0' is out of the range",
+        ),
+        (small, {"target": 1e39}, ValueError, "target 1e.39 for '0' is out of the range of torch.float32"),
+        (expanded, {}, ValueError, "the weight of '2' is expanded, so that its elements share memory"),
     ],
 )
 def test_a_failing_call_leaves_the_model_bit_for_bit(make, options, error, text):
@@ -418,6 +434,30 @@ def test_a_failing_call_leaves_the_model_bit_for_bit(make, options, error, text)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_an_interrupted_commit_is_rolled_back(monkeypatch):
+    def interrupt(scaling, weight):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NormScaling, "mark_current", interrupt)
+    model = small()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        apply_norm_scaling(model, init="orthogonal")
+    assert not is_norm_scaled(model)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._load_state_dict_pre_hooks for module in model)
+
+
+def test_a_weight_that_a_rule_named_keeps_its_name_without_the_rule():
+    model = nn.ModuleDict({"layer": nn.Linear(4, 4)})
+    model.layer.gain = nn.Parameter(torch.randn(2, 4))
+    rule = LayerRule(nn.Linear, {"weight": MatrixView("o i"), "gain": MatrixView("o i")})
+    names = [weight.name for weight in apply_norm_scaling(model, rules=rule).weights]
+    assert names == ["layer.weight", "layer.gain"]
+    assert list(spectral_norms(model)) == names[:1]
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "spectral", "clipped"])

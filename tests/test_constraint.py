@@ -206,7 +206,8 @@ def test_attach_refuses_what_would_not_work():
     with pytest.raises(ValueError, match="SGD owns none of the scaled weights"):
         scaling.attach(torch.optim.SGD(net().parameters(), lr=0.1))
     scaling.attach(optimizer)
-    for handle in (scaling, NormScaler.of(model)):
+    head, model.head = model.head, nn.Identity()
+    for handle in (scaling, NormScaler.of(model), NormScaler.of(head)):
         with pytest.raises(ValueError, match="SGD is attached already; a second hook would scale twice"):
             handle.attach(optimizer)
 
@@ -234,8 +235,9 @@ def test_who_forgets_to_attach_is_told():
     for call in (scaling.metrics, lambda: str(scaling)):
         with pytest.warns(
             UserWarning, match="the weight of 'qkv', 'head' has changed since it was last scaled.*attach"
-        ):
+        ) as caught:
             call()
+        assert caught[0].filename == __file__
     scaling.step()
     scaling.metrics()
     scaling.attach(optimizer)

@@ -8,7 +8,17 @@ from timm.optim import Lookahead
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from specscale import LayerRule, MatrixView, NormScaler, apply_norm_scaling
+from specscale import (
+    LayerRule,
+    MatrixView,
+    NormScaler,
+    apply_norm_scaling,
+    orthogonal_init_,
+    plain_state_dict,
+    remove_norm_scaling,
+    singular_values,
+    spectral_norms,
+)
 
 PAGE = " ".join((Path(__file__).parent.parent / "docs" / "errors.md").read_text().split())
 
@@ -133,3 +143,26 @@ def test_a_handle_without_weights_says_so(call):
         getattr(scaling, call)()
     assert scaling.metrics() == {}
     assert repr(scaling) == "NormScaler(0 weights of Module)"
+
+
+def test_an_error_has_the_name_of_the_call_and_shows_where_it_came_from():
+    refused = {
+        apply_norm_scaling: lambda: apply_norm_scaling(nn.ReLU()),
+        orthogonal_init_: lambda: orthogonal_init_(nn.ReLU()),
+        spectral_norms: lambda: spectral_norms(nn.ReLU()),
+        singular_values: lambda: singular_values(nn.ReLU()),
+        remove_norm_scaling: lambda: remove_norm_scaling(nn.ReLU()),
+        plain_state_dict: save_plain_with_another_on_top,
+    }
+    for call, refuse in refused.items():
+        with pytest.raises(ValueError, match=f"^{call.__name__}: ") as found:
+            refuse()
+        assert found.traceback[-1].name != "run", "the frame that refused"
+
+
+def test_what_a_users_function_raises_passes_as_it_is():
+    def predicate(name, module):
+        raise KeyError("my own")
+
+    with pytest.raises(KeyError, match="my own"):
+        apply_norm_scaling(net(), include=predicate)
