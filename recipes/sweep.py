@@ -81,8 +81,8 @@ def grid(options: Options) -> list[Task]:
                 for norm in options.norms:
                     # The activations of an MLP have no height and width: its sizes are its channels, and the published
                     # init is the described one. Only the published targets of the spectral norm differ.
-                    depends_on_rule = not is_mlp or (targets == "published" and norm in SPECTRAL_NORMS)
-                    key = (preset, seed, norm, targets if depends_on_rule else None)
+                    depends_on_source = not is_mlp or (targets == "published" and norm in SPECTRAL_NORMS)
+                    key = (preset, seed, norm, targets if depends_on_source else None)
                     tasks.setdefault(key, Task(preset, norm, targets, seed))
     return list(tasks.values())
 

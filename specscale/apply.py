@@ -4,7 +4,6 @@ The plan reads the model and makes all that the commit registers and writes; eve
 that a call that fails leaves the model as it was.
 """
 
-import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from specscale.scaler import NormScaler
 from specscale.solvers import SOLVERS, SVD, Block, Power, Solver
 from specscale.state import NormScaling
 from specscale.step import solve_anew_
-from specscale.targets import GAINS, Gain, Target, check_setting, resolve, resolve_targets
+from specscale.targets import GAINS, Gain, Target, check_setting, resolve_gains, resolve_targets
 from specscale.weights import (
     Patterns,
     Weight,
@@ -95,7 +94,7 @@ def apply_norm_scaling(
     refuse_computed(weights)
     refuse_shared_memory(weights)
     targets = resolve_targets(target, constraint, weights, module, example_input)
-    gains = None if init is None else resolve("gain", gain, weights, module, example_input)
+    gains = None if init is None else resolve_gains(gain, weights, module, example_input)
     plan = _plan(constraint, weights, targets, gains, generator)
     if init is None and gain != "channels":
         plan.warnings.append("gain has no effect without init='orthogonal'")
@@ -116,9 +115,9 @@ def _constraint(norm: str, solver: str | Solver) -> Constraint:
     return CONSTRAINTS[norm].with_solver(solver)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
-    """What a commit does."""
+    """What a commit registers and writes."""
 
     weights: list[Weight] = field(default_factory=list)
     """The weights to be scaled, each with its scaling."""
@@ -152,7 +151,7 @@ def _plan(
         )
         solve_anew_(scaling, value)
         if targets is not None:
-            scaling.target.copy_(_in_range(targets[weight.name], weight, scaling.target.dtype))
+            scaling.target.fill_(targets[weight.name])
         else:
             scaling.retarget_()
         if bool(scaling.skip_mask.any()):
@@ -167,16 +166,9 @@ def _plan(
     return plan
 
 
-def _in_range(target: float, weight: Weight, dtype: torch.dtype) -> Tensor:
-    rounded = torch.tensor(target, dtype=torch.float64).to(dtype)
-    if not 0 < float(rounded) < math.inf:
-        raise Refusal(f"target {target:.3g} for {weight.name!r} is out of the range of {dtype}")
-    return rounded
-
-
 @torch.no_grad()
 def _commit(module: nn.Module, plan: _Plan) -> NormScaler:
-    """Register the scalings, then write the init. An interruption leaves the model as it was."""
+    """Register the scalings, then write the init. An interruption is rolled back."""
     before: list[tuple[Weight, Tensor]] = []
     try:
         for weight in plan.weights:

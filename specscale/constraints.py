@@ -1,7 +1,8 @@
 """The constraints: how a weight is put back on its target norm, given what was measured.
 
-A constraint is measure x map: its `norm` reads the matrices (`specscale.norms`), its own two methods say what is
-written. A new constraint is one class here and one entry in `CONSTRAINTS`; checkpoints hold its name.
+A constraint is a norm and a map. Its `norm` measures the matrices (`specscale.norms`). Its `update` and `write_` change
+the weight, and `norm_after` says what the norm then is, where that is not the target. A new constraint is one class
+here and one entry in `CONSTRAINTS`. Checkpoints hold its name.
 """
 
 from abc import ABC, abstractmethod
@@ -30,9 +31,9 @@ class Constraint(ABC):
 
     @abstractmethod
     def update(self, measurement: Measurement, target: Tensor, skip_mask: Tensor) -> tuple[Tensor, ...]:
-        """What `write_` needs, each with `k` as its first dimension; it changes nothing where `skip_mask (k,)` is true.
+        """What `write_` needs, as tensors whose first dimension is `k`.
 
-        `target (k,)` and the norms of `measurement` are of one dtype.
+        It must change nothing where `skip_mask (k,)` is true. `target (k,)` and `measurement.norm` are of one dtype.
         """
 
     @abstractmethod
@@ -40,7 +41,7 @@ class Constraint(ABC):
         """Update one weight in place, as `(k, o, i, ...)`: `MatrixView.split`, a view in every memory format."""
 
     def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
-        """The norms `(k,)` of matrices that were put back on `target (k,)`."""
+        """The norms `(k,)` after `write_`, of the matrices that were not skipped: the target, unless overridden."""
         return target
 
     def project_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> Tensor:
@@ -50,8 +51,9 @@ class Constraint(ABC):
         the norms `(k,)` afterwards.
         """
         norm = measurement.norm.to(target.dtype)
+        measurement = measurement._replace(norm=norm)
         skip_mask = skip_mask | (norm == 0)
-        updates = self.update(measurement._replace(norm=norm), target, skip_mask)
+        updates = self.update(measurement, target, skip_mask)
         counts = [len(weight) for weight in weights]
         for weight, *own in zip(weights, *(part.split(counts) for part in updates), strict=True):
             self.write_(weight, *own)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specscale.errors import Refusal, public_call
+from specscale.errors import public_call
 from specscale.layers import LayerRule
 from specscale.linalg import no_grad_full_precision
-from specscale.targets import GAINS, Gain, check_setting, resolve
+from specscale.targets import GAINS, Gain, check_setting, resolve_gains
 from specscale.weights import Patterns, Weight, refuse_computed, select
 
 
@@ -30,16 +30,10 @@ def orthogonal(shape: torch.Size, like: Tensor, generator: torch.Generator | Non
 
 @no_grad_full_precision
 def orthogonal_like(weight: Weight, gain: float, generator: torch.Generator | None) -> Tensor:
-    """A tensor like the weight, memory format included, whose matrices are `gain` times orthogonal ones.
-
-    Raises:
-        Refusal: the gain is out of the dtype's range.
-    """
+    """A tensor like the weight, memory format included, whose matrices are `gain` times orthogonal ones."""
     value = torch.empty_like(weight.parameter)
     shape = weight.view.matrices(value).shape
     weight.view.write_(value, gain * orthogonal(shape, value, generator))
-    if not bool(value.isfinite().all()):
-        raise Refusal(f"gain {gain:.3g} for {weight.name!r} is out of the range of {value.dtype}")
     return value
 
 
@@ -77,7 +71,7 @@ def orthogonal_init_(
     check_setting("gain", gain, GAINS)
     weights = select(module, include, exclude, rules)
     refuse_computed(weights)
-    gains = resolve("gain", gain, weights, module, example_input)
+    gains = resolve_gains(gain, weights, module, example_input)
     with torch.no_grad():
         for weight in weights:
             weight.parameter.copy_(orthogonal_like(weight, gains[weight.name], generator))

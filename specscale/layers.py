@@ -24,16 +24,15 @@ class LayerRule:
     >>> LayerRule(lambda name, module: name == "router", {"weight": MatrixView("o i")})      # or by a predicate
     >>> LayerRule(Experts, lambda experts: {"w": MatrixView("k i o", len(experts.w))})       # as the layer has it
     >>> LayerRule(Router, {})                                         # no weight: such layers are not scaled
+
+    Raises:
+        TypeError: `layer` or `weights` has a wrong type.
     """
 
     layer: type[nn.Module] | Callable[[str, nn.Module], bool]
     """The type of the layers, subclasses included, or a predicate of a layer's name and the layer."""
     weights: Views | Callable[[nn.Module], Views]
-    """The view of each weight by the tensor's name, or a function of the layer that returns them.
-
-    Raises:
-        TypeError: `layer` or `weights` is neither.
-    """
+    """The view of each weight by the tensor's name, or a function of the layer that returns them."""
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, nn.Module) or not callable(self.layer):

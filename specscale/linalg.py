@@ -80,13 +80,13 @@ def rayleigh_ritz(gram_s: Tensor, gram_ws: Tensor, count: int) -> tuple[Tensor, 
         count: how many Ritz vectors.
 
     Returns:
-        Coefficients `C (k, w, count)`, so that the columns of `S C` are orthonormal, in the order of
-        `dominant_eigenvectors`; and the Ritz values `(k, count)`, the lengths of the columns of `W S C`.
+        Coefficients `C (k, w, count)`, in the order of `dominant_eigenvectors`: the columns of `S C` are orthonormal,
+        or zero where only rounding is left. And the lengths of the columns of `W S C`, `(k, count)`: the square roots
+        of the Ritz values.
 
-    The columns of `S` need be neither orthogonal nor independent, and some may be zero, so that no tall matrix has to
-    be made orthogonal: a shift damps combinations of columns that cancel (as in Fukaya et al., "Shifted Cholesky QR
-    for computing the QR factorization of ill-conditioned matrices", 2020), and a combination that is nothing but
-    rounding comes out as zero.
+    The columns of `S` may be dependent or zero, so that no tall matrix has to be made orthogonal. A shift damps
+    combinations of columns that cancel, as in Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
+    ill-conditioned matrices" (2020).
     """
     identity = torch.eye(gram_s.shape[-1], dtype=gram_s.dtype, device=gram_s.device)
     length = gram_s.diagonal(dim1=-2, dim2=-1).sqrt()

@@ -29,7 +29,7 @@ class Measurement(NamedTuple):
     num_iterations: int
     """The solver's iterations, the same for all matrices; zero where there are none."""
     factors: Any
-    """What a constraint needs beside the norm, such as the singular triple."""
+    """What a constraint needs beside the norm: see each norm."""
     state: dict[str, Tensor]
     """The solver's state to continue from."""
 
@@ -112,7 +112,7 @@ class FrobeniusNorm(Norm):
 
 @dataclass(frozen=True)
 class SpectralNorm(Norm):
-    """`||W||`, with its singular triple, by a solver."""
+    """`||W||` by a solver; `factors` is the `Triple`."""
 
     solver: Solver
     name = "spectral"
@@ -151,9 +151,11 @@ class SpectralNorm(Norm):
 
 @dataclass(frozen=True)
 class SpectralNormByDecomposition(Norm):
-    """`||W||`, with all singular values and the singular vectors of the shorter side.
+    """`||W||` by a decomposition, for small models.
 
-    From `eigh` of the smaller Gram matrix in float64: for small models. On an accelerator the host waits for it.
+    `factors` are all singular values `(k, min(m, n))` in ascending order, float64, and the singular vectors of the
+    shorter side `(k, min(m, n), min(m, n))`, from `eigh` of the smaller Gram matrix in float64. On an accelerator the
+    host waits for it.
     """
 
     name = "spectral"

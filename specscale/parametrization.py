@@ -64,7 +64,7 @@ def _complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: 
     """Complete a checkpoint before torch loads it: rename a plain weight, add the state that this solver needs.
 
     Raises:
-        ValueError: the checkpoint's targets are of another constraint.
+        ValueError: the checkpoint's targets are of another norm.
     """
     for tensor, scaling in scalings_of(module):
         # torch cannot swap a tensor that has a weak reference.

@@ -31,8 +31,9 @@ its residual at zero.
 class Matrices(Protocol):
     """Matrices `W (k, m, n)`, float32 or wider, as a solver reads them.
 
-    An iterating solver uses the two products alone, so that the rows or columns of `W` may be elsewhere. An exact
-    solver asks for the entries.
+    `Block` reads a large matrix through the two products alone, so that a shard or a kernel can stand in for it. Both
+    products are whole and equal on every rank: a row shard gathers `W X` and sums `W^T Y` over the ranks. A matrix that
+    `Block` solves exactly, `Power` and `SVD` need `dense`.
     """
 
     @property
@@ -122,15 +123,19 @@ class Solver(Protocol):
     ) -> tuple[Triple, dict[str, Tensor]]:
         """The triples of `matrices (k, m, n)`, and the state to continue from.
 
-        Without `num_iterations`, an iterating solver decides on the host when to stop. With it, exactly so many
-        iterations are taken and nothing is read back.
+        `Block` decides on the host when to stop; with `num_iterations` it takes exactly so many and reads nothing back.
+        `to_convergence` iterates until float32's rounding allows no progress, for the first solve. The other solvers
+        take neither.
         """
 
     def scratch_elements(self, m: int, n: int) -> int:
         """How many elements a solve of one matrix `(m, n)` allocates beside it, in the matrix's dtype."""
 
     def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
-        """The `num_iterations` to take after a solve that took so many and left `error`; None where it is not known."""
+        """The `num_iterations` of the next solve, after one that took so many and left `error` (None before the first).
+
+        None where the solver takes no such number.
+        """
 
 
 @dataclass(frozen=True)

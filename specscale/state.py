@@ -21,15 +21,16 @@ MEASURED = ("norm", "residual", "error")
 class NormScaling(nn.Module):
     """The state of one scaled weight: its targets, its norms and what the solver continues from, all buffers.
 
-    The weight itself is always on its target, so that forward has nothing to do: the step writes the weight.
+    The step writes the weight itself, so that forward has nothing to do.
 
     Buffers, one number for each of the weight's `k` matrices, float32 or wider:
 
-    - `target_<constraint>`: the target norm; the name says of which constraint, so that a checkpoint does.
+    - `target_<constraint>`: the target norm. A checkpoint names its constraint by this key.
     - `skip_mask`: 1 for a matrix that is not scaled, 0 for the others.
-    - `norm`: the norm after the last step. `residual` and `error`: how far the solver was from it.
+    - `norm`: the norm after the last step.
+    - `residual`, `error`: the solver's residual and its estimate of its relative error.
 
-    And the solver's own.
+    The solver adds its state: see `init_state` of `Block`, `Power` and `SVD`.
     """
 
     norm: Tensor
@@ -90,7 +91,7 @@ class NormScaling(nn.Module):
 
     def seeds(self, device: torch.device, salt: int = 0) -> Tensor:
         """`(k,)`, int64: what seeds the random numbers of each matrix, a function of the weight's name."""
-        return torch.arange(self.view.count, device=device) + (zlib.crc32(self.seed_name.encode()) + salt << 20)
+        return torch.arange(self.view.count, device=device) + ((zlib.crc32(self.seed_name.encode()) + salt) << 20)
 
     def excess(self, norm: Tensor) -> Tensor:
         """`(k,)`, float64: `norm / target - 1`; minus infinity, which is never the largest, where `skip_mask` is 1."""

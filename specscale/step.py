@@ -1,8 +1,8 @@
 """The scaling step: every weight is measured before the first one is written.
 
-On a CPU, the solver stops when its error is small enough, and bad weights stop the step. On an accelerator nothing is
-read back: the host never waits, and what it needs to know of a step it reads at the next one. On CUDA that step can be
-captured in a graph and replayed.
+On a CPU, the solver stops when its error is small enough, and weights that are not finite stop the step. On an
+accelerator a step reads nothing back: the host reads the norms and errors of the step before, and waits for them only
+if it is a whole step ahead. On CUDA a step can be captured in a graph and replayed.
 
 Weights of one constraint are measured in batches, of one shape where the norm stacks them: layers share launches.
 """
@@ -48,16 +48,17 @@ class ScalingStep:
         """
         if not weights:
             return
+        # Through the module, so that a test can run an accelerator's step on a CPU.
         if all(linalg.can_sync(weight.parameter) for weight in weights):
             self._take_with_sync(weights, skip)
         else:
             self._take_without_sync(weights, skip)
 
     def _take_with_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
-        batches = measure(weights)
+        batches = measure_weights(weights)
         if bad := PendingStats(batches).non_finite():
             raise non_finite(bad, f"no weight was scaled. {ADVICE}")
-        project_(batches, skip)
+        project_weights_(batches, skip)
         self._record_num_iterations(batches)
         for weight in weights:
             weight.scaling.mark_current(weight.parameter)
@@ -65,7 +66,8 @@ class ScalingStep:
     def _take_without_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
         constraints = dict.fromkeys(weight.scaling.constraint for weight in weights)
         planned = {constraint: self._next_num_iterations(constraint) for constraint in constraints}
-        # The step before is long done. Its error is raised once, so that training can go on from good weights.
+        # The step before has ended, unless the host is a whole step ahead. Its error is raised once, so that training
+        # can go on from good weights.
         pending, self._pending = self._pending, None
         if pending is not None and (bad := pending.non_finite()):
             raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
@@ -101,7 +103,7 @@ class Batch(NamedTuple):
     measurement: Measurement
 
 
-def measure(weights: Iterable[Weight], num_iterations: NumIterations | None = None) -> list[Batch]:
+def measure_weights(weights: Iterable[Weight], num_iterations: NumIterations | None = None) -> list[Batch]:
     """Measure the weights without modifying them; with `num_iterations`, nothing is read back."""
     batches = []
     for batch in _batches(weights):
@@ -117,7 +119,7 @@ def measure(weights: Iterable[Weight], num_iterations: NumIterations | None = No
 def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
     """Weights of one constraint, dtype and device, and of one shape if they are stacked in a copy.
 
-    A copy and its scratch memory are no larger than the largest weight, unless they are of that very weight.
+    A batch of several weights takes no more memory, copy and scratch together, than the largest weight.
     """
     weights = list(weights)
     largest = max((weight.parameter.numel() for weight in weights), default=0)
@@ -137,7 +139,7 @@ def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
     yield from open_batches.values()
 
 
-def project_(batches: list[Batch], skip: Tensor | None) -> None:
+def project_weights_(batches: list[Batch], skip: Tensor | None) -> None:
     """Put every measured weight back on its target, and record what was measured.
 
     Skipped: matrices whose `skip_mask` is 1, those that are not finite, and all of them where the one-element tensor
@@ -159,8 +161,8 @@ def project_(batches: list[Batch], skip: Tensor | None) -> None:
 
 def measure_and_project_(weights: list[Weight], num_iterations: NumIterations, skip: Tensor | None) -> list[Batch]:
     """A step that reads nothing back."""
-    batches = measure(weights, num_iterations)
-    project_(batches, skip)
+    batches = measure_weights(weights, num_iterations)
+    project_weights_(batches, skip)
     return batches
 
 

@@ -84,22 +84,32 @@ def resolve(
     return numbers
 
 
+def resolve_gains(setting: Gain, weights: list[Weight], model: nn.Module, example_input: Any) -> dict[str, float]:
+    """The init's gain for each weight, by name, within the range of the weight's dtype."""
+    gains = resolve("gain", setting, weights, model, example_input)
+    for weight in weights:
+        _refuse_out_of_range("gain", gains[weight.name], weight, weight.parameter.dtype)
+    return gains
+
+
 def resolve_targets(
     setting: Target, constraint: Constraint, weights: list[Weight], model: nn.Module, example_input: Any
 ) -> dict[str, float] | None:
-    """The target norm of each weight's matrices, by name; None for `"initial"`, which is measured.
+    """The target norm of each weight's matrices, by name, within the range of the buffer that holds it.
 
-    A gain means the norm of an orthogonal matrix with that gain; a number is the norm itself.
+    A named gain means the norm of an orthogonal matrix with that gain; a number is the norm itself. None for
+    `"initial"`: then the norm that `apply_norm_scaling` measures becomes the target (`NormScaling.retarget_`).
     """
     if setting == "initial":
         return None
-    numbers = resolve("target", setting, weights, model, example_input)
-    if not isinstance(setting, str):
-        return numbers
-    return {
-        weight.name: constraint.norm.of_orthogonal(numbers[weight.name], *weight.view.matrix_shape(weight.parameter))
-        for weight in weights
-    }
+    targets = resolve("target", setting, weights, model, example_input)
+    for weight in weights:
+        if isinstance(setting, str):
+            shape = weight.view.matrix_shape(weight.parameter)
+            targets[weight.name] = constraint.norm.of_orthogonal(targets[weight.name], *shape)
+        dtype = torch.promote_types(weight.parameter.dtype, torch.float32)
+        _refuse_out_of_range("target", targets[weight.name], weight, dtype)
+    return targets
 
 
 def _positive(option: str, number: Any, where: str = "") -> float:
@@ -109,6 +119,12 @@ def _positive(option: str, number: Any, where: str = "") -> float:
     if not (math.isfinite(value) and value > 0):
         raise Refusal(f"{option} must be finite and positive{where}, found {value}")
     return value
+
+
+def _refuse_out_of_range(option: str, number: float, weight: Weight, dtype: torch.dtype) -> None:
+    """Refuse a number that the dtype rounds to zero or infinity."""
+    if not 0 < torch.tensor(number, dtype=torch.float64).to(dtype).item() < math.inf:
+        raise Refusal(f"{option} {number:.3g} for {weight.name!r} is out of the range of {dtype}")
 
 
 def activation_sizes(

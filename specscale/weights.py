@@ -80,7 +80,8 @@ class Weight:
 def scaled_weights(model: nn.Module) -> Iterator[Weight]:
     """Every scaled weight of a model, in the model's order.
 
-    Each is called as it was when it was put under scaling, with the layer's name in this model.
+    The layer's name is the one in this model. Whether the tensor's follows was decided when the weight was put under
+    scaling.
     """
     for layer, module in model.named_modules():
         for tensor, scaling in scalings_of(module):

@@ -411,9 +411,20 @@ class Raises:
         (small, {"target": lambda name, module: 1.0 if name == "0" else -1.0}, ValueError, "positive for '2'"),
         (small, {"target": "channels", "gain": Raises()}, ValueError, "^my own$"),
         (lambda: small().half(), {"gain": 1e6}, ValueError, "gain 1e.06 for '0' is out of the range of torch.float16"),
-        (lambda: small().half(), {"gain": 1e-9}, ValueError, "no weight is selected, since all of them are zero"),
+        (
+            small,
+            {"gain": lambda name, module: 1e-50 if name == "2" else 1.0},
+            ValueError,
+            "gain 1e-50 for '2' is out of",
+        ),
+        (lambda: small().half(), {"gain": 6e-8}, ValueError, "no weight is selected, since all of them are zero"),
         # A warning that is an error is a failing call too, as it is in these tests.
-        (small, {"gain": lambda name, module: 1e-50 if name == "2" else 1.0}, UserWarning, "'2' holds a zero matrix"),
+        (
+            lambda: small().half(),
+            {"gain": lambda name, module: 6e-8 if name == "2" else 1.0},
+            UserWarning,
+            "'2' holds a zero matrix",
+        ),
         (
             lambda: small().half(),
             {"target": 1e-50},
