@@ -389,6 +389,12 @@ def test_a_weight_has_one_name_everywhere(norm):
     assert [weight.name for weight in NormScaler.of(wrapped).weights] == [f"net.{name}" for name in names]
 
 
+def half_zero():
+    model = small()
+    nn.init.zeros_(model[2].weight)
+    return model
+
+
 def expanded():
     model = small()
     model[2].weight = nn.Parameter(torch.randn(1, 6).expand(3, 6))
@@ -411,26 +417,11 @@ class Raises:
         (small, {"target": lambda name, module: 1.0 if name == "0" else -1.0}, ValueError, "positive for '2'"),
         (small, {"target": "channels", "gain": Raises()}, ValueError, "^my own$"),
         (lambda: small().half(), {"gain": 1e6}, ValueError, "gain 1e.06 for '0' is out of the range of torch.float16"),
-        (
-            small,
-            {"gain": lambda name, module: 1e-50 if name == "2" else 1.0},
-            ValueError,
-            "gain 1e-50 for '2' is out of",
-        ),
-        (lambda: small().half(), {"gain": 6e-8}, ValueError, "no weight is selected, since all of them are zero"),
+        (small, {"gain": lambda name, module: 1e-50 if name == "2" else 1.0}, ValueError, "1e-50 for '2' is out of"),
+        (lambda: small().half(), {"target": 1e-50}, ValueError, "target 1e-50 for '0' is out of the range of torch"),
         # A warning that is an error is a failing call too, as it is in these tests.
-        (
-            lambda: small().half(),
-            {"gain": lambda name, module: 6e-8 if name == "2" else 1.0},
-            UserWarning,
-            "'2' holds a zero matrix",
-        ),
-        (
-            lambda: small().half(),
-            {"target": 1e-50},
-            ValueError,
-            "target 1e-50 for '0' is out of the range",
-        ),
+        (half_zero, {"init": None}, UserWarning, "'2' holds a zero matrix"),
+        (small, {"init": None, "gain": 2.0}, UserWarning, "gain has no effect without init='orthogonal'"),
         (small, {"target": 1e39}, ValueError, "target 1e.39 for '0' is out of the range of torch.float32"),
         (expanded, {}, ValueError, "the weight of '2' is expanded, so that its elements share memory"),
     ],
@@ -439,7 +430,7 @@ def test_a_failing_call_leaves_the_model_bit_for_bit(make, options, error, text)
     model = make()
     before, parameters = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
     with pytest.raises(error, match=text):
-        apply_norm_scaling(model, init="orthogonal", **options)
+        apply_norm_scaling(model, **{"init": "orthogonal"} | options)
     assert not is_norm_scaled(model)
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
