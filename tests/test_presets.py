@@ -1,5 +1,6 @@
 """The presets against the published settings, layer by layer, the numbers written out."""
 
+import functools
 import math
 import re
 from dataclasses import replace
@@ -70,42 +71,53 @@ def gain(table, name):
     return next((value for pattern, value in table.items() if re.fullmatch(pattern, name)), None)
 
 
-# An MLP's init is the same under both rules, and one of 7 layers of 4000 takes its time.
-HELD = [(preset, rule) for preset in GAINS for rule in ("described", "published")]
+# An MLP's init is the same from both sources, and one of 7 layers of 4000 takes its time.
+HELD = [(preset, source) for preset in GAINS for source in ("described", "published")]
 HELD.remove((mlp_7x4000, "published"))
 
 
-def expected_gains(preset, rule, names):
+def expected_gains(preset, source, names):
     """The spectral norm of each layer's init."""
-    own = PUBLISHED_GAINS[preset] if rule == "published" else {}
+    own = PUBLISHED_GAINS[preset] if source == "published" else {}
     return {name: gain(own, name) or gain(GAINS[preset], name) for name in names}
 
 
-@pytest.mark.parametrize(("preset", "rule"), HELD)
-def test_every_layer_starts_and_is_held_as_published(preset, rule):
-    config = replace(preset(), targets=rule)
+def start_spectral(preset, source):
+    """The preset's model under spectral scaling, its handle, and its excluded parameters as they were before."""
+    config = replace(preset(), targets=source)
     model = build_model(config, CIFAR, 100)
-    plain = {name: parameter.clone() for name, parameter in model.named_parameters() if "downsample" in name}
-    scaling = init_and_scale(config, "spectral", model, CIFAR)
+    excluded = {name: parameter.clone() for name, parameter in model.named_parameters() if "downsample" in name}
+    return model, init_and_scale(config, "spectral", model, CIFAR), excluded
+
+
+@pytest.fixture(scope="module")
+def started():
+    """`start_spectral`, once for each preset and source: the large models take seconds."""
+    return functools.cache(start_spectral)
+
+
+@pytest.mark.parametrize(("preset", "source"), HELD)
+def test_every_layer_starts_and_is_held_as_published(preset, source, started):
+    model, scaling, excluded = started(preset, source)
     assert [weight.scaling.view.matrix_shape(weight.parameter) for weight in scaling.weights] == SHAPES[preset]
     metrics = scaling.metrics()
-    for name, value in expected_gains(preset, rule, [weight.name for weight in scaling.weights]).items():
+    for name, value in expected_gains(preset, source, [weight.name for weight in scaling.weights]).items():
         assert metrics[f"norm/{name}"] == pytest.approx(value, rel=2e-4), name
-        held = FIRST[preset] if rule == "published" else value
+        held = FIRST[preset] if source == "published" else value
         assert metrics[f"target/{name}"] == pytest.approx(held, rel=2e-4), name
     state = dict(model.named_parameters())
-    assert all(torch.equal(state[name], value) for name, value in plain.items())
+    assert all(torch.equal(state[name], value) for name, value in excluded.items())
 
 
-@pytest.mark.parametrize(("preset", "rule"), [(p, r) for p, r in HELD if p is not mlp_7x4000])
-def test_every_condition_starts_from_the_same_weights(preset, rule):
-    config = replace(preset(), targets=rule)
+@pytest.mark.parametrize(("preset", "source"), [(p, s) for p, s in HELD if p is not mlp_7x4000])
+def test_every_condition_starts_from_the_same_weights(preset, source):
+    config = replace(preset(), targets=source)
     models = {norm: build_model(config, CIFAR, 100) for norm in ("none", "frobenius", "spectral")}
     scalings = {norm: init_and_scale(config, norm, model, CIFAR) for norm, model in models.items()}
     assert scalings["none"] is None
     # Frobenius targets are the norms after the init, each layer's own.
     targets = scalings["frobenius"].metrics()
-    expected = expected_gains(preset, rule, [weight.name for weight in scalings["frobenius"].weights])
+    expected = expected_gains(preset, source, [weight.name for weight in scalings["frobenius"].weights])
     for (name, value), (m, n) in zip(expected.items(), SHAPES[preset], strict=True):
         assert targets[f"target/{name}"] == pytest.approx(value * math.sqrt(min(m, n)), rel=2e-4), name
     plain = models["none"].state_dict()
@@ -115,9 +127,8 @@ def test_every_condition_starts_from_the_same_weights(preset, rule):
 
 
 @pytest.mark.parametrize("preset", GAINS, ids=lambda preset: preset.__name__)
-def test_described_gains_are_the_activation_sizes_of_a_forward_pass(preset):
-    model = build_model(preset(), CIFAR, 100)
-    init_and_scale(preset(), "none", model, CIFAR)
+def test_described_gains_are_the_activation_sizes_of_a_forward_pass(preset, started):
+    model, *_ = started(preset, "described")
     gains = {}
 
     def read(name):
