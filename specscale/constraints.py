@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNorm, SpectralNormByDecomposition
+from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
 from specscale.solvers import Solver
 
 
@@ -86,7 +86,7 @@ class Spectral(Constraint):
     """
 
     name = "spectral"
-    norm_type = SpectralNorm
+    norm_type = SpectralNormBySolver
 
     def update(self, measurement: Measurement, target: Tensor, skip_mask: Tensor) -> tuple[Tensor, ...]:
         triple = measurement.factors

@@ -110,12 +110,23 @@ class FrobeniusNorm(Norm):
         return frobenius_bounds(matrices)
 
 
-@dataclass(frozen=True)
 class SpectralNorm(Norm):
+    """`||W||`, the largest singular value."""
+
+    name = "spectral"
+
+    def of_orthogonal(self, gain: float, m: int, n: int) -> float:
+        return gain
+
+    def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
+        return spectral_bounds(matrices, key, tolerance, miss)
+
+
+@dataclass(frozen=True)
+class SpectralNormBySolver(SpectralNorm):
     """`||W||` by a solver; `factors` is the `Triple`."""
 
     solver: Solver
-    name = "spectral"
 
     @classmethod
     def with_solver(cls, solver: Solver) -> Self:
@@ -130,9 +141,6 @@ class SpectralNorm(Norm):
     def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
         return self.solver.next_num_iterations(num_iterations, error)
 
-    def of_orthogonal(self, gain: float, m: int, n: int) -> float:
-        return gain
-
     def measure(
         self,
         matrices: Iterable[Tensor],
@@ -145,12 +153,9 @@ class SpectralNorm(Norm):
         triple, state = self.solver.solve(stacked, state, to_convergence=to_convergence, num_iterations=num_iterations)
         return Measurement(triple.value, triple.residual, triple.error, triple.num_iterations, triple, state)
 
-    def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
-        return spectral_bounds(matrices, key, tolerance, miss)
-
 
 @dataclass(frozen=True)
-class SpectralNormByDecomposition(Norm):
+class SpectralNormByDecomposition(SpectralNorm):
     """`||W||` by a decomposition, for small models.
 
     `factors` are all singular values `(k, min(m, n))` in ascending order, float64, and the singular vectors of the
@@ -158,13 +163,8 @@ class SpectralNormByDecomposition(Norm):
     host waits for it.
     """
 
-    name = "spectral"
-
     def scratch_elements(self, m: int, n: int) -> int | None:
         return 2 * m * n + 4 * min(m, n) ** 2
-
-    def of_orthogonal(self, gain: float, m: int, n: int) -> float:
-        return gain
 
     def measure(
         self,
@@ -179,6 +179,3 @@ class SpectralNormByDecomposition(Norm):
         values = squares.clamp_min(0).sqrt() * scale[:, None].double()
         norm = values[:, -1].to(scaled.dtype)
         return Measurement(norm, torch.zeros_like(norm), torch.zeros_like(norm), 0, (values, vectors), {})
-
-    def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
-        return spectral_bounds(matrices, key, tolerance, miss)

@@ -54,7 +54,7 @@ class NormScaling(nn.Module):
         self.seed_name = seed_name
         """The weight's name when it was put under scaling, which seeds the random numbers."""
         self.is_only = is_only
-        """Whether it is its layer's only weight, and is therefore called as the layer is."""
+        """Whether it is its layer's only weight, so that its name is the layer's."""
         self.parameter_order = parameter_order
         """The layer's parameters in their order before registering moved this one to the end."""
         self.load_hooks: tuple[RemovableHandle, ...] = ()

@@ -8,7 +8,7 @@ from torch import nn
 
 from specscale import SVD, NonFiniteWeightError, NormScaler, apply_norm_scaling
 from specscale.constraints import CONSTRAINTS, Constraint
-from specscale.norms import SpectralNorm
+from specscale.norms import SpectralNormBySolver
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -253,7 +253,7 @@ class Normalized(Constraint):
     """`W <- W t / ||W||`."""
 
     name = "normalized"
-    norm_type = SpectralNorm
+    norm_type = SpectralNormBySolver
 
     def update(self, measurement, target, skip_mask):
         return (torch.where(skip_mask, 1, target / measurement.norm),)
