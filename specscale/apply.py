@@ -87,6 +87,10 @@ def apply_norm_scaling(
         raise Refusal(f"unknown init {init!r}; choose None or 'orthogonal'")
     check_setting("gain", gain, GAINS)
     check_setting("target", target, ("initial", *GAINS))
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise Refusal(f"generator must be a torch.Generator, found {type(generator).__name__}", TypeError)
+    if torch.is_inference_mode_enabled():
+        raise Refusal("under torch.inference_mode() no state can be made that a step could write; call it outside")
 
     weights = select(module, include, exclude, rules)
     refuse_wrapped(module)

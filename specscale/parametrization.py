@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from specscale.constraints import CONSTRAINTS
-from specscale.errors import Refusal, public_call
+from specscale.errors import Refusal, one_of, public_call
 from specscale.state import NormScaling, original, scaling_of, scalings_of
 from specscale.step import solve_anew_
 from specscale.weights import Weight, scaled_weights
@@ -98,21 +98,34 @@ def _rename_old_buffers(saved: dict[str, Any], scaling: NormScaling) -> None:
     if "target" in saved:
         target, order = saved.pop("target"), saved.pop("order", None)
         names = {2: "frobenius", 0: "spectral"}
-        name = scaling.constraint.name if order is None else names.get(int(order), f"of_order_{int(order)}")
+        name = scaling.constraint.name if order is None else names.get(int(order), f"order {int(order)}")
         saved[f"target_{name}"] = target
-        saved["skip_mask"] = (target == 0).to(target.dtype)
 
 
 def _rename_target(saved: dict[str, Any], scaling: NormScaling, weight: Weight) -> None:
-    """Bring the checkpoint's targets under this constraint's name, if they are of the same norm."""
+    """Bring the checkpoint's targets under this constraint's name; refuse those that it could not hold."""
+    norm = scaling.constraint.norm.name
     for key in [key for key in saved if key.startswith("target_")]:
-        written_by = CONSTRAINTS.get(key.removeprefix("target_"))
-        if written_by is None or written_by.norm_type.name != scaling.constraint.norm.name:
+        name = key.removeprefix("target_")
+        if name not in CONSTRAINTS:
             raise Refusal(
-                f"the checkpoint's target of {weight.name!r} is not of the {scaling.constraint.norm.name} norm; "
+                f"the checkpoint's target of {weight.name!r} is of {name!r}, which is none of the constraints "
+                f"{one_of(CONSTRAINTS)}"
+            )
+        if CONSTRAINTS[name].norm_type.name != norm:
+            raise Refusal(
+                f"the checkpoint's target of {weight.name!r} is not of the {norm} norm; "
                 "apply_norm_scaling with the other norm before loading, or load a plain state dict"
             )
-        saved[scaling.target_name] = saved.pop(key)
+        target = saved.pop(key)
+        # Without a mask, 0 marks a matrix that is skipped, as version 0.1.0 wrote it.
+        saved.setdefault("skip_mask", (target == 0).to(target.dtype))
+        scaled = target[saved["skip_mask"] == 0]
+        if not scaled.is_meta and not bool((scaled.isfinite() & (scaled > 0)).all()):
+            raise Refusal(
+                f"the checkpoint's target of {weight.name!r} must be finite and positive, found {target.tolist()}"
+            )
+        saved[scaling.target_name] = target
 
 
 def _solve_what_was_missing(module: nn.Module, _: Any) -> None:

@@ -35,8 +35,11 @@ class NormScaler:
         """The handle of a model that is scaled already, from the model alone.
 
         Raises:
-            ValueError: the model has no scaled weight.
+            TypeError: `model` is no module.
+            ValueError: it has no scaled weight.
         """
+        if not isinstance(model, nn.Module):
+            raise Refusal(f"expected a torch.nn.Module, found {type(model).__name__}", TypeError)
         weights = list(scaled_weights(model))
         if not weights:
             raise Refusal(f"{type(model).__name__} has no scaled weight; call apply_norm_scaling(model) first")
@@ -68,6 +71,7 @@ class NormScaler:
             ValueError: it would never call a step hook, owns none of the weights, is attached already, or its weights
                 have been sharded.
         """
+        self._scaled()
         self._handles.append(attach(optimizer, self._model, self._weights, self._step))
         return self
 
@@ -201,4 +205,6 @@ class NormScaler:
         return reports.table(self.weights)
 
     def __repr__(self) -> str:
-        return f"NormScaler({len(self.weights)} weights of {type(self._model).__name__})"
+        weights = self.weights
+        constraints = "".join(f", {name}" for name in dict.fromkeys(one.scaling.constraint.name for one in weights))
+        return f"NormScaler({len(weights)} weights of {type(self._model).__name__}{constraints})"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from specscale.constraints import Constraint
 from specscale.errors import Refusal, one_of
-from specscale.weights import Weight
+from specscale.weights import Weight, evaluation_mode
 
 Gain = str | float | Callable[[str, nn.Module], float]
 Target = Gain
@@ -79,7 +79,11 @@ def resolve(
         return GAINS[setting](weights, model, example_input)
     numbers = {}
     for weight in weights:
-        number = setting(weight.name, weight.module) if callable(setting) else setting
+        try:
+            number = setting(weight.name, weight.module) if callable(setting) else setting
+        except Exception as error:
+            error.add_note(f"raised by the {option} function for {weight.name!r}")
+            raise
         numbers[weight.name] = _positive(option, number, f" for {weight.name!r}")
     return numbers
 
@@ -141,11 +145,9 @@ def activation_sizes(
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             sizes.setdefault(module, (args[0].numel(), output.numel()))
 
-    modes = [(module, module.training) for module in model.modules()]
     handles = [module.register_forward_hook(record) for module in modules]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             if isinstance(example_input, Mapping):
                 model(**example_input)
             else:
@@ -153,6 +155,4 @@ def activation_sizes(
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return sizes

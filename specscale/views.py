@@ -24,6 +24,7 @@ class MatrixView:
     >>> MatrixView("(k o) i", count=512)       # a linear layer of 512 outputs, each row a matrix of its own
 
     Raises:
+        TypeError: `axes` is no string, or `count` no integer.
         ValueError: `axes` does not name each axis once, or has no `o`; `count` is less than 1, or more than 1 where
             `axes` has no `k`.
     """
@@ -32,6 +33,8 @@ class MatrixView:
     count: int = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.axes, str) or not isinstance(self.count, int):
+            raise TypeError(f"{self}: axes must be a string, as in 'o i', and count a number of matrices")
         names = self._names
         if len(set(names)) < len(names) or not all(map(str.isidentifier, names)) or not _is_balanced(self.axes):
             raise ValueError(f"{self}: axes must name each axis once, as in 'o i' or '(k o) i h w'")

@@ -3,11 +3,13 @@
 import fnmatch
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from einops import EinopsError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 from specscale.errors import Refusal, nearest, non_finite
 from specscale.layers import BUILT_IN, LayerRule
@@ -16,6 +18,23 @@ from specscale.views import MatrixView
 
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Iterable[Pattern] | None
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put the module and all below it in evaluation mode, and each back in its own mode afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def _reading(module: nn.Module) -> AbstractContextManager[None]:
+    """Read a layer's tensors without changing it: torch's spectral_norm takes a step at every look in training mode."""
+    return evaluation_mode(module) if parametrize.is_parametrized(module) else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +63,8 @@ class Weight:
         """The weight: the parameter itself, under scaling too, or what is computed from other parameters."""
         if self.parametrization is not None or scaling_of(self.module, self.tensor) is not None:
             return original(self.module, self.tensor)
-        return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
+        with _reading(self.module):
+            return getattr(self.module, self.tensor)  # type: ignore[no-any-return]
 
     @property
     def scaling(self) -> NormScaling:
@@ -124,7 +144,7 @@ def select(
     """
     if not isinstance(model, nn.Module):
         raise Refusal(f"expected a torch.nn.Module, found {type(model).__name__}", TypeError)
-    rules = [rules] if isinstance(rules, LayerRule) else list(rules)
+    rules = list(rules) if isinstance(rules, Iterable) else [rules]
     for rule in rules:
         if not isinstance(rule, LayerRule):
             raise Refusal(f"rules takes LayerRule objects, found {type(rule).__name__}", TypeError)
@@ -142,6 +162,7 @@ def select(
     ]
     refuse_without_values(selected)
     refuse_sharded(selected)
+    refuse_inference(selected)
     if not selected:
         raise Refusal(
             f"no weight of {type(model).__name__} is selected; it has {len(weights)} that could be scaled "
@@ -160,10 +181,11 @@ def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[
     for layer, module in model.named_modules():
         rule = next((rule for rule in (*own, *BUILT_IN) if rule.matches(layer, module)), None)
         unused = [one for one in unused if one is not rule]
-        views = rule.views(module) if rule is not None else {}
-        weights = [Weight(layer, module, tensor, view) for tensor, view in views.items()]
-        weights = [weight for weight in weights if _is_read(weight)]
-        tensors = [weight.parameter for weight in weights]
+        with _reading(module):
+            views = rule.views(module) if rule is not None else {}
+            weights = [Weight(layer, module, tensor, view) for tensor, view in views.items()]
+            weights = [weight for weight in weights if _is_read(weight)]
+            tensors = [weight.parameter for weight in weights]
         is_only = sum(id(tensor) not in seen for tensor in tensors) == 1
         for tensor, weight in zip(tensors, weights, strict=True):
             # A weight keeps the name that it was put under scaling with.
@@ -186,6 +208,11 @@ def _is_read(weight: Weight) -> bool:
             f"its parameters are {names}"
         )
     parameter = weight.parameter
+    if isinstance(parameter, nn.Module):
+        raise Refusal(
+            f"the rule for {kind} names {weight.tensor!r} of {weight.layer!r}, which is a layer of its own, "
+            f"{type(parameter).__name__}; write a rule for that"
+        )
     if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
         return False
     if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -252,6 +279,16 @@ def refuse_sharded(weights: Iterable[Weight]) -> None:
     for weight in weights:
         if isinstance(weight.parameter, sharded):
             raise Refusal(f"the weight of {weight.name!r} is sharded (a DTensor), which is not supported")
+
+
+def refuse_inference(weights: Iterable[Weight]) -> None:
+    """Refuse weights that no step can write: those made under `torch.inference_mode()`."""
+    for weight in weights:
+        if weight.parameter.is_inference():
+            raise Refusal(
+                f"the weight of {weight.name!r} was made under torch.inference_mode(), so that no step can write it; "
+                "build the model outside of it"
+            )
 
 
 def refuse_computed(weights: Iterable[Weight]) -> None:

@@ -160,9 +160,67 @@ def test_an_error_has_the_name_of_the_call_and_shows_where_it_came_from():
         assert found.traceback[-1].name != "run", "the frame that refused"
 
 
-def test_what_a_users_function_raises_passes_as_it_is():
-    def predicate(name, module):
+@pytest.mark.parametrize(("option", "note"), [("include", []), ("target", ["raised by the target function for 'en"])])
+def test_what_a_users_function_raises_passes_as_it_is(option, note):
+    def function(name, module):
         raise KeyError("my own")
 
-    with pytest.raises(KeyError, match="my own"):
-        apply_norm_scaling(net(), include=predicate)
+    with pytest.raises(KeyError, match="my own") as found:
+        apply_norm_scaling(net(), **{option: function})
+    notes = getattr(found.value, "__notes__", [])
+    assert len(notes) == len(note)
+    assert all(one.startswith(start) for one, start in zip(notes, note, strict=True))
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+
+def made_for_inference():
+    with torch.inference_mode():
+        return net()
+
+
+def scale_in_inference_mode():
+    with torch.inference_mode():
+        apply_norm_scaling(net())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: apply_norm_scaling(net(), generator=3), TypeError, "generator must be a torch.Generator, found int"),
+        (lambda: apply_norm_scaling(net(), rules=3), TypeError, "rules takes LayerRule objects, found int"),
+        (lambda: apply_norm_scaling(net(), rules=LayerRule), TypeError, "rules takes LayerRule objects, found type"),
+        (lambda: NormScaler.of(None), TypeError, "NormScaler.of: expected a torch.nn.Module, found NoneType"),
+        (lambda: MatrixView(3), TypeError, "axes must be a string"),
+        (lambda: MatrixView("o i", count="2"), TypeError, "count a number of matrices"),
+        (
+            lambda: apply_norm_scaling(made_for_inference()),
+            ValueError,
+            "'encoder.0' was made under torch.infer",
+        ),
+        (scale_in_inference_mode, ValueError, r"under torch.inference_mode\(\) no state can be made"),
+        (
+            lambda: apply_norm_scaling(Outer(), rules=LayerRule(Outer, {"inner": MatrixView("o i")})),
+            ValueError,
+            "names 'inner' of '', which is a layer of its own, Linear; write a rule for that",
+        ),
+        (
+            lambda: scaled()[1].remove() and attach_removed(),
+            ValueError,
+            "attach: no weight of Module is under this scaling any more",
+        ),
+    ],
+)
+def test_wrong_input_is_named(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def attach_removed():
+    model, scaling = scaled()
+    scaling.remove()
+    scaling.attach(torch.optim.SGD(model.parameters(), lr=0.1))

@@ -230,11 +230,11 @@ def spectra(runs: Runs, path: Path) -> None:
                 shares = [(index + 0.5) / len(values) for index in range(len(values))]
                 axis.plot(shares, values, color=_shade(number, len(snapshots)), label=f"epoch {snapshot['epoch']}")
             axis.set(title=f"{condition}: {names[position]}", yscale="log")
-            # Targets are of the order of one: smaller singular values do not matter.
-            axis.set_ylim(bottom=1e-3)
         row[0].set_ylabel("singular value")
     for axis in axes[-1]:
         axis.set_xlabel("share of the singular values")
+    # Targets are of the order of one: smaller singular values do not matter. All panels share the axis.
+    axes[0][0].set_ylim(bottom=1e-3)
     axes[0][-1].legend(frameon=False, fontsize="x-small")
     _save(figure, path)
 
