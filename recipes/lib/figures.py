@@ -234,7 +234,7 @@ def spectra(runs: Runs, path: Path) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("share of the singular values")
     # Targets are of the order of one: smaller singular values do not matter. All panels share the axis.
-    axes[0][0].set_ylim(bottom=1e-3)
+    axes[0][0].set_ylim(bottom=max(1e-3, axes[0][0].get_ylim()[0]))
     axes[0][-1].legend(frameon=False, fontsize="x-small")
     _save(figure, path)
 
