@@ -25,10 +25,10 @@ from specscale.targets import GAINS, Gain, Target, check_setting, resolve_gains,
 from specscale.weights import (
     Patterns,
     Weight,
-    refuse_computed,
     refuse_non_finite,
     refuse_scaled,
     refuse_shared_memory,
+    refuse_unwritable,
     refuse_wrapped,
     scaled_weights,
     select,
@@ -95,7 +95,7 @@ def apply_norm_scaling(
     weights = select(module, include, exclude, rules)
     refuse_wrapped(module)
     refuse_scaled(weights)
-    refuse_computed(weights)
+    refuse_unwritable(weights)
     refuse_shared_memory(weights)
     targets = resolve_targets(target, constraint, weights, module, example_input)
     gains = None if init is None else resolve_gains(gain, weights, module, example_input)

@@ -10,7 +10,7 @@ from specscale.errors import public_call
 from specscale.layers import LayerRule
 from specscale.linalg import no_grad_full_precision
 from specscale.targets import GAINS, Gain, check_setting, resolve_gains
-from specscale.weights import Patterns, Weight, refuse_computed, select
+from specscale.weights import Patterns, Weight, refuse_unwritable, select
 
 
 def orthogonal(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -70,7 +70,7 @@ def orthogonal_init_(
     """
     check_setting("gain", gain, GAINS)
     weights = select(module, include, exclude, rules)
-    refuse_computed(weights)
+    refuse_unwritable(weights)
     gains = resolve_gains(gain, weights, module, example_input)
     with torch.no_grad():
         for weight in weights:

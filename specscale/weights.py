@@ -162,7 +162,6 @@ def select(
     ]
     refuse_without_values(selected)
     refuse_sharded(selected)
-    refuse_inference(selected)
     if not selected:
         raise Refusal(
             f"no weight of {type(model).__name__} is selected; it has {len(weights)} that could be scaled "
@@ -281,19 +280,14 @@ def refuse_sharded(weights: Iterable[Weight]) -> None:
             raise Refusal(f"the weight of {weight.name!r} is sharded (a DTensor), which is not supported")
 
 
-def refuse_inference(weights: Iterable[Weight]) -> None:
-    """Refuse weights that no step can write: those made under `torch.inference_mode()`."""
+def refuse_unwritable(weights: Iterable[Weight]) -> None:
+    """Refuse weights that a step cannot write: made under `torch.inference_mode()`, or computed from parameters."""
     for weight in weights:
         if weight.parameter.is_inference():
             raise Refusal(
                 f"the weight of {weight.name!r} was made under torch.inference_mode(), so that no step can write it; "
                 "build the model outside of it"
             )
-
-
-def refuse_computed(weights: Iterable[Weight]) -> None:
-    """Refuse weights that are no parameters: what is written to one is overwritten by what it is computed from."""
-    for weight in weights:
         if weight.is_computed:
             sources = ", ".join(map(repr, weight.sources))
             raise Refusal(

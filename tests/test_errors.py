@@ -188,6 +188,13 @@ def scale_in_inference_mode():
         apply_norm_scaling(net())
 
 
+def test_a_model_made_for_inference_can_be_measured():
+    model = made_for_inference()
+    exact = torch.linalg.matrix_norm(model.head.weight.clone().double(), 2).item()
+    assert spectral_norms(model)["head"] == pytest.approx(exact, rel=1e-5)
+    assert singular_values(model)["head"].max().item() == pytest.approx(exact, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
