@@ -13,12 +13,12 @@ def normal(key: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = torch.Size(size).numel()
     uniform = (_bits(key, 2 * count).double() + 0.5) / 2**32
     radius, angle = uniform[:, :count], uniform[:, count:]
-    return ((-2 * radius.log()).sqrt() * (2 * torch.pi * angle).cos()).to(dtype).reshape(-1, *size)
+    return ((-2 * radius.log()).sqrt() * (2 * torch.pi * angle).cos()).to(dtype).reshape(len(key), *size)
 
 
 def signs(key: Tensor, size: tuple[int, ...]) -> Tensor:
     """Random signs, +1 or -1, `(k, *size)`, float32, from int64 keys `(k,)`: cheaper than `normal`."""
-    return (1 - (_bits(key, torch.Size(size).numel()) & 1) * 2).float().reshape(-1, *size)
+    return (1 - (_bits(key, torch.Size(size).numel()) & 1) * 2).float().reshape(len(key), *size)
 
 
 def _bits(key: Tensor, count: int) -> Tensor:

@@ -64,11 +64,11 @@ class NormScaling(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for buffer in (*MEASURED, self.target_name, "skip_mask"):
             self.register_buffer(buffer, torch.zeros(view.count, dtype=dtype, device=weight.device))
-        # Only the shapes: the first solve fills the buffers.
-        state = self.init_solver_state(weight, torch.device("meta"))
+        # The state of no matrices has the shapes and costs nothing; the first solve fills the buffers.
+        state = self.init_solver_state(weight, count=0)
         self._solver_buffers = tuple(state)
         for buffer, value in state.items():
-            self.register_buffer(buffer, torch.zeros(value.shape, dtype=value.dtype, device=weight.device))
+            self.register_buffer(buffer, value.new_zeros(view.count, *value.shape[1:]))
 
     @property
     def target_name(self) -> str:
@@ -102,10 +102,10 @@ class NormScaling(nn.Module):
         """The solver's buffers, by name."""
         return {name: self.get_buffer(name) for name in self._solver_buffers}
 
-    def init_solver_state(self, weight: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """The solver's state before the first solve of such a weight."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return self.constraint.norm.init_state(self.seeds(device), self.view.matrix_shape(weight), dtype)
+    def init_solver_state(self, weight: Tensor, count: int | None = None) -> dict[str, Tensor]:
+        """The solver's state before the first solve of such a weight, of its first `count` matrices or of all."""
+        key, dtype = self.seeds(weight.device)[:count], torch.promote_types(weight.dtype, torch.float32)
+        return self.constraint.norm.init_state(key, self.view.matrix_shape(weight), dtype)
 
     def retarget_(self) -> None:
         """Hold the norms that were measured last; a matrix of zeros has no direction and is skipped."""

@@ -169,7 +169,7 @@ def measure_and_project_(weights: list[Weight], num_iterations: NumIterations, s
 @no_grad_full_precision
 def solve_anew_(scaling: NormScaling, weight: Tensor) -> None:
     """Measure one weight to convergence, from the solver's initial state, and record what was measured."""
-    state = scaling.init_solver_state(weight, weight.device)
+    state = scaling.init_solver_state(weight)
     measurement = scaling.constraint.norm.measure([scaling.matrices(weight)], state, to_convergence=True)
     buffers: list[Tensor] = []
     values: list[Tensor] = []
