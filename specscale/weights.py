@@ -24,8 +24,8 @@ Patterns = Pattern | Iterable[Pattern] | None
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Put the module and all below it in evaluation mode, and each back in its own mode afterwards."""
     modes = [(child, child.training) for child in module.modules()]
-    module.eval()
     try:
+        module.eval()
         yield
     finally:
         for child, training in modes:

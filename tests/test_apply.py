@@ -111,6 +111,17 @@ def test_features_restores_modes_and_statistics():
     assert model[1].num_batches_tracked == 0
 
 
+def test_features_restores_modes_where_a_layer_refuses_to_evaluate():
+    class Stubborn(nn.ReLU):
+        def train(self, mode=True):
+            raise RuntimeError("always training")
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Stubborn())
+    with pytest.raises(RuntimeError, match="always training"):
+        apply_norm_scaling(model, target="features", example_input=torch.randn(2, 3, 8, 8))
+    assert all(module.training for module in model.modules())
+
+
 def test_patterns_and_predicates():
     assert [w.name for w in apply_norm_scaling(small(), include="2")._weights] == ["2"]
     assert [w.name for w in apply_norm_scaling(small(), exclude=["2"])._weights] == ["0"]
