@@ -1,13 +1,14 @@
 """Hold the Frobenius or spectral norm of every weight matrix of a PyTorch model on its target while it trains."""
 
 from specscale.apply import apply_norm_scaling, is_norm_scaled, remove_norm_scaling
+from specscale.block import Block
 from specscale.errors import NonFiniteWeightError
 from specscale.initialization import orthogonal_init_
 from specscale.layers import LayerRule
 from specscale.parametrization import plain_state_dict
 from specscale.reports import Audit, Certificate, singular_values, spectral_norms
 from specscale.scaler import NormScaler
-from specscale.solvers import SVD, Block, Power
+from specscale.solvers import SVD, Power
 from specscale.views import MatrixView
 
 __all__ = [

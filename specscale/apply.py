@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specscale.block import Block
 from specscale.constraints import CONSTRAINTS, Constraint
 from specscale.errors import Refusal, one_of, public_call
 from specscale.initialization import orthogonal_like
 from specscale.layers import LayerRule
 from specscale.parametrization import register, unregister
 from specscale.scaler import NormScaler
-from specscale.solvers import SOLVERS, SVD, Block, Power, Solver
+from specscale.solvers import SVD, Power, Solver
 from specscale.state import NormScaling
 from specscale.step import solve_anew_
 from specscale.targets import GAINS, Gain, Target, check_setting, resolve_gains, resolve_targets
@@ -33,6 +34,9 @@ from specscale.weights import (
     scaled_weights,
     select,
 )
+
+SOLVERS: dict[str, Solver] = {"block": Block(), "power": Power(), "svd": SVD()}
+"""The solvers that can be chosen by name."""
 
 
 @public_call()

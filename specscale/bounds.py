@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specscale.linalg import unit
+from specscale.linalg import in_float64, unit
 from specscale.random import normal
 
 EXACT_SIDE = 1024
@@ -28,7 +28,7 @@ class Bounds(NamedTuple):
 
 def frobenius_bounds(matrices: Tensor) -> Bounds:
     """The Frobenius norm of each of `matrices (k, m, n)`, summed in float64."""
-    exact = torch.linalg.matrix_norm(matrices.double())
+    exact = torch.linalg.matrix_norm(in_float64(matrices))
     return Bounds(exact, exact, 0.0, "sum")
 
 
@@ -42,7 +42,7 @@ def spectral_bounds(matrices: Tensor, key: Tensor, tolerance: float, miss: float
     the power and Lanczos algorithms with a random start", 1992, theorem 4.2). Here `A = W^T W`, so that
     `1 - e = (1 - tolerance)^2`.
     """
-    matrices = matrices.double()
+    matrices = in_float64(matrices)
     if matrices.shape[-2] < matrices.shape[-1]:
         matrices = matrices.mT
     side = matrices.shape[-1]
@@ -50,7 +50,7 @@ def spectral_bounds(matrices: Tensor, key: Tensor, tolerance: float, miss: float
     if side <= max(EXACT_SIDE, num_steps):
         exact = torch.linalg.svdvals(matrices)[..., 0]
         return Bounds(exact, exact, 0.0, "svd")
-    lower = lanczos(matrices, normal(key, (side,), matrices.dtype), num_steps)
+    lower = lanczos(matrices, normal(key.to(matrices.device), (side,), matrices.dtype), num_steps)
     return Bounds(lower, lower / (1 - tolerance), miss, "lanczos")
 
 

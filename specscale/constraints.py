@@ -1,7 +1,7 @@
 """The constraints: how a weight is put back on its target norm, given what was measured.
 
-A constraint is a norm and a map. Its `norm` measures the matrices (`specscale.norms`). Its `update` and `write_` change
-the weight, and `norm_after` says what the norm then is, where that is not the target. A new constraint is one class
+A constraint is a norm and a map. Its `norm` measures the matrices (`specscale.norms`). Its `write_` changes the
+weight, and `norm_after` says what the norm then is, where that is not the target. A new constraint is one class
 here and one entry in `CONSTRAINTS`. Checkpoints hold its name.
 """
 
@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from specscale.linalg import concat, product
 from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
 from specscale.solvers import Solver
 
@@ -30,15 +31,11 @@ class Constraint(ABC):
         return cls(cls.norm_type.with_solver(solver))
 
     @abstractmethod
-    def update(self, measurement: Measurement, target: Tensor, skip_mask: Tensor) -> tuple[Tensor, ...]:
-        """What `write_` needs, as tensors whose first dimension is `k`.
+    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+        """Update the weights in place, each as `(k_i, o, i, ...)`: `MatrixView.split`, a view in every memory format.
 
-        It must change nothing where `skip_mask (k,)` is true. `target (k,)` and `measurement.norm` are of one dtype.
+        Nothing must change where `skip_mask (k,)` is true. `target (k,)` and `measurement.norm` are of one dtype.
         """
-
-    @abstractmethod
-    def write_(self, weight: Tensor, *update: Tensor) -> None:
-        """Update one weight in place, as `(k, o, i, ...)`: `MatrixView.split`, a view in every memory format."""
 
     def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
         """The norms `(k,)` after `write_`, of the matrices that were not skipped: the target, unless overridden."""
@@ -53,10 +50,7 @@ class Constraint(ABC):
         norm = measurement.norm.to(target.dtype)
         measurement = measurement._replace(norm=norm)
         skip_mask = skip_mask | (norm == 0)
-        updates = self.update(measurement, target, skip_mask)
-        counts = [len(weight) for weight in weights]
-        for weight, *own in zip(weights, *(part.split(counts) for part in updates), strict=True):
-            self.write_(weight, *own)
+        self.write_(weights, measurement, target, skip_mask)
         return torch.where(skip_mask, norm, self.norm_after(measurement, target))
 
 
@@ -71,12 +65,10 @@ class Frobenius(Constraint):
     name = "frobenius"
     norm_type = FrobeniusNorm
 
-    def update(self, measurement: Measurement, target: Tensor, skip_mask: Tensor) -> tuple[Tensor, ...]:
-        return (torch.where(skip_mask, 1, target / measurement.norm),)
-
-    def write_(self, weight: Tensor, *update: Tensor) -> None:
-        (factor,) = update
-        weight.mul_(_broadcast(factor, weight))
+    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+        factors = torch.where(skip_mask, 1, target / measurement.norm).split([len(weight) for weight in weights])
+        for weight, factor in zip(weights, factors, strict=True):
+            weight.mul_(_broadcast(factor, weight))
 
 
 class Spectral(Constraint):
@@ -88,19 +80,16 @@ class Spectral(Constraint):
     name = "spectral"
     norm_type = SpectralNormBySolver
 
-    def update(self, measurement: Measurement, target: Tensor, skip_mask: Tensor) -> tuple[Tensor, ...]:
-        triple = measurement.factors
-        left = torch.where(skip_mask, 0, target - measurement.norm)[:, None] * triple.left
-        # A vector that is not finite must not reach a weight that is skipped: zero times NaN is NaN.
-        return tuple(torch.where(skip_mask[:, None], 0, vectors) for vectors in (left, triple.right))
-
-    def write_(self, weight: Tensor, *update: Tensor) -> None:
-        left, right = update
-        # On the split tensor, not on the matrix, a rank-one update is a broadcast product in any memory format.
-        weight.addcmul_(_broadcast(left, weight), right.reshape(len(weight), 1, *weight.shape[2:]))
+    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+        steps = torch.where(skip_mask, 0, target - measurement.norm).split([len(weight) for weight in weights])
+        for weight, triple, step in zip(weights, measurement.factors, steps, strict=True):
+            # On the split tensor, not on the matrix, a rank-one update is a broadcast product in any memory format.
+            right = triple.right.reshape(len(weight), 1, *weight.shape[2:])
+            weight.addcmul_(_broadcast(step[:, None] * triple.left, weight), right)
 
     def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
-        return torch.maximum(target, measurement.factors.next_value.to(target.dtype))
+        next_value = concat([triple.next_value for triple in measurement.factors])
+        return torch.maximum(target, next_value.to(target.dtype))
 
 
 class Clipped(Constraint):
@@ -114,20 +103,19 @@ class Clipped(Constraint):
     name = "clipped"
     norm_type = SpectralNormByDecomposition
 
-    def update(self, measurement: Measurement, target: Tensor, skip_mask: Tensor) -> tuple[Tensor, ...]:
-        values, vectors = measurement.factors
-        above = values > target[:, None]
-        above[:, -1] = True
-        # The relative part of each singular value that is taken off.
-        excess = torch.where(above, 1 - target[:, None].double() / values, 0)
-        return ((vectors * excess[:, None]) @ vectors.mT).to(target.dtype), skip_mask
-
-    def write_(self, weight: Tensor, *update: Tensor) -> None:
-        part, skip_mask = update
-        matrices = weight.reshape(*weight.shape[:2], -1).to(part.dtype)
-        is_tall = matrices.shape[-2] >= matrices.shape[-1]
-        correction = matrices @ part if is_tall else part @ matrices
-        weight.sub_(torch.where(skip_mask[:, None, None], 0, correction).reshape(weight.shape))
+    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+        counts = [len(weight) for weight in weights]
+        each = zip(weights, measurement.factors, target.split(counts), skip_mask.split(counts), strict=True)
+        for weight, (values, vectors), own_target, skip in each:
+            above = values > own_target[:, None].to(values.device)
+            above[:, -1] = True
+            # The relative part of each singular value that is taken off.
+            excess = torch.where(above, 1 - own_target[:, None].to(values) / values, 0)
+            part = product(vectors * excess[:, None], vectors.mT).to(target)
+            matrices = weight.reshape(*weight.shape[:2], -1).to(part.dtype)
+            is_tall = matrices.shape[-2] >= matrices.shape[-1]
+            correction = product(matrices, part) if is_tall else product(part, matrices)
+            weight.sub_(torch.where(skip[:, None, None], 0, correction).reshape(weight.shape))
 
 
 CONSTRAINTS: dict[str, type[Constraint]] = {one.name: one for one in (Frobenius, Spectral, Clipped)}

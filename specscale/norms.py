@@ -5,7 +5,7 @@ Pure functions of tensors that write nothing, so that a step can read every weig
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from specscale.bounds import Bounds, frobenius_bounds, spectral_bounds
-from specscale.linalg import concat, scaled_to_one, smaller_gram
+from specscale.linalg import concat, scaled_to_one, smaller_gram, widest_dtype
 from specscale.solvers import DenseMatrices, Solver, State
 
 
 class Measurement(NamedTuple):
-    """What a `Norm` finds in a batch of matrices."""
+    """What a `Norm` finds in weights of `k_i` matrices each, `k` in all."""
 
     norm: Tensor
     """`(k,)`: the norm of each matrix; NaN or infinite where the matrix is."""
@@ -26,12 +26,18 @@ class Measurement(NamedTuple):
     """`(k,)`: the solver's residual; zero where the norm is exact."""
     error: Tensor
     """`(k,)`: the solver's own estimate of the relative error of `norm`; zero where it is exact."""
-    num_iterations: int
-    """The solver's iterations, the same for all matrices; zero where there are none."""
-    factors: Any
-    """What a constraint needs beside the norm: see each norm."""
-    state: dict[str, Tensor]
-    """The solver's state to continue from."""
+    num_iterations: list[int]
+    """The solver's iterations, by weight; zero where there are none."""
+    factors: list[Any]
+    """What a constraint needs beside the norm, by weight: see each norm."""
+    states: list[dict[str, Tensor]]
+    """The solver's state to continue from, by weight."""
+
+
+def _exactly(norm: Tensor, factors: list[Any]) -> Measurement:
+    """A measurement without a solver."""
+    zero = torch.zeros_like(norm)
+    return Measurement(norm, zero, zero, [0] * len(factors), factors, [{} for _ in factors])
 
 
 class Norm(ABC):
@@ -44,12 +50,9 @@ class Norm(ABC):
     def with_solver(cls, solver: Solver) -> Self:
         return cls()
 
-    def scratch_elements(self, m: int, n: int) -> int | None:
-        """Scratch elements per matrix `(m, n)` of a batched measurement; None disables stacking.
-
-        Weights of one shape are stacked in a copy and measured together where that saves launches.
-        """
-        return None
+    def scratch_elements(self, m: int, n: int) -> int:
+        """How many elements a measurement of one matrix `(m, n)` allocates beside it and keeps until all are measured."""
+        return 0
 
     def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
         """The solver's state for matrices `(k, *shape)` before the first measurement; see `Solver.init_state`."""
@@ -67,15 +70,12 @@ class Norm(ABC):
     def measure(
         self,
         matrices: Iterable[Tensor],
-        state: State,
+        states: Sequence[State],
         *,
         to_convergence: bool = False,
         num_iterations: int | None = None,
     ) -> Measurement:
-        """The norms `(k,)` of matrices `(k_i, m_i, n_i)`, float32 or wider, `k` being the sum of the `k_i`.
-
-        All are of one shape where `scratch_elements` is a number. Nothing is written.
-        """
+        """The norms of weights as matrices `(k_i, m_i, n_i)`, of one dtype, float32 or wider. Nothing is written."""
 
     @abstractmethod
     def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
@@ -94,17 +94,16 @@ class FrobeniusNorm(Norm):
     def measure(
         self,
         matrices: Iterable[Tensor],
-        state: State,
+        states: Sequence[State],
         *,
         to_convergence: bool = False,
         num_iterations: int | None = None,
     ) -> Measurement:
-        # Rows first: short sums keep float32 accurate, and the float64 total cannot overflow.
+        # Rows first: short sums keep float32 accurate, and a float64 total cannot overflow.
         # One weight after another, since each may be a copy.
         rows = [torch.linalg.vector_norm(one, dim=-1) for one in matrices]
-        norms = [torch.linalg.vector_norm(one, dim=-1, dtype=torch.float64) for one in rows]
-        norm = torch.cat(norms).to(rows[0].dtype)
-        return Measurement(norm, torch.zeros_like(norm), torch.zeros_like(norm), 0, None, {})
+        norms = [torch.linalg.vector_norm(one, dim=-1, dtype=widest_dtype(one.device)) for one in rows]
+        return _exactly(concat(norms).to(rows[0].dtype), [None] * len(rows))
 
     def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
         return frobenius_bounds(matrices)
@@ -124,7 +123,7 @@ class SpectralNorm(Norm):
 
 @dataclass(frozen=True)
 class SpectralNormBySolver(SpectralNorm):
-    """`||W||` by a solver; `factors` is the `Triple`."""
+    """`||W||` by a solver; the factors of a weight are its `Triple`."""
 
     solver: Solver
 
@@ -132,7 +131,7 @@ class SpectralNormBySolver(SpectralNorm):
     def with_solver(cls, solver: Solver) -> Self:
         return cls(solver)
 
-    def scratch_elements(self, m: int, n: int) -> int | None:
+    def scratch_elements(self, m: int, n: int) -> int:
         return self.solver.scratch_elements(m, n)
 
     def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -144,38 +143,46 @@ class SpectralNormBySolver(SpectralNorm):
     def measure(
         self,
         matrices: Iterable[Tensor],
-        state: State,
+        states: Sequence[State],
         *,
         to_convergence: bool = False,
         num_iterations: int | None = None,
     ) -> Measurement:
-        stacked = DenseMatrices(concat(list(matrices)))
-        triple, state = self.solver.solve(stacked, state, to_convergence=to_convergence, num_iterations=num_iterations)
-        return Measurement(triple.value, triple.residual, triple.error, triple.num_iterations, triple, state)
+        dense = [DenseMatrices(one) for one in matrices]
+        solutions = self.solver.solve(dense, states, to_convergence=to_convergence, num_iterations=num_iterations)
+        triples = [solution.triple for solution in solutions]
+        value, residual, error = (
+            concat([getattr(triple, name) for triple in triples]) for name in ("value", "residual", "error")
+        )
+        iterations = [triple.num_iterations for triple in triples]
+        return Measurement(value, residual, error, iterations, triples, [solution.state for solution in solutions])
 
 
 @dataclass(frozen=True)
 class SpectralNormByDecomposition(SpectralNorm):
     """`||W||` by a decomposition, for small models.
 
-    `factors` are all singular values `(k, min(m, n))` in ascending order, float64, and the singular vectors of the
-    shorter side `(k, min(m, n), min(m, n))`, from `eigh` of the smaller Gram matrix in float64. On an accelerator the
-    host waits for it.
+    The factors of a weight are all singular values `(k, min(m, n))` in ascending order, float64, and the singular
+    vectors of the shorter side `(k, min(m, n), min(m, n))`, from `eigh` of the smaller Gram matrix in float64. On an
+    accelerator the host waits for it; one without float64 has it done on the CPU.
     """
 
-    def scratch_elements(self, m: int, n: int) -> int | None:
-        return 2 * m * n + 4 * min(m, n) ** 2
+    def scratch_elements(self, m: int, n: int) -> int:
+        return 4 * min(m, n) ** 2
 
     def measure(
         self,
         matrices: Iterable[Tensor],
-        state: State,
+        states: Sequence[State],
         *,
         to_convergence: bool = False,
         num_iterations: int | None = None,
     ) -> Measurement:
-        scaled, scale = scaled_to_one(concat(list(matrices)))
-        squares, vectors = torch.linalg.eigh(smaller_gram(scaled))
-        values = squares.clamp_min(0).sqrt() * scale[:, None].double()
-        norm = values[:, -1].to(scaled.dtype)
-        return Measurement(norm, torch.zeros_like(norm), torch.zeros_like(norm), 0, (values, vectors), {})
+        found = []
+        for one in matrices:
+            scaled, scale = scaled_to_one(one)
+            squares, vectors = torch.linalg.eigh(smaller_gram(scaled))
+            found.append((squares.clamp_min(0).sqrt() * scale.to(squares)[:, None], vectors))
+            dtype, device = one.dtype, one.device
+        norm = concat([values[:, -1] for values, _ in found]).to(device, dtype)
+        return _exactly(norm, found)

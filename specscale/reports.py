@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from specscale.block import Block
 from specscale.errors import ADVICE, Refusal, non_finite, public_call
 from specscale.layers import LayerRule
-from specscale.linalg import at_least_float32, no_grad_full_precision, scaled_to_one, smaller_gram
-from specscale.solvers import Block, DenseMatrices
+from specscale.linalg import at_least_float32, in_float64, no_grad_full_precision, scaled_to_one, smaller_gram
+from specscale.solvers import DenseMatrices
 from specscale.state import NormScaling
 from specscale.weights import Patterns, Weight, refuse_non_finite, select
 
@@ -62,7 +63,7 @@ def table(weights: list[Weight]) -> str:
 
 def _row(weight: Weight) -> dict[str, float]:
     """The weight's columns, read from its device at once."""
-    numbers = torch.stack([column.values(weight.scaling).max().double() for column in COLUMNS]).tolist()
+    numbers = torch.stack([in_float64(column.values(weight.scaling).max()) for column in COLUMNS]).tolist()
     return dict(zip((column.name for column in COLUMNS), numbers, strict=True))
 
 
@@ -161,7 +162,7 @@ def _certificate(weight: Weight, tolerance: float, miss: float, seed: int) -> Ce
     bounds = scaling.constraint.norm.certify(scaling.matrices(parameter), key, tolerance, miss)
     norm = bounds.lower
     # A matrix of zeros has no relative error.
-    error = torch.where(norm > 0, scaling.norm.double() / norm - 1, 0)
+    error = torch.where(norm > 0, in_float64(scaling.norm) / norm - 1, 0)
     return Certificate(
         name=weight.name,
         count=weight.view.count,
@@ -196,8 +197,8 @@ def spectral_norms(
         key = torch.arange(len(matrices), device=matrices.device)
         _, m, n = matrices.shape
         state = solver.init_state(key, (m, n), matrices.dtype)
-        triple, _ = solver.solve(DenseMatrices(matrices), state, to_convergence=True)
-        norms[weight.name] = triple.value.max().item()
+        (solution,) = solver.solve([DenseMatrices(matrices)], [state], to_convergence=True)
+        norms[weight.name] = solution.triple.value.max().item()
     return norms
 
 
@@ -223,5 +224,5 @@ def singular_values(
     for weight in weights:
         scaled, scale = scaled_to_one(at_least_float32(weight.view.matrices(weight.parameter)))
         squares = torch.linalg.eigvalsh(smaller_gram(scaled))
-        values[weight.name] = squares.flip(-1).clamp_min(0).sqrt() * scale[:, None]
+        values[weight.name] = squares.flip(-1).clamp_min(0).sqrt() * in_float64(scale)[:, None]
     return values

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from specscale.constraints import Constraint
-from specscale.linalg import at_least_float32
+from specscale.linalg import at_least_float32, in_float64
 from specscale.views import MatrixView
 
 MEASURED = ("norm", "residual", "error")
@@ -95,8 +95,8 @@ class NormScaling(nn.Module):
 
     def excess(self, norm: Tensor) -> Tensor:
         """`(k,)`, float64: `norm / target - 1`; minus infinity, which is never the largest, where `skip_mask` is 1."""
-        excess = norm.double() / self.target.double() - 1
-        return torch.where(self.skip_mask > 0, -torch.inf, excess)
+        excess = in_float64(norm) / in_float64(self.target) - 1
+        return torch.where(self.skip_mask.to(excess) > 0, -torch.inf, excess)
 
     def solver_state(self) -> dict[str, Tensor]:
         """The solver's buffers, by name."""

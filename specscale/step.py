@@ -4,7 +4,7 @@ On a CPU, the solver stops when its error is small enough, and weights that are 
 accelerator a step reads nothing back: the host reads the norms and errors of the step before, and waits for them only
 if it is a whole step ahead. On CUDA a step can be captured in a graph and replayed.
 
-Weights of one constraint are measured in batches, of one shape where the norm stacks them: layers share launches.
+Weights of one constraint are measured in batches: their small problems share launches.
 """
 
 import itertools
@@ -86,7 +86,11 @@ class ScalingStep:
         return constraint.norm.next_num_iterations(self._planned.get(constraint), error)
 
     def _record_num_iterations(self, batches: list["Batch"]) -> None:
-        self.num_iterations = {w.name: b.measurement.num_iterations for b in batches for w in b.weights}
+        self.num_iterations = {
+            weight.name: count
+            for batch in batches
+            for weight, count in zip(batch.weights, batch.measurement.num_iterations, strict=True)
+        }
 
     def capture(self, weights: Iterable[Weight]) -> None:
         """Replay steps from CUDA graphs from now on, where these weights allow it; else a warning says why not."""
@@ -97,7 +101,7 @@ class ScalingStep:
 
 
 class Batch(NamedTuple):
-    """Weights that are measured together, and what was found; dimension `k` runs over all their matrices."""
+    """Weights that are measured together, and what was found."""
 
     weights: list[Weight]
     measurement: Measurement
@@ -110,33 +114,26 @@ def measure_weights(weights: Iterable[Weight], num_iterations: NumIterations | N
         constraint = batch[0].scaling.constraint
         matrices = (weight.scaling.matrices(weight.parameter) for weight in batch)
         states = [weight.scaling.solver_state() for weight in batch]
-        state = {name: concat([state[name] for state in states]) for name in states[0]}
         count = num_iterations[constraint] if num_iterations else None
-        batches.append(Batch(batch, constraint.norm.measure(matrices, state, num_iterations=count)))
+        batches.append(Batch(batch, constraint.norm.measure(matrices, states, num_iterations=count)))
     return batches
 
 
 def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
-    """Weights of one constraint, dtype and device, and of one shape if they are stacked in a copy.
-
-    A batch of several weights takes no more memory, copy and scratch together, than the largest weight.
-    """
+    """Weights of one constraint, dtype and device: as many as measuring them takes no more than the largest weight."""
     weights = list(weights)
     largest = max((weight.parameter.numel() for weight in weights), default=0)
-    open_batches: dict[object, list[Weight]] = {}
+    open_batches: dict[object, tuple[list[Weight], int]] = {}
     for weight in weights:
         constraint, parameter = weight.scaling.constraint, weight.parameter
-        m, n = weight.view.matrix_shape(parameter)
-        scratch = constraint.norm.scratch_elements(m, n)
-        key = (constraint, None if scratch is None else (m, n), parameter.dtype, parameter.device)
-        batch = open_batches.setdefault(key, [])
-        if batch and scratch is not None:
-            count = sum(one.view.count for one in (*batch, weight))
-            if count * (m * n + scratch) > largest:
-                yield open_batches.pop(key)
-                batch = open_batches.setdefault(key, [])
-        batch.append(weight)
-    yield from open_batches.values()
+        scratch = weight.view.count * constraint.norm.scratch_elements(*weight.view.matrix_shape(parameter))
+        key = (constraint, parameter.dtype, parameter.device)
+        batch, total = open_batches.get(key, ([], 0))
+        if batch and total + scratch > largest:
+            yield batch
+            batch, total = [], 0
+        open_batches[key] = [*batch, weight], total + scratch
+    yield from (batch for batch, _ in open_batches.values())
 
 
 def project_weights_(batches: list[Batch], skip: Tensor | None) -> None:
@@ -170,7 +167,7 @@ def measure_and_project_(weights: list[Weight], num_iterations: NumIterations, s
 def solve_anew_(scaling: NormScaling, weight: Tensor) -> None:
     """Measure one weight to convergence, from the solver's initial state, and record what was measured."""
     state = scaling.init_solver_state(weight)
-    measurement = scaling.constraint.norm.measure([scaling.matrices(weight)], state, to_convergence=True)
+    measurement = scaling.constraint.norm.measure([scaling.matrices(weight)], [state], to_convergence=True)
     buffers: list[Tensor] = []
     values: list[Tensor] = []
     _collect([scaling], measurement, buffers, values)
@@ -182,10 +179,12 @@ def _collect(
 ) -> None:
     """Append the buffers of the scalings, and beside each what the measurement found for it: one copy writes all."""
     counts = [scaling.view.count for scaling in scalings]
-    measured = {name: getattr(measurement, name) for name in MEASURED}
-    for name, value in {**measurement.state, **measured}.items():
+    for name in MEASURED:
         buffers += [scaling.get_buffer(name) for scaling in scalings]
-        values += value.split(counts)
+        values += getattr(measurement, name).split(counts)
+    for scaling, state in zip(scalings, measurement.states, strict=True):
+        buffers += [scaling.get_buffer(name) for name in state]
+        values += state.values()
 
 
 class PendingStats:
@@ -193,8 +192,7 @@ class PendingStats:
 
     def __init__(self, batches: list[Batch]) -> None:
         self._batches = [batch.weights for batch in batches]
-        norms = torch.cat([batch.measurement.norm.double() for batch in batches])
-        errors = torch.cat([batch.measurement.error.double() for batch in batches])
+        norms, errors = (concat([getattr(batch.measurement, name) for batch in batches]) for name in ("norm", "error"))
         # A copy that does not block goes to pinned memory, which `to` allocates.
         self._values = torch.stack([norms, errors]).to("cpu", non_blocking=True)
         self._copied = None

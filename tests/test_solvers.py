@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specscale.linalg import dominant_eigenvectors_by_products, unit
+from specscale.block import Block, dominant_subspace, second_value
+from specscale.linalg import unit
 from specscale.random import normal
-from specscale.solvers import SVD, Block, DenseMatrices, Power
+from specscale.solvers import SVD, DenseMatrices, Power
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 3), (60, 49), (49, 60), (80, 65), (65, 80), (200, 80), (80, 200), (64, 576)]
 
@@ -18,7 +19,13 @@ def random_matrices(m, n, seed, dtype=torch.float64):
 
 def solve(solver, matrices):
     state = solver.init_state(torch.arange(len(matrices)), matrices.shape[1:], matrices.dtype)
-    return solver.solve(DenseMatrices(matrices), state, to_convergence=True)
+    return solve_on(solver, matrices, state, to_convergence=True)
+
+
+def solve_on(solver, matrices, state, **options):
+    matrices = DenseMatrices(matrices) if isinstance(matrices, torch.Tensor) else matrices
+    (solution,) = solver.solve([matrices], [state], **options)
+    return solution
 
 
 def with_spike(weight, sizes, generator):
@@ -78,10 +85,10 @@ def test_the_block_needs_nothing_of_a_large_matrix_but_its_products(shape):
     matrices = random_matrices(*shape, seed=0)
     state = Block().init_state(torch.arange(2), shape, matrices.dtype)
     expected, _ = solve(Block(), matrices)
-    triple, after = Block().solve(RowShards(matrices), state, to_convergence=True)
+    triple, after = solve_on(Block(), RowShards(matrices), state, to_convergence=True)
     torch.testing.assert_close(triple.value, expected.value, rtol=1e-8, atol=0)
     drift = matrices + 1e-3 * random_matrices(*shape, seed=1)
-    triple, _ = Block().solve(RowShards(drift), after)
+    triple, _ = solve_on(Block(), RowShards(drift), after)
     torch.testing.assert_close(triple.value, torch.linalg.svdvals(drift)[:, 0], rtol=1e-6, atol=0)
 
 
@@ -114,7 +121,7 @@ def test_a_bad_matrix_says_so_and_leaves_its_neighbour_alone(solver, shape, bad)
     expected = solve(solver, matrices)[0].value[1]
     state = solver.init_state(torch.arange(2), matrices.shape[1:], matrices.dtype)
     matrices[0, 1, 2] = bad
-    triple, after = solver.solve(DenseMatrices(matrices), state, to_convergence=True)
+    triple, after = solve_on(solver, matrices, state, to_convergence=True)
     assert not triple.value[0].isfinite()
     torch.testing.assert_close(triple.value[1], expected, rtol=1e-6, atol=0)
     assert all(value.isfinite().all() for value in after.values())
@@ -154,13 +161,12 @@ def test_a_converged_block_finds_the_value_that_overtakes_it_from_outside():
     triple, state = solve(solver, matrices)
     # Blind the block to one singular vector entirely: no product with it will ever show that direction.
     hidden = right[:, 40]
-    for name in ("basis", "direction"):
-        state[name] = state[name] - hidden[:, None] * (hidden @ state[name])
+    state["basis"] = state["basis"] - hidden[:, None] * (hidden @ state["basis"])
     values[40] = 1.5
     matrices = ((left * values) @ right.T)[None]
     found = []
     for _ in range(40):
-        triple, state = solver.solve(DenseMatrices(matrices), state)
+        triple, state = solve_on(solver, matrices, state)
         found.append(triple.value.item())
     assert found[0] < 1.01, "the case is what it says"
     assert found[-1] == pytest.approx(1.5, rel=1e-6)
@@ -172,8 +178,8 @@ def test_a_jump_of_the_weight_is_solved_as_from_a_cold_start():
     before, after = (torch.randn(1, 300, 200, generator=generator, dtype=torch.float64) for _ in range(2))
     _, state = solve(solver, before)
     # A first solve is thorough in any case: here it is over.
-    _, state = solver.solve(DenseMatrices(before), state)
-    triple, _ = solver.solve(DenseMatrices(after), state)
+    _, state = solve_on(solver, before, state)
+    triple, _ = solve_on(solver, after, state)
     assert triple.num_iterations > solver.max_iterations
     torch.testing.assert_close(triple.value, torch.linalg.svdvals(after)[:, 0], rtol=1e-5, atol=0)
 
@@ -186,7 +192,7 @@ def test_a_matrix_that_was_zero_is_found_once_it_is_not(solver):
     # First of rank one, which leaves no second vector either.
     for matrices in (left[..., None] * right[:, None], torch.randn(1, 90, 80, generator=generator)):
         for _ in range(3):
-            triple, state = solver.solve(DenseMatrices(matrices), state)
+            triple, state = solve_on(solver, matrices, state)
         exact = torch.linalg.svdvals(matrices.double())[0]
         assert triple.value.item() == pytest.approx(exact[0].item(), rel=1e-2)
         assert triple.next_value.item() == pytest.approx(exact[1].item(), rel=0.1, abs=1e-4)
@@ -201,10 +207,10 @@ def test_a_step_after_a_spike_ends_on_the_target(size):
     weight = torch.randn(8, 400, 300, generator=generator)
     triple, state = solve(solver, weight)
     target = triple.value
-    _, state = solver.solve(DenseMatrices(weight), state)
+    _, state = solve_on(solver, weight, state)
     for _ in range(3):
         weight = with_spike(weight, size * target, generator)
-        triple, state = solver.solve(DenseMatrices(weight), state)
+        triple, state = solve_on(solver, weight, state)
         weight = put_back(weight, triple, target)
         norm = torch.linalg.matrix_norm(weight.double(), 2)
         # float32 has rounded the weight where the spike stood.
@@ -221,7 +227,7 @@ def test_steps_that_do_not_look_catch_up_with_a_spike(size):
     weight = with_spike(weight, size * target, generator)
     num_iterations = 1
     for bound in (0.04, 4e-3, 4e-4):
-        triple, state = solver.solve(DenseMatrices(weight), state, num_iterations=num_iterations)
+        triple, state = solve_on(solver, weight, state, num_iterations=num_iterations)
         weight = put_back(weight, triple, target)
         norm = torch.linalg.matrix_norm(weight.double(), 2)
         assert (norm / target - 1).abs().max() <= bound
@@ -241,7 +247,7 @@ def test_block_follows_a_drifting_weight_that_is_scaled_at_every_step(m, n, seed
     for _ in range(15):
         weight = weight + drift * torch.randn(1, m, n, generator=generator) / max(m, n) ** 0.5
         exact = torch.linalg.svdvals(weight.double())[:, 0]
-        triple, state = solver.solve(DenseMatrices(weight), state)
+        triple, state = solve_on(solver, weight, state)
         # Noise on equal singular values is the hardest drift: what a gradient does to a weight has far lower rank.
         assert ((triple.value / exact - 1).abs() <= drift / 2).all()
         assert (triple.value <= exact * (1 + 1e-5)).all()
@@ -262,22 +268,26 @@ def test_the_estimated_error_is_of_the_size_of_the_true_one(drift, rank):
         a, b = torch.randn(1, 200, rank, generator=generator), torch.randn(1, rank, 120, generator=generator)
         weight = weight + drift * (a @ b) / (200 * rank) ** 0.5
         exact = torch.linalg.svdvals(weight.double())[:, 0]
-        triple, state = solver.solve(DenseMatrices(weight), state, num_iterations=1)
+        triple, state = solve_on(solver, weight, state, num_iterations=1)
         ratios.append(((1 - triple.value / exact) / triple.error).item())
         weight = put_back(weight, triple, 1)
     assert 0.2 < torch.tensor(ratios).median() < 5
 
 
-@pytest.mark.parametrize(("width", "count"), [(48, 1), (48, 2), (48, 16), (64, 2)])
-def test_eigenvectors_by_products_agree_with_eigh(width, count):
+@pytest.mark.parametrize("spread", [1e-6, 1e-2, 1.0])
+def test_the_dominant_subspace_has_the_first_eigenvector_in_front(spread):
     generator = torch.Generator().manual_seed(6)
-    for spread in (1e-6, 1e-2, 1.0):
-        basis = orthonormal(width, width, generator)
-        values = 1 - spread * torch.linspace(0, 1, width, dtype=torch.float64) ** 0.5
-        square = (basis * values) @ basis.T
-        vectors = dominant_eigenvectors_by_products(square[None], count)[0]
-        torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-6)
-        assert vectors[:, 0] @ square @ vectors[:, 0] == pytest.approx(1.0, rel=1e-6)
+    basis = orthonormal(32, 32, generator)
+    values = 1 - spread * torch.linspace(0, 1, 32, dtype=torch.float64) ** 0.5
+    square = ((basis * values) @ basis.T)[None]
+    identity = torch.eye(32, dtype=torch.float64)
+    X, squares, lengths = dominant_subspace(square, identity[None], 16)
+    torch.testing.assert_close(X.mT @ X, identity[None, :16, :16], rtol=0, atol=1e-6)
+    torch.testing.assert_close(squares, X.mT @ square @ X, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(lengths, torch.ones(1, 16, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert squares[0, 0, 0] == pytest.approx(1.0, rel=1e-6)
+    assert second_value(squares)[0] ** 2 == pytest.approx(values[1].item(), rel=5e-3)
+    assert second_value(squares)[0] ** 2 <= values[0] * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("bad", [{"width": 1}, {"tolerance": 0.0}, {"max_iterations": 0}])

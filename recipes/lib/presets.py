@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from specscale.apply import SOLVERS
 from specscale.constraints import CONSTRAINTS
-from specscale.solvers import SOLVERS
 
 NORMS = ("none", *CONSTRAINTS)
 """Everything that a model can be trained under, in the order of tables and figures."""

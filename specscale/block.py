@@ -1,0 +1,435 @@
+"""The first singular triples of many matrices at once, by block Krylov iteration from the block of the step before.
+
+One iteration, for each matrix `A (M, N)`, `M >= N`, and its block `V (N, b)`, is a Rayleigh-Ritz step on `[V, R]`, `2 b`
+columns (Golub & Van Loan, "Matrix Computations", section 10.3.6):
+
+    images          Y = A V                          once; a second iteration knows its images
+    residuals       R = A^T Y - V (Y^T Y)            and noise in its last column, once
+    orthogonalize   R' = R M - V K, V' = V L         so that [V', R'] is orthonormal: from Gram matrices alone
+    images          T = A R' = (A R) M - Y K
+    rayleigh_ritz   X                                the dominant subspace of [Y L, T]^T [Y L, T], small
+    combine         V <- [V', R'] X, Y <- [Y L, T] X
+
+The products with `A` are taken one matrix after another, the small problems of all matrices in one batch. Nothing here
+needs float64, a factorisation that would make the host wait, or a shape that depends on the data.
+`specscale.kernels` does the same on CUDA, kernel by kernel.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from specscale.linalg import concat, gram, product, scaled_to_one, unit
+from specscale.random import normal, signs
+from specscale.solvers import Matrices, Solution, State, Triple
+
+NOISE = 0.05
+"""The length of the noise that is added to the residual of the last column, relative to the largest Ritz value."""
+
+ROUNDS = 6
+"""Rounds of orthogonal iteration in a Rayleigh-Ritz step.
+
+The dominant subspace is wanted approximately only. A restart from the exact one forgets older directions sooner, and had
+errors of up to six times as much.
+"""
+
+SQUARINGS = 20
+"""Squarings for the first Ritz vector: power iteration with 2^20 steps, whose value is too low by 1e-6 at most."""
+
+CONVERGED = 1e-5
+"""The residual below which float32's rounding lets a block become no better."""
+
+JUMP = 0.1
+"""The relative rise of a block's largest value in its first iteration from which the weight is taken to have jumped.
+
+A residual of `r` raises the value by at least `sqrt(1 + r^2) - 1`, and a jump that the first column does not see leaves
+its residual at zero.
+"""
+
+REFRESH = 16
+"""Iterations after which images are computed from the matrix again: rounding in those that are carried along adds up."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Warm-started block Krylov iteration on all singular values near the first: the default.
+
+    It carries a block of `width` vectors from step to step, on the matrix's shorter side. The first is the singular
+    vector; the last searches outside the others, by power iteration with fresh noise added at each step, so that a
+    singular value that overtakes the block from outside is found. The error left in the singular value is estimated,
+    see `estimated_error`. Where the host may read it, a block in its first step, and one whose weight has jumped, is
+    solved to a stricter tolerance.
+
+    A matrix whose shorter side is at most two blocks is solved from its Gram matrix instead, without state.
+    """
+
+    width: int = 16
+    """Columns of the block; products with multiples of 16 are the fastest, and CUDA kernels exist for 16."""
+    tolerance: float = 2e-4
+    """Iterate until the estimated relative error of the singular value is at most this."""
+    max_iterations: int = 8
+    """The most iterations of one step; a thorough solve takes up to 60."""
+
+    def __post_init__(self) -> None:
+        if self.width < 2 or self.max_iterations < 1 or not self.tolerance > 0:
+            raise ValueError(f"{self}: width must be at least 2, max_iterations at least 1 and tolerance positive")
+
+    def is_small(self, m: int, n: int) -> bool:
+        """Whether a matrix `(m, n)` is solved from its Gram matrix, without state."""
+        return min(m, n) <= 2 * self.width
+
+    def _thorough(self, tolerance: float, limit: int) -> tuple[float, int]:
+        """Tolerance and limit of a solve after a jump or in the first step, where these are not stricter already."""
+        return min(tolerance, self.tolerance / 20), max(limit, 60)
+
+    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        if self.is_small(*shape):
+            return {}
+        basis = torch.linalg.qr(normal(key, (min(shape), self.width), dtype)).Q
+        # `age` counts the solves since the initial state; with the key it seeds the noise.
+        return {"basis": basis, "key": key.clone(), "age": torch.zeros_like(key)}
+
+    def scratch_elements(self, m: int, n: int) -> int:
+        if self.is_small(m, n):
+            return 2 * min(m, n) ** 2
+        # The block, its residuals, their images and what they become.
+        return 4 * self.width * (m + n)
+
+    def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
+        if num_iterations is None or error is None:
+            return 2
+        if not error <= self.tolerance:
+            return min(num_iterations + 1, self.max_iterations)
+        return max(num_iterations - 1, 1) if error <= self.tolerance / 4 else num_iterations
+
+    def solve(
+        self,
+        matrices: Sequence[Matrices],
+        states: Sequence[State],
+        *,
+        to_convergence: bool = False,
+        num_iterations: int | None = None,
+    ) -> list[Solution]:
+        oriented = [one if one.shape[1] >= one.shape[2] else one.mT for one in matrices]
+        small = [i for i, one in enumerate(oriented) if self.is_small(*one.shape[1:])]
+        large = [i for i in range(len(oriented)) if i not in small]
+        found: dict[int, Solution] = {}
+        if small:
+            found.update(zip(small, _solve_small([oriented[i] for i in small], self.width), strict=True))
+        if large:
+            blocks = [_Iterate(oriented[i], states[i]) for i in large]
+            if num_iterations is not None:
+                for _ in range(num_iterations):
+                    _iterate(blocks)
+            else:
+                self._iterate_until_done(blocks, to_convergence)
+            found.update(zip(large, (block.solution(to_convergence) for block in blocks), strict=True))
+        return [found[i] if one is oriented[i] else found[i].transposed() for i, one in enumerate(matrices)]
+
+    def _iterate_until_done(self, blocks: list["_Iterate"], to_convergence: bool) -> None:
+        """Iterate, each batch until it is good enough, which the host reads after every iteration."""
+        limits = {}
+        for block in blocks:
+            tolerance, limit, residual_limit = self.tolerance, self.max_iterations, float("inf")
+            if to_convergence:
+                tolerance, limit = 0.0, 300
+            elif not bool(block.state["age"].all()):
+                tolerance, limit = self._thorough(tolerance, limit)
+            limits[block] = tolerance, limit, residual_limit
+        number = 0
+        while blocks:
+            _iterate(blocks)
+            number += 1
+            columns = [torch.stack([b.ritz.residual, b.ritz.error, b.ritz.rise]).amax(-1) for b in blocks]
+            active = []
+            for block, (residual, error, rise) in zip(blocks, torch.stack(columns).tolist(), strict=True):
+                tolerance, limit, residual_limit = limits[block]
+                is_done = (error <= tolerance and residual <= residual_limit) or residual <= CONVERGED
+                if number == 1 and rise > JUMP:
+                    # A jump stands out, so that its value converges before its vectors do. A step that puts it back
+                    # among the other values leaves the norm off by up to half the residual.
+                    limits[block] = *self._thorough(tolerance, limit), 2 * self.tolerance / (1 + rise)
+                    is_done = False
+                if not is_done and number < limits[block][1]:
+                    active.append(block)
+            blocks = active
+
+
+class _Iterate:
+    """A batch of matrices `A (k, M, N)`, `M >= N`, with its block between iterations."""
+
+    def __init__(self, matrices: Matrices, state: State) -> None:
+        self.matrices, self.state = matrices, state
+        # The weight may have another dtype than it had when the state was made.
+        self.V = state["basis"].to(matrices.dtype)
+        Y = matrices.matmat(self.V)
+        # Squares would leave float32's range where the entries are near 1e20.
+        scale = Y.abs().amax(dim=(-2, -1))
+        self.is_finite = scale.isfinite()
+        self.scale = torch.where(self.is_finite & (scale > 0), scale, 1)
+        self.unscale = self.scale.reciprocal()[:, None, None]
+        self.Y = Y * self.unscale
+        self.squares = gram(self.Y)
+        """`Y^T Y`."""
+        self.num_iterations = 0
+        self.ritz: Ritz
+
+    def image(self, columns: Tensor) -> Tensor:
+        """`A X`, scaled."""
+        return self.matrices.matmat(columns) * self.unscale
+
+    def residuals(self) -> Tensor:
+        """`A^T Y - V (Y^T Y)`, scaled, with noise in the last column in a step's first iteration."""
+        if self.num_iterations and self.num_iterations % REFRESH == 0:
+            self.Y = self.image(self.V)
+            self.squares = gram(self.Y)
+        R = self.matrices.rmatmat(self.Y) * self.unscale - product(self.V, self.squares)
+        if self.num_iterations == 0:
+            length = NOISE * self.squares.diagonal(dim1=-2, dim2=-1).amax(-1) / R.shape[-2] ** 0.5
+            key = self.state["key"] + (self.state["age"] << 32)
+            R[..., -1] += length[:, None] * signs(key, R.shape[1:2])
+        return R
+
+    def solution(self, to_convergence: bool) -> Solution:
+        """The triple, and the state to continue from."""
+        value, next_value = (
+            torch.where(self.is_finite, self.scale * x, torch.nan) for x in (self.ritz.value, self.ritz.next_value)
+        )
+        keep = self.is_finite[:, None, None]
+        basis = torch.where(keep, self.V, self.state["basis"])
+        # A vector that is not finite must not reach a weight that is skipped: zero times NaN is NaN.
+        left = torch.where(keep[..., 0], unit(self.Y[..., 0]), 0)
+        triple = Triple(
+            value, left, unit(basis[..., 0]), next_value, self.ritz.residual, self.ritz.error, self.num_iterations
+        )
+        age = torch.zeros_like(self.state["age"]) if to_convergence else self.state["age"] + 1
+        return Solution(triple, {"basis": basis, "key": self.state["key"], "age": age})
+
+
+def _iterate(blocks: list[_Iterate]) -> None:
+    """One iteration of every batch; the small problems are one batch."""
+    counts = [len(block.V) for block in blocks]
+    is_finite = concat([block.is_finite for block in blocks])[:, None, None]
+    squares = concat([block.squares for block in blocks])
+    bases = [torch.cat([block.V, block.residuals()], dim=-1) for block in blocks]
+    gram_s = concat([gram(basis) for basis in bases])
+    # A factorisation of what is not finite would raise.
+    gram_s = torch.where(is_finite, gram_s, torch.eye(gram_s.shape[-1], dtype=gram_s.dtype, device=gram_s.device))
+    squares = torch.where(is_finite, squares, 0)
+    frame = orthogonalize(gram_s, squares)
+    images = []
+    for block, basis, M, K in zip(blocks, bases, frame.M.split(counts), frame.K.split(counts), strict=True):
+        R = basis[..., basis.shape[-1] // 2 :]
+        T = product(block.image(R), M) - product(block.Y, K)
+        images.append(torch.cat([block.Y, T], dim=-1))
+    gram_w = torch.where(is_finite, concat([gram(image) for image in images]), 0)
+    ritz = rayleigh_ritz(gram_w, squares, frame)
+    parts = (part.split(counts) for part in ritz)
+    for block, basis, image, *own in zip(blocks, bases, images, *parts, strict=True):
+        block.ritz = Ritz(*own)
+        block.V = product(basis, block.ritz.of_basis)
+        block.Y = product(image, block.ritz.of_images)
+        block.squares = block.ritz.squares
+        block.num_iterations += 1
+
+
+class Frame(NamedTuple):
+    """How `[V L, R M - V K]` is orthonormal, for a batch of small problems `(k, b, b)`."""
+
+    L: Tensor
+    K: Tensor
+    M: Tensor
+    """A column that is zero is one that is not there: of rounding alone, or dependent on those before it."""
+    gram: Tensor
+    """`(R M - V K)^T (R M - V K)`: nearly the identity, where columns are there."""
+    lengths: Tensor
+    """`(k, b)`: the lengths of the columns of `R` less their part in `V`."""
+
+
+def orthogonalize(gram_s: Tensor, squares: Tensor) -> Frame:
+    """Make `[V, R]` orthonormal, from its Gram matrix `gram_s (k, 2 b, 2 b)` alone; `squares (k, b, b)` is `Y^T Y`.
+
+    By Cholesky factors, the second one of a Gram matrix with unit diagonal and a shift (Fukaya et al., "Shifted
+    Cholesky QR for computing the QR factorization of ill-conditioned matrices", 2020).
+    """
+    width = squares.shape[-1]
+    identity = torch.eye(width, dtype=gram_s.dtype, device=gram_s.device)
+    vv, vr, rr = gram_s[:, :width, :width], gram_s[:, :width, width:], gram_s[:, width:, width:]
+    L = _inverse_factor(vv)
+    overlap = L.mT @ vr
+    rest = rr - overlap.mT @ overlap
+    rest_squares = rest.diagonal(dim1=-2, dim2=-1)
+    eps = torch.finfo(gram_s.dtype).eps
+    largest = squares.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    least = torch.maximum((32 * eps * largest).square(), 100 * eps * rr.diagonal(dim1=-2, dim2=-1))
+    exists = rest_squares > least
+    inverse = torch.where(exists, rest_squares, 1).rsqrt() * exists
+    normalized = inverse[..., None] * rest * inverse[:, None] + torch.diag_embed((~exists).to(rest.dtype))
+    factor = torch.linalg.cholesky_ex(normalized + 1e-5 * identity).L
+    exists = exists & (factor.diagonal(dim1=-2, dim2=-1).square() > 1e-4)
+    M = inverse[..., None] * _inverse_of_triangle(factor).mT * exists[:, None]
+    return Frame(L, L @ overlap @ M, M, M.mT @ rest @ M, rest_squares.clamp_min(0).sqrt())
+
+
+class Ritz(NamedTuple):
+    """A Rayleigh-Ritz step of a batch of small problems."""
+
+    of_basis: Tensor
+    """`(k, 2 b, b)`: `V <- [V, R] of_basis`."""
+    of_images: Tensor
+    """`(k, 2 b, b)`: `Y <- [Y, T] of_images`."""
+    squares: Tensor
+    """`(k, b, b)`: `Y^T Y` of the new images."""
+    value: Tensor
+    """`(k,)`: the largest Ritz value of `A`."""
+    next_value: Tensor
+    """`(k,)`: the second one, an estimate from below."""
+    residual: Tensor
+    """`(k,)`: `||A^T u - s v|| / s` before the step, less the part within the block."""
+    error: Tensor
+    """`(k,)`: see `estimated_error`."""
+    rise: Tensor
+    """`(k,)`: how far, relative, the step has raised the largest value."""
+
+
+def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame) -> Ritz:
+    """The dominant subspace of `[Y L, T]^T [Y L, T]`, approximately, with the exact first vector in front.
+
+    From `gram_w (k, 2 b, 2 b)`, the Gram matrix of `[Y, T]`, and from `squares (k, b, b)`, `Y^T Y`.
+    """
+    width = squares.shape[-1]
+    L, T = frame.L, frame.gram
+    upper = L.mT @ gram_w[:, :width]
+    H = torch.cat(
+        [
+            torch.cat([upper[..., :width] @ L, upper[..., width:]], -1),
+            torch.cat([upper[..., width:].mT, gram_w[:, width:, width:]], -1),
+        ],
+        -2,
+    )
+    G = torch.zeros_like(H)
+    G[:, :width, :width] = torch.eye(width, dtype=H.dtype, device=H.device)
+    G[:, width:, width:] = T
+    X, squares_after, lengths = dominant_subspace(H, G, width)
+    values = (squares_after.diagonal(dim1=-2, dim2=-1) / lengths).clamp_min(0).sqrt()
+    before = squares.diagonal(dim1=-2, dim2=-1).amax(-1)
+    tiny = torch.finfo(H.dtype).tiny
+    top = values[:, :-1].amax(-1)
+    residual = frame.lengths[:, 0] / before.clamp_min(tiny)
+    rho = frame.lengths[:, :-1].square().mean(-1).sqrt() / before.clamp_min(tiny)
+    error = estimated_error(rho, 1 - values[:, :-1].amin(-1) / top.clamp_min(tiny))
+    rise = top.clamp_min(tiny) / before.sqrt().clamp_min(tiny) - 1
+    head = L @ X[:, :width]
+    tail = X[:, width:]
+    of_basis = torch.cat([head - frame.K @ tail, frame.M @ tail], dim=-2)
+    of_images = torch.cat([head, tail], dim=-2)
+    next_value = second_value(squares_after)
+    return Ritz(of_basis, of_images, squares_after, values[:, 0], next_value, residual, error, rise)
+
+
+def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest eigenvectors of `H x = l G x`, `(k, w, w)` both, `G` near the identity on the columns that exist.
+
+    Returns `X (k, w, count)`, `X^T H X` and the diagonal of `X^T G X`, nearly ones. The first column is an eigenvector,
+    by repeated squaring. The next ones span the dominant subspace approximately, by orthogonal iteration from the
+    leading coordinates (Golub & Van Loan, "Matrix Computations", section 8.2.4). The last is the last coordinate,
+    orthogonal to the others: the column that searches.
+    """
+    width = H.shape[-1]
+    identity = torch.eye(width, dtype=H.dtype, device=H.device)
+    corner = identity[:, :1] * identity[:1]
+    # One Newton step for the inverse root (Higham, "Functions of Matrices", 2008, section 7.3).
+    root = 1.5 * identity - 0.5 * G
+    square = root @ H @ root
+    # A matrix of zeros has the first coordinate for its first vector, so that a block stays what it is.
+    square = _trace_one((square + square.mT) / 2 + torch.finfo(H.dtype).tiny * corner)
+    power = square
+    for _ in range(SQUARINGS):
+        power = _trace_one(power @ power)
+    largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    first = unit(power.gather(-1, largest.expand(*power.shape[:-1], 1)), dim=-2)
+    square = square / (first.mT @ square @ first).clamp_min(torch.finfo(H.dtype).tiny)
+    # The shift keeps columns independent where there are fewer directions than columns.
+    square = square @ square + 0.03 * identity
+    # Every coordinate beyond the leading ones has a small part in one of the columns, so that none is lost.
+    start = identity[:, :count] + 0.05 * identity.roll(-count, 0)[:, :count] * (count < width)
+    X = start.expand(*square.shape[:-1], count)
+    for _ in range(rounds):
+        X = unit(square @ X, dim=-2)
+        X = X @ _inverse_factor(X.mT @ X, 1e-6)
+    X = X[..., : count - 1]
+    # A reflection brings the projection of `first` to the front; the other columns are made orthogonal to `first`.
+    projection = unit(X.mT @ first, dim=-2)
+    sign = torch.where(projection[:, :1] < 0, -1.0, 1.0)
+    mirror = unit(projection + sign * identity[: count - 1, :1], dim=-2)
+    X = X - 2 * (X @ mirror) @ mirror.mT
+    X = torch.cat([first, X[..., 1:] - first @ (first.mT @ X[..., 1:])], dim=-1)
+    last = (identity[:, -1:] + 0.3 * identity[:, count - 1 : count]).expand(len(H), -1, -1)
+    for _ in range(2):
+        last = unit(last - X @ (X.mT @ last), dim=-2)
+    X = root @ torch.cat([X, last], dim=-1)
+    X = X @ (1.5 * identity[:count, :count] - 0.5 * X.mT @ G @ X)
+    return X, X.mT @ H @ X, (X * (G @ X)).sum(-2)
+
+
+def second_value(squares: Tensor) -> Tensor:
+    """The root of the second largest eigenvalue of `squares (k, b, b)`, from below; the first column is an eigenvector.
+
+    A Rayleigh quotient after power iteration with 2^8 steps.
+    """
+    rest = squares[:, 1:, 1:]
+    power = _trace_one(rest)
+    for _ in range(8):
+        power = _trace_one(power @ power)
+    largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    vector = unit(power.gather(-1, largest.expand(*power.shape[:-1], 1)), dim=-2)
+    return (vector.mT @ rest @ vector)[:, 0, 0].clamp_min(0).sqrt()
+
+
+def estimated_error(rho: Tensor, gap: Tensor) -> Tensor:
+    """The relative error that an iteration leaves in the first singular value, `rho (rho / gap)^2 / 16`.
+
+    `rho (k,)` is the root mean square of the block's relative residuals before it, and `gap (k,)` how far, relative,
+    the block's last value lies below its first: in a crowded spectrum, a residual of the same length means a larger
+    error. The last column, which searches outside the block, counts in neither.
+    """
+    return rho * (rho / gap.clamp_min(torch.finfo(gap.dtype).tiny)).square().div(16).clamp_max(1)
+
+
+def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:
+    """Matrices `(k, M, N)`, `N <= 2 width`, from their Gram matrices."""
+    scaled, scales = zip(*(scaled_to_one(one.dense()) for one in matrices), strict=True)
+    pad = [2 * width - one.shape[-1] for one in scaled]
+    H = concat([nn.functional.pad(gram(one), (0, p, 0, p)) for one, p in zip(scaled, pad, strict=True)])
+    G = torch.eye(2 * width, dtype=H.dtype, device=H.device).expand_as(H)
+    X, squares, _ = dominant_subspace(H, G, width, 2 * ROUNDS)
+    next_values = second_value(squares)
+    counts = [len(one) for one in scaled]
+    solutions = []
+    for one, scale, x, next_value in zip(scaled, scales, X.split(counts), next_values.split(counts), strict=True):
+        right = x[:, : one.shape[-1], 0]
+        image = product(one, right[..., None])[..., 0]
+        value = image.norm(dim=-1) / right.norm(dim=-1)
+        zero = torch.zeros_like(value)
+        triple = Triple(value * scale, unit(image), unit(right), next_value * scale, zero, zero, 0)
+        solutions.append(Solution(triple, {}))
+    return solutions
+
+
+def _inverse_factor(square: Tensor, shift: float = 0.0) -> Tensor:
+    """`L^-T` of the Cholesky factor `L` of `square + shift`, without its check, which would make the host wait."""
+    identity = torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
+    return _inverse_of_triangle(torch.linalg.cholesky_ex(square + shift * identity).L).mT
+
+
+def _inverse_of_triangle(factor: Tensor) -> Tensor:
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+
+
+def _trace_one(square: Tensor) -> Tensor:
+    trace = square.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return square / trace.clamp_min(torch.finfo(square.dtype).tiny)[..., None, None]

@@ -1,0 +1,916 @@
+"""The scaling step on CUDA: all weights of one dtype in a fixed number of launches, whatever their number.
+
+A table in the device's memory has one row for each matrix: where it is, how it is strided, where its state is. A launch
+runs over tiles of all matrices, or over the matrices; a tile names its row. Sums over tiles are written as partial
+results and added in a fixed order, so that equal weights give equal results, bit for bit, on every rank and at every
+repeat. Arithmetic is in float32, products by tensor cores in three parts each (`tf32x3`, as accurate as float32),
+whatever torch's switches say.
+
+A spectral step is `specscale.block` with a block of 16 columns, kernel by kernel, in `1 + 6 num_iterations` launches:
+
+    images          Y = A V                                                  once
+    products        A^T Y, in parts                                          every iteration
+    residuals       R = A^T Y - V (Y^T Y), parts of the Gram matrix of [V, R]
+    orthogonalize   the frame in which [V, R] is orthonormal                 one program a matrix
+    images_of_rest  T = (A R) M - Y K, parts of the Gram matrix of [Y, T]
+    rayleigh_ritz   the dominant subspace, and what is reported              one program a matrix
+    combine         the new V and Y; after the last iteration: the new V, and the weight itself
+
+A matrix of at most 32 columns is its own Gram matrix in the frame of unit vectors, in the last iteration's launches. A
+Frobenius step is two launches: sums of squares, and the weight itself.
+
+This module is imported only where there are CUDA weights, since it needs Triton.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specscale.block import NOISE, ROUNDS, SQUARINGS, Block
+from specscale.constraints import Frobenius, Spectral
+from specscale.norms import SpectralNormBySolver
+from specscale.weights import Weight
+
+# A row of the table, int64.
+FIELDS = tl.constexpr(40)
+WEIGHT, M_, N_, MODE = (tl.constexpr(i) for i in range(4))
+"""The matrix as `A (M, N)`, `M >= N`: its address, and how its tiles are read, see `_MODES`."""
+I_LENGTH, I_OUTER, I_INNER, J_LENGTH, J_OUTER, J_INNER = (tl.constexpr(i) for i in range(4, 10))
+"""Row `i` lies `(i // I_LENGTH) * I_OUTER + (i % I_LENGTH) * I_INNER` elements behind the first, column `j` likewise."""
+BASIS, ORDER_LENGTH, ORDER_STRIDE = (tl.constexpr(i) for i in range(10, 13))
+"""The block's row of column `j` is `(j % ORDER_LENGTH) * ORDER_STRIDE + j // ORDER_LENGTH`: in the weight's own order."""
+V_, Y_, R_, T_, PRODUCTS, GRAM_V, GRAM_Y, SMALL = (tl.constexpr(i) for i in range(13, 21))
+"""Scratch: blocks, images, residuals, their images, partial sums, and small matrices."""
+NUM_I, NUM_J, NUM_CHUNKS, IS_EXACT = (tl.constexpr(i) for i in range(21, 25))
+TARGET, SKIP_MASK, NORM, RESIDUAL, ERROR, KEY, AGE, STATS, NUM_MATRICES = (tl.constexpr(i) for i in range(25, 34))
+NUM_TILES, PARTIAL_SQUARES = (tl.constexpr(i) for i in range(34, 36))
+
+# Offsets in a matrix's small scratch.
+SQUARES, FRAME_Y, FRAME_S, GRAM, LENGTHS, OF_BASIS, OF_IMAGES, STEP = (
+    tl.constexpr(i) for i in (0, 256, 1280, 2304, 3328, 3344, 3856, 4368)
+)
+SMALL_SIZE = 4372
+
+TILE = 64
+"""Rows or columns of a tile of products."""
+DEPTH = 32
+"""Columns or rows that a tile of products reads at a time."""
+CHUNK = 512
+"""Rows whose products with the images one program adds up: tall matrices of few columns must fill the device too."""
+SIDE = 128
+"""Rows and columns of a tile of the weight that one program updates, `STRIP` at a time."""
+_SIDE, STRIP = tl.constexpr(SIDE), tl.constexpr(16)
+_NOISE, _ROUNDS, _SQUARINGS = tl.constexpr(NOISE), tl.constexpr(ROUNDS), tl.constexpr(SQUARINGS)
+PRECISION = tl.constexpr("tf32x3")
+EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+COLUMNS_CONTIGUOUS, ROWS_CONTIGUOUS, STRIDED = (tl.constexpr(i) for i in range(3))
+"""How a tile is read: 16 bytes at a time along its columns or rows, or element by element at any strides."""
+
+
+@triton.jit
+def _floats(address):
+    return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
+
+
+@triton.jit
+def _float(address):
+    return address.to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def _scale(row):
+    """A power of two near the norm of the step before, which keeps squares in float32's range."""
+    norm = tl.load(_float(tl.load(row + NORM)))
+    # The exponent's bits; zero, infinity and NaN have none of these.
+    exponent = (norm.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    known = (exponent > 0) & (exponent < 255)
+    exponent = tl.where(known, tl.minimum(tl.maximum(exponent, 27), 227), 127)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _offset(index, length, outer, inner):
+    """Where an index of two levels lies."""
+    return (index // length) * outer + (index % length) * inner
+
+
+@triton.jit
+def _product(
+    row, out, start, stop, x, x_length, x_stride,
+    OUT_SIZE: tl.constexpr, OUT_LENGTH: tl.constexpr, OUT_OUTER: tl.constexpr, OUT_INNER: tl.constexpr,
+    SUM_SIZE: tl.constexpr, SUM_LENGTH: tl.constexpr, SUM_OUTER: tl.constexpr, SUM_INNER: tl.constexpr,
+    OUT_CONTIGUOUS: tl.constexpr, SUM_CONTIGUOUS: tl.constexpr,
+    DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """`sum over start <= s < stop of A[out, s] X[s]`, unscaled, `(TILE, 16)`; for `A^T`, the sides change places."""
+    # Hints go on values in the function that loads: on what a helper returns they are lost.
+    a = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
+    mode = tl.load(row + MODE)
+    out_size = tl.load(row + OUT_SIZE)
+    c = tl.arange(0, 16)
+    acc = tl.zeros((TILE, 16), tl.float32)
+    if mode == SUM_CONTIGUOUS:
+        a16 = tl.multiple_of(a, 16)
+        stride = tl.multiple_of(tl.load(row + OUT_INNER), VECTOR)
+        end = tl.multiple_of(stop, VECTOR)
+        for first in range(start, stop, DEPTH):
+            s = first + tl.arange(0, DEPTH)
+            mask = (out[:, None] < out_size) & (s[None, :] < end)
+            tile = tl.load(a16 + out[:, None] * stride + s[None, :], mask=mask, other=0.0).to(tl.float32)
+            at = (s % x_length) * x_stride + s // x_length
+            columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
+            acc = tl.dot(tile, columns, acc, input_precision=PRECISION)
+    elif mode == OUT_CONTIGUOUS:
+        a16 = tl.multiple_of(a, 16)
+        stride = tl.multiple_of(tl.load(row + SUM_INNER), VECTOR)
+        end = tl.multiple_of(out_size, VECTOR)
+        for first in range(start, stop, DEPTH):
+            s = first + tl.arange(0, DEPTH)
+            mask = (out[None, :] < end) & (s[:, None] < stop)
+            tile = tl.load(a16 + s[:, None] * stride + out[None, :], mask=mask, other=0.0).to(tl.float32)
+            at = (s % x_length) * x_stride + s // x_length
+            columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
+            acc = tl.dot(tl.trans(tile), columns, acc, input_precision=PRECISION)
+    else:
+        out_at = _offset(out, tl.load(row + OUT_LENGTH), tl.load(row + OUT_OUTER), tl.load(row + OUT_INNER))
+        length, outer, inner = tl.load(row + SUM_LENGTH), tl.load(row + SUM_OUTER), tl.load(row + SUM_INNER)
+        for first in range(start, stop, DEPTH):
+            s = first + tl.arange(0, DEPTH)
+            sum_at = _offset(s, length, outer, inner)
+            mask = (out[:, None] < out_size) & (s[None, :] < stop)
+            tile = tl.load(a + out_at[:, None] + sum_at[None, :], mask=mask, other=0.0).to(tl.float32)
+            at = (s % x_length) * x_stride + s // x_length
+            columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
+            acc = tl.dot(tile, columns, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _columns(address, index, size):
+    """Rows of a block `(size, 16)`; zero behind its end."""
+    c = tl.arange(0, 16)
+    return tl.load(_floats(address) + index[:, None] * 16 + c[None, :], mask=index[:, None] < size, other=0.0)
+
+
+@triton.jit
+def _store_columns(address, index, size, values):
+    c = tl.arange(0, 16)
+    tl.store(_floats(address) + index[:, None] * 16 + c[None, :], values, mask=index[:, None] < size)
+
+
+@triton.jit
+def _store_gram(address, SIDE: tl.constexpr, values):
+    """A block `(16, 16)` of a matrix with `SIDE` columns."""
+    r, c = tl.arange(0, 16), tl.arange(0, 16)
+    tl.store(address + r[:, None] * SIDE + c[None, :], values)
+
+
+@triton.jit
+def _matrix(address, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    return tl.load(address + r[:, None] * COLUMNS + c[None, :])
+
+
+@triton.jit
+def _sum_of_parts(address, count, SIDE: tl.constexpr, STRIDE: tl.constexpr, AT_ONCE: tl.constexpr):
+    """The sum of `count` matrices `(SIDE, SIDE)`, `STRIDE` apart, in a fixed order."""
+    p, r, c = tl.arange(0, AT_ONCE), tl.arange(0, SIDE), tl.arange(0, SIDE)
+    at = p[:, None, None] * STRIDE + r[None, :, None] * SIDE + c[None, None, :]
+    total = tl.zeros((SIDE, SIDE), tl.float32)
+    for first in range(0, count, AT_ONCE):
+        mask = (first + p < count)[:, None, None]
+        total += tl.sum(tl.load(address + first * STRIDE + at, mask=mask, other=0.0), axis=0)
+    return total
+
+
+@triton.jit
+def _hash32(x):
+    """`specscale.random`'s hash."""
+    x = (x ^ (x >> 32)) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _images(table, row_tiles, column_tiles, num_row_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+            TILE: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """`Y = A V` with parts of `Y^T Y`; the last programs copy the block into scratch, in the order of the columns."""
+    pid = tl.program_id(0)
+    if pid < num_row_tiles:
+        row = table + tl.load(row_tiles + 2 * pid) * FIELDS
+        t = tl.load(row_tiles + 2 * pid + 1)
+        i = t * TILE + tl.arange(0, TILE)
+        n = tl.load(row + N_).to(tl.int32)
+        length, stride = tl.load(row + ORDER_LENGTH).to(tl.int32), tl.load(row + ORDER_STRIDE).to(tl.int32)
+        y = _product(
+            row, i, 0, n, _floats(tl.load(row + BASIS)), length, stride,
+            M_, I_LENGTH, I_OUTER, I_INNER, N_, J_LENGTH, J_OUTER, J_INNER, ROWS_CONTIGUOUS, COLUMNS_CONTIGUOUS,
+            DTYPE, VECTOR, TILE, DEPTH,
+        )  # fmt: skip
+        y = y * _scale(row)[1]
+        _store_columns(tl.load(row + Y_), i, tl.load(row + M_), y)
+        part = _floats(tl.load(row + GRAM_Y)) + t * 1024
+        _store_gram(part, 16, tl.dot(tl.trans(y), y, input_precision=PRECISION))
+    else:
+        pid -= num_row_tiles
+        row = table + tl.load(column_tiles + 2 * pid) * FIELDS
+        j = tl.load(column_tiles + 2 * pid + 1) * TILE + tl.arange(0, TILE)
+        n = tl.load(row + N_).to(tl.int32)
+        length, stride = tl.load(row + ORDER_LENGTH).to(tl.int32), tl.load(row + ORDER_STRIDE).to(tl.int32)
+        at = (j % length) * stride + j // length
+        c = tl.arange(0, 16)
+        v = tl.load(_floats(tl.load(row + BASIS)) + at[:, None] * 16 + c[None, :], mask=j[:, None] < n, other=0.0)
+        _store_columns(tl.load(row + V_), j, n, v)
+
+
+@triton.jit
+def _products(table, chunks, DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+              CHUNK: tl.constexpr):  # fmt: skip
+    """`A^T Y`, in parts of `CHUNK` rows each."""
+    pid = tl.program_id(0)
+    row = table + tl.load(chunks + 3 * pid) * FIELDS
+    j = tl.load(chunks + 3 * pid + 1) * TILE + tl.arange(0, TILE)
+    chunk = tl.load(chunks + 3 * pid + 2)
+    m, n = tl.load(row + M_).to(tl.int32), tl.load(row + N_)
+    stop = tl.minimum(m, (chunk + 1) * CHUNK)
+    product = _product(
+        row, j, chunk * CHUNK, stop, _floats(tl.load(row + Y_)), m, 1,
+        N_, J_LENGTH, J_OUTER, J_INNER, M_, I_LENGTH, I_OUTER, I_INNER, COLUMNS_CONTIGUOUS, ROWS_CONTIGUOUS,
+        DTYPE, VECTOR, TILE, DEPTH,
+    )  # fmt: skip
+    scale, unscale = _scale(row)
+    _store_columns(tl.load(row + PRODUCTS) + chunk * n * 64, j, n, product * unscale)
+
+
+@triton.jit
+def _residuals(table, column_tiles, FIRST: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr):
+    """`R = A^T Y - V (Y^T Y)`, with noise in its last column once, and parts of the Gram matrix of `[V, R]`."""
+    pid = tl.program_id(0)
+    row = table + tl.load(column_tiles + 2 * pid) * FIELDS
+    t = tl.load(column_tiles + 2 * pid + 1)
+    j = t * TILE + tl.arange(0, TILE)
+    n = tl.load(row + N_)
+    c = tl.arange(0, 16)
+    if tl.load(row + IS_EXACT) != 0:
+        if LAST:
+            _store_columns(tl.load(row + R_), j, n, tl.where(j[:, None] == c[None, :] + 16, 1.0, 0.0))
+    else:
+        small = _floats(tl.load(row + SMALL))
+        if FIRST:
+            squares = _sum_of_parts(_floats(tl.load(row + GRAM_Y)), tl.load(row + NUM_I), 16, 1024, 8)
+            if t == 0:
+                _store_gram(small + SQUARES, 16, squares)
+        else:
+            squares = _matrix(small + SQUARES, 16, 16)
+        v = _columns(tl.load(row + V_), j, n)
+        r = tl.zeros((TILE, 16), tl.float32)
+        for chunk in range(0, tl.load(row + NUM_CHUNKS)):
+            r += _columns(tl.load(row + PRODUCTS) + chunk * n * 64, j, n)
+        r -= tl.dot(v, squares, input_precision=PRECISION)
+        if FIRST:
+            q = tl.arange(0, 16)
+            largest = tl.max(tl.max(tl.where(q[:, None] == c[None, :], squares, 0.0), axis=1), axis=0)
+            length = largest * _NOISE / tl.sqrt(n.to(tl.float32))
+            key = tl.load(tl.load(row + KEY).to(tl.pointer_type(tl.int64)))
+            age = tl.load(tl.load(row + AGE).to(tl.pointer_type(tl.int64)))
+            order = tl.load(row + ORDER_LENGTH)
+            at = (j % order) * tl.load(row + ORDER_STRIDE) + j // order
+            sign = 1 - (_hash32(_hash32(key + (age << 32)) + at) & 1) * 2
+            r += tl.where((c[None, :] == 15) & (j[:, None] < n), length * sign.to(tl.float32)[:, None], 0.0)
+        _store_columns(tl.load(row + R_), j, n, r)
+        part = _floats(tl.load(row + GRAM_V)) + t * 768
+        _store_gram(part, 16, tl.dot(tl.trans(v), v, input_precision=PRECISION))
+        _store_gram(part + 256, 16, tl.dot(tl.trans(v), r, input_precision=PRECISION))
+        _store_gram(part + 512, 16, tl.dot(tl.trans(r), r, input_precision=PRECISION))
+
+
+@triton.jit
+def _cholesky(square, shift):
+    """The lower factor of `square + shift`, `(16, 16)`."""
+    r, c = tl.arange(0, 16), tl.arange(0, 16)
+    square = square + tl.where(r[:, None] == c[None, :], shift, 0.0)
+    factor = tl.zeros((16, 16), tl.float32)
+    for k in range(16):
+        column = tl.sum(tl.where(c[None, :] == k, square, 0.0), axis=1)
+        pivot = tl.sum(tl.where(r == k, column, 0.0), axis=0)
+        column = tl.where(r >= k, column / tl.sqrt(tl.maximum(pivot, 1e-12)), 0.0)
+        factor = tl.where(c[None, :] == k, column[:, None], factor)
+        across = tl.sum(tl.where(r[:, None] == c[None, :], column[:, None], 0.0), axis=0)
+        square = square - column[:, None] * across[None, :]
+    return factor
+
+
+@triton.jit
+def _inverse_of_triangle(factor):
+    """The inverse of a lower triangle, `(16, 16)`."""
+    r, c = tl.arange(0, 16), tl.arange(0, 16)
+    inverse = tl.zeros((16, 16), tl.float32)
+    for k in range(16):
+        line = tl.sum(tl.where(c[None, :] == k, tl.trans(factor), 0.0), axis=1)
+        pivot = tl.sum(tl.where(r == k, line, 0.0), axis=0)
+        line = tl.where(r < k, line, 0.0)
+        unit = tl.where(c == k, 1.0, 0.0)
+        inverse = tl.where(r[:, None] == k, ((unit - tl.sum(line[:, None] * inverse, axis=0)) / pivot)[None, :], inverse)
+    return inverse
+
+
+@triton.jit
+def _orthogonalize(table, LAST: tl.constexpr):
+    """The frame in which `[V, R]` is orthonormal: `block.orthogonalize`."""
+    row = table + tl.program_id(0) * FIELDS
+    small = _floats(tl.load(row + SMALL))
+    r, c = tl.arange(0, 16), tl.arange(0, 16)
+    eye = tl.where(r[:, None] == c[None, :], 1.0, 0.0)
+    zero = tl.zeros((16, 16), tl.float32)
+    if tl.load(row + IS_EXACT) != 0:
+        if LAST:
+            for k in range(3):
+                frame = small + FRAME_Y + 1024 * k
+                _store_gram(frame, 32, eye)
+                _store_gram(frame + 16, 32, zero)
+                _store_gram(frame + 512, 32, zero)
+                _store_gram(frame + 528, 32, eye)
+            tl.store(small + LENGTHS + c, tl.zeros((16,), tl.float32))
+    else:
+        part = _floats(tl.load(row + GRAM_V))
+        count = tl.load(row + NUM_J)
+        vv = _sum_of_parts(part, count, 16, 768, 8)
+        vr = _sum_of_parts(part + 256, count, 16, 768, 8)
+        rr = _sum_of_parts(part + 512, count, 16, 768, 8)
+        L = tl.trans(_inverse_of_triangle(_cholesky(vv, 0.0)))
+        overlap = tl.dot(tl.trans(L), vr, input_precision="ieee")
+        rest = rr - tl.dot(tl.trans(overlap), overlap, input_precision="ieee")
+        largest = tl.max(tl.max(_matrix(small + SQUARES, 16, 16) * eye, axis=1), axis=0)
+        # The diagonals along both axes: one dimension of a tile cannot be used as the other.
+        squares, squares_across = tl.sum(rest * eye, axis=1), tl.sum(rest * eye, axis=0)
+        floor = largest * (32 * EPS)
+        exists = squares > tl.maximum(floor * floor, tl.sum(rr * eye, axis=1) * (100 * EPS))
+        exists_across = squares_across > tl.maximum(floor * floor, tl.sum(rr * eye, axis=0) * (100 * EPS))
+        inverse = tl.where(exists, 1.0 / tl.sqrt(tl.where(exists, squares, 1.0)), 0.0)
+        inverse_across = tl.where(exists_across, 1.0 / tl.sqrt(tl.where(exists_across, squares_across, 1.0)), 0.0)
+        normalized = inverse[:, None] * rest * inverse_across[None, :] + tl.where(exists, 0.0, 1.0)[:, None] * eye
+        factor = _cholesky(normalized, 1e-5)
+        pivots = tl.sum(factor * eye, axis=0)
+        exists_across = exists_across & (pivots * pivots > 1e-4)
+        M = inverse[:, None] * tl.trans(_inverse_of_triangle(factor)) * tl.where(exists_across, 1.0, 0.0)[None, :]
+        K = tl.dot(L, tl.dot(overlap, M, input_precision="ieee"), input_precision="ieee")
+        gram = tl.dot(tl.trans(M), tl.dot(rest, M, input_precision="ieee"), input_precision="ieee")
+        _store_gram(small + FRAME_Y, 32, L)
+        _store_gram(small + FRAME_Y + 16, 32, zero)
+        _store_gram(small + FRAME_Y + 512, 32, zero)
+        _store_gram(small + FRAME_Y + 528, 32, eye)
+        _store_gram(small + FRAME_S, 32, L)
+        _store_gram(small + FRAME_S + 16, 32, -K)
+        _store_gram(small + FRAME_S + 512, 32, zero)
+        _store_gram(small + FRAME_S + 528, 32, M)
+        _store_gram(small + GRAM, 32, eye)
+        _store_gram(small + GRAM + 16, 32, zero)
+        _store_gram(small + GRAM + 512, 32, zero)
+        _store_gram(small + GRAM + 528, 32, gram)
+        tl.store(small + LENGTHS + r, tl.sqrt(tl.maximum(squares, 0.0)))
+
+
+@triton.jit
+def _images_of_rest(table, row_tiles, LAST: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+                    TILE: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """`T = (A R) M - Y K`, and parts of the Gram matrix of `[Y, T]`."""
+    pid = tl.program_id(0)
+    row = table + tl.load(row_tiles + 2 * pid) * FIELDS
+    if LAST or tl.load(row + IS_EXACT) == 0:
+        t = tl.load(row_tiles + 2 * pid + 1)
+        i = t * TILE + tl.arange(0, TILE)
+        m, n = tl.load(row + M_), tl.load(row + N_).to(tl.int32)
+        image = _product(
+            row, i, 0, n, _floats(tl.load(row + R_)), n, 1,
+            M_, I_LENGTH, I_OUTER, I_INNER, N_, J_LENGTH, J_OUTER, J_INNER, ROWS_CONTIGUOUS, COLUMNS_CONTIGUOUS,
+            DTYPE, VECTOR, TILE, DEPTH,
+        )  # fmt: skip
+        scale, unscale = _scale(row)
+        frame = _floats(tl.load(row + SMALL)) + FRAME_S
+        r, c = tl.arange(0, 16), tl.arange(0, 16)
+        minus_K = tl.load(frame + r[:, None] * 32 + c[None, :] + 16)
+        M = tl.load(frame + r[:, None] * 32 + c[None, :] + 528)
+        y = _columns(tl.load(row + Y_), i, m)
+        image = tl.dot(image * unscale, M, input_precision=PRECISION) + tl.dot(y, minus_K, input_precision=PRECISION)
+        _store_columns(tl.load(row + T_), i, m, image)
+        part = _floats(tl.load(row + GRAM_Y)) + t * 1024
+        across = tl.dot(tl.trans(y), image, input_precision=PRECISION)
+        _store_gram(part, 32, tl.dot(tl.trans(y), y, input_precision=PRECISION))
+        _store_gram(part + 16, 32, across)
+        _store_gram(part + 512, 32, tl.trans(across))
+        _store_gram(part + 528, 32, tl.dot(tl.trans(image), image, input_precision=PRECISION))
+
+
+@triton.jit
+def _trace_one(square, eye):
+    return square / tl.maximum(tl.sum(tl.sum(square * eye, axis=1), axis=0), TINY)
+
+
+@triton.jit
+def _largest(square, eye):
+    """The number of the largest diagonal element; of NaN, any."""
+    diagonal = tl.sum(square * eye, axis=1)
+    return tl.argmax(tl.where(diagonal == diagonal, diagonal, -1.0), axis=0)
+
+
+@triton.jit
+def _rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """The dominant subspace, `block.rayleigh_ritz`; after the last iteration the step's length, and what is reported."""
+    row = table + tl.program_id(0) * FIELDS
+    is_exact = tl.load(row + IS_EXACT) != 0
+    if LAST or not is_exact:
+        small = _floats(tl.load(row + SMALL))
+        r, c = tl.arange(0, 32), tl.arange(0, 32)
+        q, d = tl.arange(0, 16), tl.arange(0, 16)
+        eye = tl.where(r[:, None] == c[None, :], 1.0, 0.0)
+        eye16 = tl.where(q[:, None] == d[None, :], 1.0, 0.0)
+        frame = _matrix(small + FRAME_Y, 32, 32)
+        G = _matrix(small + GRAM, 32, 32)
+        H = _sum_of_parts(_floats(tl.load(row + GRAM_Y)), tl.load(row + NUM_I), 32, 1024, 4)
+        H = tl.dot(tl.trans(frame), tl.dot(H, frame, input_precision=PRECISION), input_precision=PRECISION)
+        root = 1.5 * eye - 0.5 * G
+        square = tl.dot(root, tl.dot(H, root, input_precision=PRECISION), input_precision=PRECISION)
+        square = 0.5 * (square + tl.trans(square))
+        square = _trace_one(square + tl.where((r[:, None] == 0) & (c[None, :] == 0), TINY, 0.0), eye)
+
+        # The first vector: a column of a high power.
+        power = square
+        for _ in range(_SQUARINGS if LAST else 4):
+            power = _trace_one(tl.dot(power, power, input_precision=PRECISION), eye)
+        largest = _largest(power, eye)
+        first = tl.sum(tl.where(c[None, :] == largest, power, 0.0), axis=1)
+        first = first / tl.sqrt(tl.maximum(tl.sum(first * first, axis=0), TINY))
+
+        # The subspace: orthogonal iteration.
+        along = tl.sum(square * first[:, None], axis=0)
+        rayleigh = tl.sum(tl.sum(tl.where(r[:, None] == c[None, :], along[None, :], 0.0), axis=1) * first, axis=0)
+        square = square / tl.maximum(rayleigh, TINY)
+        square = tl.dot(square, square, input_precision=PRECISION) + 0.03 * eye
+        X = tl.where(r[:, None] == d[None, :], 1.0, 0.0) + tl.where(r[:, None] == d[None, :] + 16, 0.05, 0.0)
+        for _ in range(tl.where(is_exact, 2 * _ROUNDS, _ROUNDS)):
+            X = tl.dot(square, X, input_precision=PRECISION)
+            X = X / tl.sqrt(tl.maximum(tl.sum(X * X, axis=0), TINY))[None, :]
+            factor = _cholesky(tl.dot(tl.trans(X), X, input_precision=PRECISION), 1e-6)
+            X = tl.dot(X, tl.trans(_inverse_of_triangle(factor)), input_precision=PRECISION)
+        X = tl.where(d[None, :] == 15, 0.0, X)
+
+        # The first vector to the front, by a reflection of the columns; the column that searches to the end.
+        mirror = tl.sum(X * first[:, None], axis=0)
+        mirror = mirror / tl.sqrt(tl.maximum(tl.sum(mirror * mirror, axis=0), TINY))
+        front = tl.sum(tl.where(d == 0, mirror, 0.0), axis=0)
+        mirror = mirror + tl.where(d == 0, tl.where(front < 0, -1.0, 1.0), 0.0)
+        mirror = mirror / tl.sqrt(tl.maximum(tl.sum(mirror * mirror, axis=0), TINY))
+        X = X - 2.0 * tl.sum(X * mirror[None, :], axis=1)[:, None] * mirror[None, :]
+        X = X - first[:, None] * tl.sum(X * first[:, None], axis=0)[None, :]
+        X = tl.where(d[None, :] == 0, first[:, None], X)
+        last = tl.where(r == 31, 1.0, 0.0) + tl.where(r == 15, 0.3, 0.0)
+        for _ in range(2):
+            overlap = tl.sum(X * last[:, None], axis=0)
+            last = last - tl.sum(X * overlap[None, :], axis=1)
+            last = last / tl.sqrt(tl.maximum(tl.sum(last * last, axis=0), TINY))
+        X = tl.where(d[None, :] == 15, last[:, None], X)
+
+        X = tl.dot(root, X, input_precision=PRECISION)
+        XGX = tl.dot(tl.trans(X), tl.dot(G, X, input_precision=PRECISION), input_precision=PRECISION)
+        X = tl.dot(X, 1.5 * eye16 - 0.5 * XGX, input_precision=PRECISION)
+        lengths = tl.sum(X * tl.dot(G, X, input_precision=PRECISION), axis=0)
+        squares = tl.dot(tl.trans(X), tl.dot(H, X, input_precision=PRECISION), input_precision=PRECISION)
+        o = r[:, None] * 16 + d[None, :]
+        tl.store(small + OF_IMAGES + o, tl.dot(frame, X, input_precision=PRECISION))
+        basis_frame = _matrix(small + FRAME_S, 32, 32)
+        tl.store(small + OF_BASIS + o, tl.dot(basis_frame, X, input_precision=PRECISION))
+
+        if LAST:
+            before = tl.max(tl.max(_matrix(small + SQUARES, 16, 16) * eye16, axis=1), axis=0)
+            residuals = tl.load(small + LENGTHS + d)
+            before = tl.maximum(before, TINY)
+            values = tl.sum(squares * eye16, axis=0) / lengths
+            top = tl.max(tl.where(d < 15, values, 0.0), axis=0)
+            bottom = tl.maximum(tl.min(tl.where(d < 15, values, top), axis=0), 0.0)
+            rho = tl.sqrt(tl.sum(tl.where(d < 15, residuals * residuals, 0.0), axis=0) / 15) / before
+            gap = tl.maximum(1 - tl.sqrt(bottom) / tl.sqrt(tl.maximum(top, TINY)), TINY)
+            error = rho * tl.minimum((rho / gap) * (rho / gap) / 16, 1.0)
+            residual = tl.sum(tl.where(d == 0, residuals, 0.0), axis=0) / before
+
+            rest = tl.where((q[:, None] == 0) | (d[None, :] == 0), 0.0, squares)
+            power = _trace_one(rest, eye16)
+            for _ in range(8):
+                power = _trace_one(tl.dot(power, power, input_precision=PRECISION), eye16)
+            largest = _largest(power, eye16)
+            second = tl.sum(tl.where(d[None, :] == largest, power, 0.0), axis=1)
+            second = second / tl.sqrt(tl.maximum(tl.sum(second * second, axis=0), TINY))
+            image = tl.sum(rest * second[:, None], axis=0)
+            image = tl.sum(tl.where(q[:, None] == d[None, :], image[None, :], 0.0), axis=1)
+            scale = _scale(row)[0]
+            next_value = scale * tl.sqrt(tl.maximum(tl.sum(image * second, axis=0), 0.0))
+
+            of_first = tl.sum(tl.where(d == 0, tl.sum(squares * eye16, axis=0), 0.0), axis=0)
+            length = tl.sum(tl.where(d == 0, lengths, 0.0), axis=0)
+            scaled_value = tl.sqrt(of_first / length)
+            value = scale * scaled_value
+            target = tl.load(_float(tl.load(row + TARGET)))
+            is_finite = (value >= 0) & (value < float("inf"))
+            skip = (tl.load(_float(tl.load(row + SKIP_MASK))) > 0) | (tl.load(found_inf) > 0)
+            skip = skip | (value == 0) | (is_finite == 0)
+            tl.store(small + STEP, tl.where(skip, 0.0, (target - value) / (scaled_value * length)))
+            tl.store(small + STEP + 1, tl.where(is_finite, 1.0, 0.0))
+            norm = tl.where(skip, value, tl.maximum(target, next_value))
+            is_estimate = is_finite & (is_exact == 0)
+            error = tl.where(is_estimate, error, 0.0)
+            tl.store(_float(tl.load(row + NORM)), norm)
+            tl.store(_float(tl.load(row + RESIDUAL)), tl.where(is_estimate, residual, 0.0))
+            tl.store(_float(tl.load(row + ERROR)), error)
+            stats = _float(tl.load(row + STATS))
+            tl.store(stats, norm)
+            tl.store(stats + tl.load(row + NUM_MATRICES), error)
+            if not is_exact:
+                age = tl.load(row + AGE).to(tl.pointer_type(tl.int64))
+                tl.store(age, tl.load(age) + 1)
+        else:
+            tl.store(small + SQUARES + q[:, None] * 16 + d[None, :], squares)
+
+
+@triton.jit
+def _combined(first, second, index, size, coefficients):
+    """Rows of `[first, second] coefficients`."""
+    head = _matrix(coefficients, 16, 16)
+    tail = _matrix(coefficients + 256, 16, 16)
+    head = tl.dot(_columns(first, index, size), head, input_precision=PRECISION)
+    return head + tl.dot(_columns(second, index, size), tail, input_precision=PRECISION)
+
+
+@triton.jit
+def _combine(table, row_tiles, column_tiles, num_row_tiles, TILE: tl.constexpr):
+    """The new images, and by the last programs the new blocks, between two iterations."""
+    pid = tl.program_id(0)
+    if pid < num_row_tiles:
+        row = table + tl.load(row_tiles + 2 * pid) * FIELDS
+        if tl.load(row + IS_EXACT) == 0:
+            i = tl.load(row_tiles + 2 * pid + 1) * TILE + tl.arange(0, TILE)
+            m = tl.load(row + M_)
+            small = _floats(tl.load(row + SMALL))
+            y = _combined(tl.load(row + Y_), tl.load(row + T_), i, m, small + OF_IMAGES)
+            _store_columns(tl.load(row + Y_), i, m, y)
+    else:
+        pid -= num_row_tiles
+        row = table + tl.load(column_tiles + 2 * pid) * FIELDS
+        if tl.load(row + IS_EXACT) == 0:
+            j = tl.load(column_tiles + 2 * pid + 1) * TILE + tl.arange(0, TILE)
+            n = tl.load(row + N_)
+            small = _floats(tl.load(row + SMALL))
+            v = _combined(tl.load(row + V_), tl.load(row + R_), j, n, small + OF_BASIS)
+            _store_columns(tl.load(row + V_), j, n, v)
+
+
+@triton.jit
+def _first_column(first, second, index, size, coefficients):
+    """The first column of `[first, second] coefficients`."""
+    c = tl.arange(0, 16)
+    head = tl.load(coefficients + c * 16)
+    tail = tl.load(coefficients + 256 + c * 16)
+    total = tl.sum(_columns(first, index, size) * head[None, :], axis=1)
+    return total + tl.sum(_columns(second, index, size) * tail[None, :], axis=1)
+
+
+@triton.jit
+def _load_strip(row, p, q, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """A strip of a tile of the weight, float32; where one side is contiguous, `q` runs along it."""
+    a = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
+    m, n = tl.load(row + M_), tl.load(row + N_)
+    mode = tl.load(row + MODE)
+    if mode == STRIDED:
+        p_at = _offset(p, tl.load(row + I_LENGTH), tl.load(row + I_OUTER), tl.load(row + I_INNER))
+        q_at = _offset(q, tl.load(row + J_LENGTH), tl.load(row + J_OUTER), tl.load(row + J_INNER))
+        mask = (p[:, None] < m) & (q[None, :] < n)
+        tile = tl.load(a + p_at[:, None] + q_at[None, :], mask=mask, other=0.0).to(tl.float32)
+    else:
+        swap = mode == ROWS_CONTIGUOUS
+        stride = tl.multiple_of(tl.where(swap, tl.load(row + J_INNER), tl.load(row + I_INNER)), VECTOR)
+        mask = (p[:, None] < tl.where(swap, n, m)) & (q[None, :] < tl.multiple_of(tl.where(swap, m, n), VECTOR))
+        aligned = tl.multiple_of(a, 16) + p[:, None] * stride + q[None, :]
+        tile = tl.load(aligned, mask=mask, other=0.0).to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _change_strip(row, p, q, factor, along_p, along_q, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Multiply a strip of a tile of the weight by a factor and add a matrix of rank one."""
+    a = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
+    m, n = tl.load(row + M_), tl.load(row + N_)
+    mode = tl.load(row + MODE)
+    if mode == STRIDED:
+        p_at = _offset(p, tl.load(row + I_LENGTH), tl.load(row + I_OUTER), tl.load(row + I_INNER))
+        q_at = _offset(q, tl.load(row + J_LENGTH), tl.load(row + J_OUTER), tl.load(row + J_INNER))
+        at = a + p_at[:, None] + q_at[None, :]
+        mask = (p[:, None] < m) & (q[None, :] < n)
+        tile = tl.load(at, mask=mask, other=0.0).to(tl.float32) * factor + along_p[:, None] * along_q[None, :]
+        tl.store(at, tile.to(DTYPE), mask=mask)
+    else:
+        swap = mode == ROWS_CONTIGUOUS
+        stride = tl.multiple_of(tl.where(swap, tl.load(row + J_INNER), tl.load(row + I_INNER)), VECTOR)
+        aligned_at = tl.multiple_of(a, 16) + p[:, None] * stride + q[None, :]
+        mask = (p[:, None] < tl.where(swap, n, m)) & (q[None, :] < tl.multiple_of(tl.where(swap, m, n), VECTOR))
+        tile = tl.load(aligned_at, mask=mask, other=0.0).to(tl.float32) * factor + along_p[:, None] * along_q[None, :]
+        tl.store(aligned_at, tile.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+            TILE: tl.constexpr):  # fmt: skip
+    """`A <- A + (t - s) u v^T`, and by the last programs the block that the next step starts from."""
+    pid = tl.program_id(0)
+    if pid < num_update_tiles:
+        row = table + tl.load(update_tiles + 4 * pid) * FIELDS
+        small = _floats(tl.load(row + SMALL))
+        step = tl.load(small + STEP)
+        # A weight that is skipped is not even read: it may hold NaN.
+        if step != 0:
+            q = tl.load(update_tiles + 4 * pid + 2) * _SIDE + tl.arange(0, _SIDE)
+            m, n = tl.load(row + M_), tl.load(row + N_)
+            # Along `p` are the rows, with their images, or the columns, with the block.
+            swap = tl.load(row + MODE) == ROWS_CONTIGUOUS
+            y, t, v, r = tl.load(row + Y_), tl.load(row + T_), tl.load(row + V_), tl.load(row + R_)
+            p_first, p_second, q_first, q_second = tl.where(swap, v, y), tl.where(swap, r, t), tl.where(swap, y, v), tl.where(swap, t, r)
+            of_p, of_q = tl.where(swap, OF_BASIS, OF_IMAGES), tl.where(swap, OF_IMAGES, OF_BASIS)
+            p_size, q_size = tl.where(swap, n, m), tl.where(swap, m, n)
+            along_q = step * _first_column(q_first, q_second, q, q_size, small + of_q)
+            for strip in range(0, _SIDE, STRIP):
+                p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
+                along_p = _first_column(p_first, p_second, p, p_size, small + of_p)
+                _change_strip(row, p, q, 1.0, along_p, along_q, DTYPE, VECTOR)
+    else:
+        pid -= num_update_tiles
+        row = table + tl.load(column_tiles + 2 * pid) * FIELDS
+        small = _floats(tl.load(row + SMALL))
+        if (tl.load(row + IS_EXACT) == 0) & (tl.load(small + STEP + 1) > 0):
+            j = tl.load(column_tiles + 2 * pid + 1) * TILE + tl.arange(0, TILE)
+            n = tl.load(row + N_)
+            v = _combined(tl.load(row + V_), tl.load(row + R_), j, n, small + OF_BASIS)
+            length = tl.load(row + ORDER_LENGTH)
+            at = (j % length) * tl.load(row + ORDER_STRIDE) + j // length
+            c = tl.arange(0, 16)
+            tl.store(_floats(tl.load(row + BASIS)) + at[:, None] * 16 + c[None, :], v, mask=j[:, None] < n)
+
+
+@triton.jit
+def _squares(table, update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """The sum of squares of each tile; the first program of a matrix keeps the scale that they were taken in."""
+    pid = tl.program_id(0)
+    row = table + tl.load(update_tiles + 4 * pid) * FIELDS
+    q = tl.load(update_tiles + 4 * pid + 2) * _SIDE + tl.arange(0, _SIDE)
+    number = tl.load(update_tiles + 4 * pid + 3)
+    scale, unscale = _scale(row)
+    total = tl.zeros((STRIP, _SIDE), tl.float32)
+    for strip in range(0, _SIDE, STRIP):
+        p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
+        part = _load_strip(row, p, q, DTYPE, VECTOR) * unscale
+        total += part * part
+    partial = _float(tl.load(row + PARTIAL_SQUARES))
+    tl.store(partial + 1 + number, tl.sum(tl.sum(total, axis=1), axis=0))
+    if number == 0:
+        tl.store(partial, scale)
+
+
+@triton.jit
+def _rescale(table, update_tiles, found_inf, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """`A <- A t / ||A||_F`; every program adds the squares of its matrix up, in the same order."""
+    pid = tl.program_id(0)
+    row = table + tl.load(update_tiles + 4 * pid) * FIELDS
+    number = tl.load(update_tiles + 4 * pid + 3)
+    partial = _float(tl.load(row + PARTIAL_SQUARES))
+    count = tl.load(row + NUM_TILES).to(tl.int32)
+    k = tl.arange(0, 1024)
+    total = tl.zeros((1024,), tl.float32)
+    for start in range(0, count, 1024):
+        total += tl.load(partial + 1 + start + k, mask=start + k < count, other=0.0)
+    norm = tl.load(partial) * tl.sqrt(tl.sum(total, axis=0))
+    target = tl.load(_float(tl.load(row + TARGET)))
+    is_finite = (norm >= 0) & (norm < float("inf"))
+    skip = (tl.load(_float(tl.load(row + SKIP_MASK))) > 0) | (tl.load(found_inf) > 0)
+    skip = skip | (norm == 0) | (is_finite == 0)
+    if skip == 0:
+        q = tl.load(update_tiles + 4 * pid + 2) * _SIDE + tl.arange(0, _SIDE)
+        zero_p, zero_q = tl.zeros((STRIP,), tl.float32), tl.zeros((_SIDE,), tl.float32)
+        for strip in range(0, _SIDE, STRIP):
+            p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
+            _change_strip(row, p, q, target / norm, zero_p, zero_q, DTYPE, VECTOR)
+    if number == 0:
+        norm = tl.where(skip, norm, target)
+        tl.store(_float(tl.load(row + NORM)), norm)
+        tl.store(_float(tl.load(row + RESIDUAL)), 0.0)
+        tl.store(_float(tl.load(row + ERROR)), 0.0)
+        stats = _float(tl.load(row + STATS))
+        tl.store(stats, norm)
+        tl.store(stats + tl.load(row + NUM_MATRICES), 0.0)
+
+
+class Layout(NamedTuple):
+    """Where the elements of a matrix lie, in elements: rows at one stride, columns at two levels of strides."""
+
+    row_stride: int
+    length: int
+    """Columns of the inner level."""
+    outer: int
+    inner: int
+    order_length: int
+    """Column `j`, counted as the memory has them, is number `(j % order_length) * order_stride + j // order_length`."""
+    order_stride: int
+
+
+def layout_of(split: Tensor) -> Layout | None:
+    """The layout of the matrices of a weight `(k, o, i, ...)`, `MatrixView.split`; None where two levels do not do.
+
+    Columns are taken in the order of memory if that is a rotation of their own order: as `channels_last` has them.
+    """
+    sizes, strides = split.shape[2:], split.stride()[2:]
+    axes = [axis for axis, size in enumerate(sizes) if size > 1]
+    found = []
+    for first in range(max(len(axes), 1)):
+        rotated = axes[first:] + axes[:first]
+        levels: list[tuple[int, int]] = []
+        for axis in rotated:
+            if levels and levels[-1][1] == strides[axis] * sizes[axis]:
+                levels[-1] = levels[-1][0] * sizes[axis], strides[axis]
+            else:
+                levels.append((sizes[axis], strides[axis]))
+        if len(levels) > 2:
+            continue
+        length, inner = levels[-1] if levels else (1, 1)
+        outer = levels[0][1] if len(levels) == 2 else 0
+        leading = math.prod(sizes[axis] for axis in rotated[: len(axes) - first])
+        trailing = math.prod(sizes[axis] for axis in axes[:first])
+        # Memory counts `rotated`, whose last axes come first in the weight's own order.
+        layout = Layout(split.stride(1), length, outer, inner, trailing or 1, leading)
+        found.append((len(levels), inner, layout))
+    return min(found, key=lambda one: one[:2])[2] if found else None
+
+
+def fits(weight: Weight) -> bool:
+    """Whether a kernel takes the weight's step."""
+    parameter, constraint = weight.parameter, weight.scaling.constraint
+    is_known = isinstance(constraint, Frobenius) or (
+        isinstance(constraint, Spectral)
+        and isinstance(constraint.norm, SpectralNormBySolver)
+        and isinstance(constraint.norm.solver, Block)
+        and constraint.norm.solver.width == 16
+    )
+    return (
+        is_known
+        and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and layout_of(weight.view.split(parameter.detach())) is not None
+    )
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class GroupedStep:
+    """The step of weights of one dtype, device and constraint; valid while `fingerprint` stays what it was."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        parameter = weights[0].parameter
+        self.device, self.dtype = parameter.device, _TYPES[parameter.dtype]
+        self.vector = 16 // parameter.element_size()
+        self.is_spectral = isinstance(weights[0].scaling.constraint, Spectral)
+        self.num_matrices = sum(weight.view.count for weight in weights)
+        self.stats = torch.zeros(2, self.num_matrices, device=self.device)
+        """The norms, and the estimated errors, of the last step."""
+        self._unit_vectors = torch.eye(32, device=self.device).reshape(32, 2, 16).movedim(1, 0).contiguous()
+        self._never = torch.zeros(1, device=self.device)
+        self._rows: list[list[int]] = []
+        self._tiles: dict[str, list[list[int]]] = {"rows": [], "columns": [], "chunks": [], "weight": []}
+        self._scratch_size = 0
+        self._in_scratch: list[tuple[int, int]] = []
+        for weight in weights:
+            self._add(weight)
+        self._scratch = torch.empty(self._scratch_size, device=self.device)
+        for number, field in self._in_scratch:
+            self._rows[number][field] = self._scratch.data_ptr() + 4 * self._rows[number][field]
+        self.table = _to_device(torch.tensor(self._rows, dtype=torch.int64), self.device)
+        self.tiles = {
+            name: _to_device(torch.tensor(tiles, dtype=torch.int32), self.device) for name, tiles in self._tiles.items()
+        }
+
+    def _add(self, weight: Weight) -> None:
+        """A row of the table, and tiles, for each matrix of a weight."""
+        scaling = weight.scaling
+        split = weight.view.split(weight.parameter.detach())
+        layout = layout_of(split)
+        assert layout is not None
+        outputs, inputs = weight.view.matrix_shape(weight.parameter)
+        by_row = (outputs, 0, layout.row_stride)
+        by_column = (layout.length, layout.outer, layout.inner)
+        order = (layout.order_length, layout.order_stride)
+        is_tall = outputs >= inputs
+        m, n = (outputs, inputs) if is_tall else (inputs, outputs)
+        along_i, along_j = (by_row, by_column) if is_tall else (by_column, by_row)
+        if not is_tall:
+            order = (outputs, 1)
+        is_exact = n <= 32
+        for k in range(weight.view.count):
+            number = len(self._rows)
+            pointer = split.data_ptr() + k * split.stride(0) * split.element_size()
+            num_i, num_j, num_chunks = -(-m // TILE), -(-n // TILE), -(-m // CHUNK)
+            mode = _mode(pointer, m, n, along_i, along_j, self.vector)
+            p, q = (n, m) if mode == ROWS_CONTIGUOUS.value else (m, n)
+            weight_tiles = [[a, b] for a in range(-(-p // SIDE)) for b in range(-(-q // SIDE))]
+            row = [0] * FIELDS.value
+            values = {
+                WEIGHT: pointer, M_: m, N_: n, MODE: mode,
+                I_LENGTH: along_i[0], I_OUTER: along_i[1], I_INNER: along_i[2],
+                J_LENGTH: along_j[0], J_OUTER: along_j[1], J_INNER: along_j[2],
+                ORDER_LENGTH: order[0], ORDER_STRIDE: order[1],
+                NUM_I: num_i, NUM_J: num_j, NUM_CHUNKS: num_chunks, IS_EXACT: int(is_exact),
+                TARGET: scaling.target[k:].data_ptr(), SKIP_MASK: scaling.skip_mask[k:].data_ptr(),
+                NORM: scaling.norm[k:].data_ptr(), RESIDUAL: scaling.residual[k:].data_ptr(),
+                ERROR: scaling.error[k:].data_ptr(), STATS: self.stats[0, number:].data_ptr(),
+                NUM_MATRICES: self.num_matrices, NUM_TILES: len(weight_tiles),
+            }  # fmt: skip
+            sizes = {PARTIAL_SQUARES: 1 + len(weight_tiles)}
+            if self.is_spectral:
+                state = scaling.solver_state()
+                values[BASIS] = self._unit_vectors[0].data_ptr() if is_exact else state["basis"][k].data_ptr()
+                if not is_exact:
+                    values[KEY], values[AGE] = state["key"][k:].data_ptr(), state["age"][k:].data_ptr()
+                sizes = {
+                    V_: 16 * n, Y_: 16 * m, R_: 16 * n, T_: 16 * m, PRODUCTS: 16 * n * num_chunks,
+                    GRAM_V: 768 * num_j, GRAM_Y: 1024 * num_i, SMALL: SMALL_SIZE,
+                }  # fmt: skip
+            for field, value in values.items():
+                row[field.value] = value
+            for field, size in sizes.items():
+                row[field.value] = self._scratch_size
+                self._in_scratch.append((number, field.value))
+                # Every part starts on 64 bytes.
+                self._scratch_size += -(-size // 16) * 16
+            self._rows.append(row)
+            self._tiles["rows"] += [[number, t] for t in range(num_i)]
+            self._tiles["columns"] += [[number, t] for t in range(num_j)]
+            if not is_exact:
+                self._tiles["chunks"] += [[number, t, c] for t in range(num_j) for c in range(num_chunks)]
+            self._tiles["weight"] += [[number, a, b, i] for i, (a, b) in enumerate(weight_tiles)]
+
+    def take(self, num_iterations: int | None, skip: Tensor | None) -> None:
+        """Take the step; where the one-element float32 tensor `skip` is positive, no weight changes."""
+        found_inf = self._never if skip is None else skip
+        typed: dict[str, Any] = {"DTYPE": self.dtype, "VECTOR": self.vector}
+        on_weight = self.tiles["weight"]
+        if not self.is_spectral:
+            _launch(_squares, len(on_weight), self.table, on_weight, **typed)
+            _launch(_rescale, len(on_weight), self.table, on_weight, found_inf, **typed)
+            return
+        assert num_iterations is not None
+        rows, columns, chunks = self.tiles["rows"], self.tiles["columns"], self.tiles["chunks"]
+        products = typed | {"TILE": TILE, "DEPTH": DEPTH, "num_warps": 4, "num_stages": 4}
+        both = len(rows) + len(columns)
+        _launch(_images, both, self.table, rows, columns, len(rows), **products)
+        for number in range(num_iterations):
+            first, last = number == 0, number == num_iterations - 1
+            if len(chunks):
+                _launch(_products, len(chunks), self.table, chunks, CHUNK=CHUNK, **products)
+            _launch(_residuals, len(columns), self.table, columns, FIRST=first, LAST=last, TILE=TILE)
+            _launch(_orthogonalize, self.num_matrices, self.table, LAST=last, num_warps=1)
+            _launch(_images_of_rest, len(rows), self.table, rows, LAST=last, **products)
+            _launch(_rayleigh_ritz, self.num_matrices, self.table, found_inf, FIRST=first, LAST=last)
+            if not last:
+                _launch(_combine, both, self.table, rows, columns, len(rows), TILE=TILE)
+        count = len(on_weight) + len(columns)
+        _launch(_update, count, self.table, on_weight, columns, len(on_weight), TILE=TILE, **typed)
+
+
+def _launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:
+    kernel[(num_programs,)](*args, **constants)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _mode(
+    pointer: int, m: int, n: int, along_i: tuple[int, int, int], along_j: tuple[int, int, int], vector: int
+) -> int:
+    """How the matrix's tiles can be read: 16 bytes at a time only where address, size and stride are multiples."""
+    if pointer % 16 == 0:
+        if along_j[0] == n and along_j[2] == 1 and along_i[0] == m and n % vector == along_i[2] % vector == 0:
+            return int(COLUMNS_CONTIGUOUS.value)
+        if along_i[0] == m and along_i[2] == 1 and along_j[0] == n and m % vector == along_j[2] % vector == 0:
+            return int(ROWS_CONTIGUOUS.value)
+    return int(STRIDED.value)
+
+
+def fingerprint(weights: Sequence[Weight]) -> tuple[Any, ...]:
+    """All that a `GroupedStep` depends on: a stale address would be written to after its memory has been freed."""
+    return tuple(
+        (weight.parameter.data_ptr(), weight.parameter.shape, weight.parameter.stride(), weight.parameter.dtype)
+        + tuple(buffer.data_ptr() for buffer in weight.scaling.buffers())
+        for weight in weights
+    )
