@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from specscale.linalg import product
 from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
 from specscale.solvers import Solver
 
@@ -126,7 +127,7 @@ class Clipped(Constraint):
         part, skip_mask = update
         matrices = weight.reshape(*weight.shape[:2], -1).to(part.dtype)
         is_tall = matrices.shape[-2] >= matrices.shape[-1]
-        correction = matrices @ part if is_tall else part @ matrices
+        correction = product(matrices, part) if is_tall else product(part, matrices)
         weight.sub_(torch.where(skip_mask[:, None, None], 0, correction).reshape(weight.shape))
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specscale.linalg import dominant_eigenvectors, gram, rayleigh_ritz, scaled_to_one, unit
+from specscale.linalg import add_product, dominant_eigenvectors, gram, product, rayleigh_ritz, scaled_to_one, unit
 from specscale.random import normal, signs
 
 State = Mapping[str, Tensor]
@@ -76,10 +76,10 @@ class DenseMatrices:
         return DenseMatrices(self.tensor.mT)
 
     def matmat(self, columns: Tensor) -> Tensor:
-        return self.tensor @ columns
+        return product(self.tensor, columns)
 
     def rmatmat(self, columns: Tensor) -> Tensor:
-        return self.tensor.mT @ columns
+        return product(self.tensor.mT, columns)
 
     def dense(self) -> Tensor:
         return self.tensor
@@ -221,7 +221,7 @@ class Block:
     def _solve_small(self, matrices: Tensor) -> Triple:
         scaled, scale = scaled_to_one(matrices)
         right = dominant_eigenvectors(gram(scaled), min(2, scaled.shape[-1])).to(matrices.dtype)
-        image = scaled @ right
+        image = product(scaled, right)
         values = image.norm(dim=-2) * scale[..., None]
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
         return Triple(values[..., 0], unit(image[..., 0]), right[..., 0], next_value, *_exact(next_value))
@@ -242,7 +242,7 @@ class Block:
             AV = matrices.rmatmat(WV * unscale) * unscale
             if num_iterations == 0:
                 probe = unit(AV[..., -1:], dim=-2)
-            R = torch.baddbmm(AV, V, V.mT @ AV, alpha=-1)
+            R = add_product(AV, V, product(V.mT, AV), alpha=-1)
             S = torch.cat([V, R, P], dim=-1)
             WS = torch.cat([WV, matrices.matmat(S[..., self.width :])], dim=-1)
             # A factorisation of what is not finite would raise.
@@ -251,8 +251,8 @@ class Block:
             residual, error = _residual_and_error(gram_s, gram_ws, values, torch.where(finite, scale, 0).double() ** 2)
             overlap = C.mT @ (gram_s[..., self.width :] @ C[..., self.width :, :])
             C, overlap = C.to(V.dtype), overlap.to(V.dtype)
-            step = S[..., self.width :] @ C[..., self.width :, :]
-            V = torch.baddbmm(step, V, C[..., : self.width, :])
+            step = product(S[..., self.width :], C[..., self.width :, :])
+            V = add_product(step, V, C[..., : self.width, :])
             num_iterations += 1
             if tolerance is not None:
                 worst_residual, worst_error = torch.stack([residual.max(), error.max()]).tolist()
@@ -265,19 +265,19 @@ class Block:
                     break
             if num_iterations >= limit:
                 break
-            WV = WS @ C
+            WV = product(WS, C)
             # Without its part in V, where the two would cancel.
-            P = torch.baddbmm(step, V, overlap, alpha=-1)
-        left, right, leading = (WS @ C[..., :1] * unscale)[..., 0], V[..., 0], V[..., :-1]
+            P = add_product(step, V, overlap, alpha=-1)
+        left, right, leading = (product(WS, C[..., :1]) * unscale)[..., 0], V[..., 0], V[..., :-1]
         value = scale * (left.norm(dim=-1) / right.norm(dim=-1).clamp_min(torch.finfo(right.dtype).tiny))
         next_value = values[..., 1:].amax(-1).to(value.dtype)
         value, next_value = (torch.where(finite, one, torch.nan) for one in (value, next_value))
         residual, error = residual.to(value.dtype), error.to(value.dtype)
         triple = Triple(value, unit(left), unit(right), next_value, residual, error, num_iterations)
         probe = probe + 0.1 / probe.shape[-2] ** 0.5 * signs(state["key"] + (state["age"] << 32), probe.shape[1:])
-        probe = unit(probe - leading @ (leading.mT @ probe), dim=-2)
+        probe = unit(probe - product(leading, product(leading.mT, probe)), dim=-2)
         # The probe replaces the last column, which is therefore no part of the new block.
-        P = torch.baddbmm(step, leading, overlap[..., :-1, :], alpha=-1)
+        P = add_product(step, leading, overlap[..., :-1, :], alpha=-1)
         keep = finite[:, None, None]
         return triple, {
             "basis": torch.where(keep, torch.cat([leading, probe], dim=-1), state["basis"]),
@@ -358,13 +358,13 @@ class Power:
         scaled, scale = scaled_to_one((matrices if m >= n else matrices.mT).dense())
         # The Gram matrix costs as much arithmetic as n / 2 iterations, but in one product, which runs far faster.
         use_gram = self.num_iterations > scaled.shape[-1] // 20
-        square = scaled.mT @ scaled if use_gram else None
+        square = product(scaled.mT, scaled) if use_gram else None
         size = (scaled.shape[-1], 2)
         start = state["columns"].to(scaled.dtype) if self.warm else normal(state["key"], size, scaled.dtype)
         columns = start
         for _ in range(self.num_iterations):
             vector = unit(columns[..., 0])
-            columns = square @ columns if square is not None else scaled.mT @ (scaled @ columns)
+            columns = product(scaled.mT, product(scaled, columns)) if square is None else product(square, columns)
             value = (vector * columns[..., 0]).sum(-1)
             residual = (columns[..., 0] - value[..., None] * vector).norm(dim=-1) / value.clamp_min(
                 torch.finfo(value.dtype).tiny
@@ -373,9 +373,9 @@ class Power:
             second = columns[..., 1:]
             # Twice: with a matrix of rank one, what the first pass leaves is rounding, and not orthogonal.
             for _ in range(2):
-                second = unit(second - first * (first.mT @ second), dim=-2)
+                second = unit(second - first * product(first.mT, second), dim=-2)
             columns = torch.cat([first, second], dim=-1)
-        image = scaled @ columns
+        image = product(scaled, columns)
         values = image.norm(dim=-2) * scale[..., None]
         # Half of it bounds the distance from some singular value, though it need not be the first.
         error = residual / 2
