@@ -10,7 +10,7 @@ its like as without. Products of float64, factorisations, sums and elementwise o
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -125,17 +125,18 @@ def _may_be_rounded(factor: Tensor) -> bool:
     # A compiler cannot trace the switches.
     if torch.compiler.is_compiling():
         return True
-    # These can be read whichever of torch's two APIs was used; "none" where nothing was set.
-    cuda = torch.backends.cuda.matmul.fp32_precision
-    others = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    if factor.is_cpu:
-        return others not in _EXACT
+    # These can be read whichever of torch's two APIs was used.
+    cublas: Any = torch.backends.cuda.matmul
+    onednn: Any = torch.backends.mkldnn
     if factor.is_cuda:
-        return cuda not in _EXACT
-    return cuda not in _EXACT or others not in _EXACT or bool(torch.backends.mkldnn.allow_tf32)
+        return cublas.fp32_precision not in _EXACT
+    if onednn.matmul.fp32_precision not in _EXACT:
+        return True
+    return not factor.is_cpu and (bool(onednn.allow_tf32) or cublas.fp32_precision not in _EXACT)
 
 
 _EXACT = ("ieee", "none")
+"""The settings that round no factor; "none" is read where nothing was set."""
 
 
 def _has_fast_float64(factor: Tensor) -> bool:
