@@ -84,10 +84,10 @@ def product_of_parts(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of float32 factors as a sum of products that no switch can round: bfloat16 holds their factors exactly.
 
     Each factor is the sum of three parts of 8 binary digits, 24 in all. A device that rounds factors to bfloat16 or
-    TF32 and adds in float32 loses nothing of such parts, as Henry et al., "Leveraging the bfloat16 artificial
-    intelligence datatype for higher-precision computations" (2019). The products that are left out are
-    smaller than float32's rounding of the largest. Entries below 1e-33 lose digits where a device has no subnormal
-    numbers; from 3.39e38, the result is not finite.
+    TF32 and adds in float32 loses nothing of such parts (Henry et al., "Leveraging the bfloat16 artificial intelligence
+    datatype for higher-precision computations", 2019). The products that are left out are smaller than float32's
+    rounding of the largest. Entries below 1e-33 lose digits where a device has no subnormal numbers; with one from
+    3.39e38, the result is not finite.
     """
     if a.numel() < b.numel():
         return product_of_parts(b.mT, a.mT).mT
@@ -100,6 +100,7 @@ def product_of_parts(a: Tensor, b: Tensor) -> Tensor:
     a_part = _leading_part(a)
     high = a_part @ parts
     rest = a - a_part
+    del a_part
     a_part = _leading_part(rest)
     middle = a_part @ parts[..., : 2 * width]
     rest -= a_part

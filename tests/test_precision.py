@@ -438,3 +438,16 @@ def test_without_a_switch_a_product_is_torchs_own():
     a, b = (torch.randn(2, 70, 70, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert torch.equal(product(a, b), a @ b)
     assert torch.equal(add_product(a, a, b, alpha=-1), torch.baddbmm(a, a, b, alpha=-1))
+
+
+@pytest.mark.parametrize("device", ["cpu", "xpu"])
+def test_autocast_of_any_device_is_left_and_comes_back(device):
+    @linalg.no_grad_full_precision
+    def look():
+        return torch.is_autocast_enabled(device), torch.is_grad_enabled()
+
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.is_autocast_enabled(device)
+        assert look() == (False, False)
+        assert torch.is_autocast_enabled(device)
+        assert torch.is_grad_enabled()
