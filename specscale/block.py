@@ -1,7 +1,7 @@
 """The first singular triples of many matrices at once, by block Krylov iteration from the block of the step before.
 
-One iteration, for each matrix `A (M, N)`, `M >= N`, and its block `V (N, b)`, is a Rayleigh-Ritz step on `[V, R]`, `2 b`
-columns (Golub & Van Loan, "Matrix Computations", section 10.3.6):
+One iteration, for each matrix `A (M, N)`, `M >= N`, and its block `V (N, b)`, is a Rayleigh-Ritz step on `[V, R]`, of
+`2 b` columns (Golub & Van Loan, "Matrix Computations", section 10.3.6):
 
     images          Y = A V                          once; a second iteration knows its images
     residuals       R = A^T Y - V (Y^T Y)            and noise in its last column, once
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from specscale.linalg import concat, gram, product, scaled_to_one, unit
+from specscale.linalg import add_product, concat, gram, product, scaled_to_one, unit
 from specscale.random import normal, signs
 from specscale.solvers import Matrices, Solution, State, Triple
 
@@ -32,8 +32,8 @@ NOISE = 0.05
 ROUNDS = 6
 """Rounds of orthogonal iteration in a Rayleigh-Ritz step.
 
-The dominant subspace is wanted approximately only. A restart from the exact one forgets older directions sooner, and had
-errors of up to six times as much.
+The dominant subspace is wanted approximately only: a restart from the exact one forgets older directions sooner, and its
+errors are up to six times as large.
 """
 
 SQUARINGS = 20
@@ -50,7 +50,7 @@ its residual at zero.
 """
 
 REFRESH = 16
-"""Iterations after which images are computed from the matrix again: rounding in those that are carried along adds up."""
+"""Iterations after which images are computed from the matrix again, since rounding adds up in those carried along."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class _Iterate:
         if self.num_iterations and self.num_iterations % REFRESH == 0:
             self.Y = self.image(self.V)
             self.squares = gram(self.Y)
-        R = self.matrices.rmatmat(self.Y) * self.unscale - product(self.V, self.squares)
+        R = add_product(self.matrices.rmatmat(self.Y) * self.unscale, self.V, self.squares, alpha=-1)
         if self.num_iterations == 0:
             length = NOISE * self.squares.diagonal(dim1=-2, dim2=-1).amax(-1) / R.shape[-2] ** 0.5
             key = self.state["key"] + (self.state["age"] << 32)
@@ -223,7 +223,7 @@ def _iterate(blocks: list[_Iterate]) -> None:
     images = []
     for block, basis, M, K in zip(blocks, bases, frame.M.split(counts), frame.K.split(counts), strict=True):
         R = basis[..., basis.shape[-1] // 2 :]
-        T = product(block.image(R), M) - product(block.Y, K)
+        T = add_product(product(block.image(R), M), block.Y, K, alpha=-1)
         images.append(torch.cat([block.Y, T], dim=-1))
     gram_w = torch.where(is_finite, concat([gram(image) for image in images]), 0)
     ritz = rayleigh_ritz(gram_w, squares, frame)
@@ -259,8 +259,8 @@ def orthogonalize(gram_s: Tensor, squares: Tensor) -> Frame:
     identity = torch.eye(width, dtype=gram_s.dtype, device=gram_s.device)
     vv, vr, rr = gram_s[:, :width, :width], gram_s[:, :width, width:], gram_s[:, width:, width:]
     L = _inverse_factor(vv)
-    overlap = L.mT @ vr
-    rest = rr - overlap.mT @ overlap
+    overlap = product(L.mT, vr)
+    rest = rr - gram(overlap)
     rest_squares = rest.diagonal(dim1=-2, dim2=-1)
     eps = torch.finfo(gram_s.dtype).eps
     largest = squares.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
@@ -271,7 +271,7 @@ def orthogonalize(gram_s: Tensor, squares: Tensor) -> Frame:
     factor = torch.linalg.cholesky_ex(normalized + 1e-5 * identity).L
     exists = exists & (factor.diagonal(dim1=-2, dim2=-1).square() > 1e-4)
     M = inverse[..., None] * _inverse_of_triangle(factor).mT * exists[:, None]
-    return Frame(L, L @ overlap @ M, M, M.mT @ rest @ M, rest_squares.clamp_min(0).sqrt())
+    return Frame(L, product(L, overlap, M), M, product(M.mT, rest, M), rest_squares.clamp_min(0).sqrt())
 
 
 class Ritz(NamedTuple):
@@ -302,10 +302,10 @@ def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame) -> Ritz:
     """
     width = squares.shape[-1]
     L, T = frame.L, frame.gram
-    upper = L.mT @ gram_w[:, :width]
+    upper = product(L.mT, gram_w[:, :width])
     H = torch.cat(
         [
-            torch.cat([upper[..., :width] @ L, upper[..., width:]], -1),
+            torch.cat([product(upper[..., :width], L), upper[..., width:]], -1),
             torch.cat([upper[..., width:].mT, gram_w[:, width:, width:]], -1),
         ],
         -2,
@@ -322,9 +322,9 @@ def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame) -> Ritz:
     rho = frame.lengths[:, :-1].square().mean(-1).sqrt() / before.clamp_min(tiny)
     error = estimated_error(rho, 1 - values[:, :-1].amin(-1) / top.clamp_min(tiny))
     rise = top.clamp_min(tiny) / before.sqrt().clamp_min(tiny) - 1
-    head = L @ X[:, :width]
+    head = product(L, X[:, :width])
     tail = X[:, width:]
-    of_basis = torch.cat([head - frame.K @ tail, frame.M @ tail], dim=-2)
+    of_basis = torch.cat([head - product(frame.K, tail), product(frame.M, tail)], dim=-2)
     of_images = torch.cat([head, tail], dim=-2)
     next_value = second_value(squares_after)
     return Ritz(of_basis, of_images, squares_after, values[:, 0], next_value, residual, error, rise)
@@ -343,36 +343,36 @@ def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) ->
     corner = identity[:, :1] * identity[:1]
     # One Newton step for the inverse root (Higham, "Functions of Matrices", 2008, section 7.3).
     root = 1.5 * identity - 0.5 * G
-    square = root @ H @ root
+    square = product(root, H, root)
     # A matrix of zeros has the first coordinate for its first vector, so that a block stays what it is.
     square = _trace_one((square + square.mT) / 2 + torch.finfo(H.dtype).tiny * corner)
     power = square
     for _ in range(SQUARINGS):
-        power = _trace_one(power @ power)
+        power = _trace_one(product(power, power))
     largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
     first = unit(power.gather(-1, largest.expand(*power.shape[:-1], 1)), dim=-2)
-    square = square / (first.mT @ square @ first).clamp_min(torch.finfo(H.dtype).tiny)
+    square = square / product(first.mT, square, first).clamp_min(torch.finfo(H.dtype).tiny)
     # The shift keeps columns independent where there are fewer directions than columns.
-    square = square @ square + 0.03 * identity
+    square = product(square, square) + 0.03 * identity
     # Every coordinate beyond the leading ones has a small part in one of the columns, so that none is lost.
     start = identity[:, :count] + 0.05 * identity.roll(-count, 0)[:, :count] * (count < width)
     X = start.expand(*square.shape[:-1], count)
     for _ in range(rounds):
-        X = unit(square @ X, dim=-2)
-        X = X @ _inverse_factor(X.mT @ X, 1e-6)
+        X = unit(product(square, X), dim=-2)
+        X = product(X, _inverse_factor(gram(X), 1e-6))
     X = X[..., : count - 1]
     # A reflection brings the projection of `first` to the front; the other columns are made orthogonal to `first`.
-    projection = unit(X.mT @ first, dim=-2)
+    projection = unit(product(X.mT, first), dim=-2)
     sign = torch.where(projection[:, :1] < 0, -1.0, 1.0)
     mirror = unit(projection + sign * identity[: count - 1, :1], dim=-2)
-    X = X - 2 * (X @ mirror) @ mirror.mT
-    X = torch.cat([first, X[..., 1:] - first @ (first.mT @ X[..., 1:])], dim=-1)
+    X = X - 2 * product(X, mirror, mirror.mT)
+    X = torch.cat([first, X[..., 1:] - product(first, product(first.mT, X[..., 1:]))], dim=-1)
     last = (identity[:, -1:] + 0.3 * identity[:, count - 1 : count]).expand(len(H), -1, -1)
     for _ in range(2):
-        last = unit(last - X @ (X.mT @ last), dim=-2)
-    X = root @ torch.cat([X, last], dim=-1)
-    X = X @ (1.5 * identity[:count, :count] - 0.5 * X.mT @ G @ X)
-    return X, X.mT @ H @ X, (X * (G @ X)).sum(-2)
+        last = unit(last - product(X, product(X.mT, last)), dim=-2)
+    X = product(root, torch.cat([X, last], dim=-1))
+    X = product(X, 1.5 * identity[:count, :count] - 0.5 * product(X.mT, G, X))
+    return X, product(X.mT, H, X), (X * product(G, X)).sum(-2)
 
 
 def second_value(squares: Tensor) -> Tensor:
@@ -383,10 +383,10 @@ def second_value(squares: Tensor) -> Tensor:
     rest = squares[:, 1:, 1:]
     power = _trace_one(rest)
     for _ in range(8):
-        power = _trace_one(power @ power)
+        power = _trace_one(product(power, power))
     largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
     vector = unit(power.gather(-1, largest.expand(*power.shape[:-1], 1)), dim=-2)
-    return (vector.mT @ rest @ vector)[:, 0, 0].clamp_min(0).sqrt()
+    return product(vector.mT, rest, vector)[:, 0, 0].clamp_min(0).sqrt()
 
 
 def estimated_error(rho: Tensor, gap: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 """Small batched linear algebra of the solvers: no random numbers, no shape that depends on the data.
 
-Nothing here makes the host wait for an accelerator: `dominant_eigenvectors` avoids `eigh` there, and Cholesky factors
-come without their check.
+Nothing here makes the host wait for an accelerator.
+
+Precision is the functions' own, and nothing global is written. `no_grad_full_precision` leaves autocast, and float32
+factors are multiplied by `product` alone, which is as accurate under `torch.set_float32_matmul_precision("medium")` and
+its like as without. Products of float64, factorisations, sums and elementwise operations heed no such switch.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +17,8 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_ACCELERATOR = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "xla", "hpu", "mtia", "maia", "ipu")
+"""The types of devices that torch has an autocast for, beside the current accelerator, whose type may be of others."""
 
 
 def no_grad_full_precision(function: Callable[P, T]) -> Callable[P, T]:
@@ -22,10 +26,21 @@ def no_grad_full_precision(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast(_ACCELERATOR, enabled=False):
+        # The weights may be on another device than the current accelerator. A recursion, since a compiler cannot trace
+        # an ExitStack.
+        for device in _autocast_devices():
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return run(*args, **kwargs)
+        with torch.no_grad():
             return function(*args, **kwargs)
 
     return run
+
+
+def _autocast_devices() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return _AUTOCAST_DEVICES if accelerator is None else (*_AUTOCAST_DEVICES, accelerator.type)
 
 
 def can_sync(tensor: Tensor) -> bool:
@@ -65,9 +80,88 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b`."""
-    return a @ b
+def product(first: Tensor, *factors: Tensor) -> Tensor:
+    """`a @ b @ ...` to the accuracy of its dtype, float32 or wider, whatever torch's switches for faster products say."""
+    for factor in factors:
+        if not _may_be_rounded(first):
+            first = first @ factor
+        elif _has_fast_float64(first):
+            first = (first.double() @ factor.double()).to(first.dtype)
+        else:
+            first = product_of_parts(first, factor)
+    return first
+
+
+def add_product(summand: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
+    """`summand + alpha (a @ b)` for batches `(k, m, n)` and `(k, n, b)`, as accurate as `product`."""
+    if not _may_be_rounded(a):
+        return torch.baddbmm(summand, a, b, alpha=alpha)
+    return torch.add(summand, product(a, b), alpha=alpha)
+
+
+def product_of_parts(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of float32 factors as a sum of products that no switch can round: bfloat16 holds their factors exactly.
+
+    Each factor is the sum of three parts of 8 binary digits, 24 in all. A device that rounds factors to bfloat16 or
+    TF32 and adds in float32 loses nothing of such parts (Henry et al., "Leveraging the bfloat16 artificial intelligence
+    datatype for higher-precision computations", 2019). The products that are left out are smaller than float32's
+    rounding of the largest. Entries below 1e-33 lose digits where a device has no subnormal numbers; with one from
+    3.39e38, the result is not finite.
+    """
+    if a.numel() < b.numel():
+        return product_of_parts(b.mT, a.mT).mT
+    width = b.shape[-1]
+    b_high = _leading_part(b)
+    b_rest = b - b_high
+    b_middle = _leading_part(b_rest)
+    # Few and wide products with the large factor, of which two parts at a time are held.
+    parts = torch.cat([b_high, b_middle, b_rest - b_middle], dim=-1)
+    a_part = _leading_part(a)
+    high = a_part @ parts
+    rest = a - a_part
+    del a_part
+    a_part = _leading_part(rest)
+    middle = a_part @ parts[..., : 2 * width]
+    rest -= a_part
+    # The smallest first.
+    total = rest @ b_high
+    total += middle[..., width:]
+    total += high[..., 2 * width :]
+    total += middle[..., :width] + high[..., width : 2 * width]
+    return total + high[..., :width]
+
+
+def _leading_part(x: Tensor) -> Tensor:
+    """The nearest float32 of 8 binary digits. By its bits: a compiler may drop a cast to bfloat16 and back."""
+    bits = x.view(torch.int32) + 0x8000
+    bits &= -0x10000
+    return bits.view(torch.float32)
+
+
+def _may_be_rounded(factor: Tensor) -> bool:
+    """Whether a switch of torch's lets a product with the factor have fewer digits than its dtype."""
+    if factor.dtype != torch.float32:
+        return False
+    # A compiler cannot trace the switches.
+    if torch.compiler.is_compiling():
+        return True
+    # These can be read whichever of torch's two APIs was used.
+    cublas: Any = torch.backends.cuda.matmul
+    onednn: Any = torch.backends.mkldnn
+    if factor.is_cuda:
+        return cublas.fp32_precision not in _EXACT
+    if onednn.matmul.fp32_precision not in _EXACT:
+        return True
+    return not factor.is_cpu and (bool(onednn.allow_tf32) or cublas.fp32_precision not in _EXACT)
+
+
+_EXACT = ("ieee", "none")
+"""The settings that round no factor; "none" is read where nothing was set."""
+
+
+def _has_fast_float64(factor: Tensor) -> bool:
+    """Whether a product in float64 is cheaper than one of parts: on a CPU, where it takes a third of the time."""
+    return factor.is_cpu
 
 
 def gram(a: Tensor) -> Tensor:

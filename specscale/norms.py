@@ -51,7 +51,7 @@ class Norm(ABC):
         return cls()
 
     def scratch_elements(self, m: int, n: int) -> int:
-        """How many elements a measurement of one matrix `(m, n)` allocates beside it and keeps until all are measured."""
+        """Elements that a measurement of one matrix `(m, n)` keeps beside it until all are measured."""
         return 0
 
     def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:

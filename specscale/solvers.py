@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specscale.linalg import scaled_to_one, unit
+from specscale.linalg import product, scaled_to_one, unit
 from specscale.random import normal
 
 State = Mapping[str, Tensor]
@@ -66,10 +66,10 @@ class DenseMatrices:
         return DenseMatrices(self.tensor.mT)
 
     def matmat(self, columns: Tensor) -> Tensor:
-        return self.tensor @ columns
+        return product(self.tensor, columns)
 
     def rmatmat(self, columns: Tensor) -> Tensor:
-        return self.tensor.mT @ columns
+        return product(self.tensor.mT, columns)
 
     def dense(self) -> Tensor:
         return self.tensor
@@ -186,13 +186,13 @@ class Power:
         scaled, scale = scaled_to_one((matrices if m >= n else matrices.mT).dense())
         # The Gram matrix costs as much arithmetic as n / 2 iterations, but in one product, which runs far faster.
         use_gram = self.num_iterations > scaled.shape[-1] // 20
-        square = scaled.mT @ scaled if use_gram else None
+        square = product(scaled.mT, scaled) if use_gram else None
         size = (scaled.shape[-1], 2)
         start = state["columns"].to(scaled.dtype) if self.warm else normal(state["key"], size, scaled.dtype)
         columns = start
         for _ in range(self.num_iterations):
             vector = unit(columns[..., 0])
-            columns = square @ columns if square is not None else scaled.mT @ (scaled @ columns)
+            columns = product(scaled.mT, product(scaled, columns)) if square is None else product(square, columns)
             value = (vector * columns[..., 0]).sum(-1)
             residual = (columns[..., 0] - value[..., None] * vector).norm(dim=-1) / value.clamp_min(
                 torch.finfo(value.dtype).tiny
@@ -201,9 +201,9 @@ class Power:
             second = columns[..., 1:]
             # Twice: with a matrix of rank one, what the first pass leaves is rounding, and not orthogonal.
             for _ in range(2):
-                second = unit(second - first * (first.mT @ second), dim=-2)
+                second = unit(second - first * product(first.mT, second), dim=-2)
             columns = torch.cat([first, second], dim=-1)
-        image = scaled @ columns
+        image = product(scaled, columns)
         values = image.norm(dim=-2) * scale[..., None]
         # Half of it bounds the distance from some singular value, though it need not be the first.
         error = residual / 2
