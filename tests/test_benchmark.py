@@ -36,10 +36,19 @@ def test_the_solvers_are_compared_on_one_training_run(tmp_path):
 
 
 def test_the_conditions_are_timed_in_turns(tmp_path):
-    found = benchmark("step", tmp_path, "--steps", "3", "--no-reference")
+    options = ["--amp", "--channels-last", "--fused", "--capture", "--turn", "2"]
+    found = benchmark("step", tmp_path, "--steps", "3", "--no-reference", *options)
     rows = {row["condition"]: row for row in found["conditions"]}
-    assert found["steps"] == 3
-    assert list(rows) == ["none", "frobenius", "spectral", "torch spectral_norm"]
+    assert (found["steps"], found["lr"], found["turn"]) == (3, 1e-3, 2)
+    captured = ["frobenius, captured", "spectral, captured"]
+    assert list(rows) == ["none", "frobenius", "spectral", "torch spectral_norm", *captured]
     assert rows["none"]["ratio to none"] == pytest.approx(1)
     assert all(row["ms / step"] > row["ms scaling"] >= 0 for row in rows.values())
     assert rows["spectral"]["scaling / none"] > 0 == rows["none"]["scaling / none"]
+    for norm in ("frobenius", "spectral"):
+        assert rows[norm]["launches"] == rows[f"{norm}, captured"]["launches"] > 0
+    # The bytes of an iteration are 20 a parameter, and those of a norm 12.
+    floors = [rows[norm]["floor, ms"] for norm in ("frobenius", "spectral")]
+    assert floors[0] > 0
+    assert floors[1] / floors[0] > 0.999 * 20 / 12
+    assert rows["spectral"]["iterations"] >= 1
