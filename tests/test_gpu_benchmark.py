@@ -16,7 +16,14 @@ from lib import gpu_benchmark
 from lib.gpu_benchmark import Record
 from lib.gpu_parts import Part, Skipped, all_parts, run_part
 from lib.launches import launches, profiled
-from lib.scaling_checks import applied_values, largest_difference, precision_switches, switches
+from lib.scaling_checks import (
+    applied_values,
+    largest_difference,
+    precision_switches,
+    recorded,
+    refuse_to_wait,
+    switches,
+)
 from lib.step_times import bytes_of_step
 from lib.workloads import GPT, GPTSizes
 from specscale import apply_norm_scaling
@@ -76,6 +83,15 @@ def test_a_part_that_raises_is_on_record_with_its_traceback(record):
     assert not run_part(record, "one", Part(fail, 1), torch.device("cpu"), False)
     assert Record.read(record.folder).parts["one"]["status"] == "raised"
     assert "RuntimeError: the kernel is wrong" in (record.folder / "gpu.md").read_text()
+
+
+def test_a_part_keeps_what_it_found_beside_a_traceback(record):
+    results = {"tables": {"Found": [{"kernel": "update", "launches": 1}]}, "traceback": "one raised"}
+    assert not run_part(record, "one", Part(lambda context: results, 1), torch.device("cpu"), False)
+    assert record.parts["one"]["status"] == "raised"
+    text = (record.folder / "gpu.md").read_text()
+    assert "| update | 1 |" in text
+    assert "one raised" in text
 
 
 def test_a_part_is_skipped_by_its_own_reason_or_for_want_of_time(record):
@@ -155,6 +171,16 @@ def test_the_value_that_a_step_has_used_follows_from_the_weights(target):
     wrong = torch.tensor([0.97, 1.0], dtype=torch.float64)
     after = before + (target - wrong)[:, None, None] * u[:, :, :1] @ vh[:, :1]
     torch.testing.assert_close(applied_values(before, after, torch.full((2,), target)), wrong)
+
+
+def test_the_guard_against_syncs_is_lifted_after_an_error(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    tracebacks = []
+    with recorded(tracebacks), refuse_to_wait(torch.device("cuda")):
+        raise RuntimeError(f"under {modes}")
+    assert modes == ["error", "default"]
+    assert "RuntimeError: under ['error']" in tracebacks[0]
 
 
 def test_the_largest_difference_is_relative_to_the_tensor():

@@ -26,7 +26,7 @@ from lib.step_times import Condition, copy_bandwidth, make_conditions, step_tabl
 from lib.workloads import WORKLOADS, Workload, tiny
 
 Results = dict[str, Any]
-"""`tables`: rows by title; `notes`: sentences."""
+"""`tables`: rows by title; `notes`: sentences; `traceback`: of what has raised without ending the part."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def run_tests(context: Context) -> Results:
     try:
         done = subprocess.run([*command, *files], cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode(errors="replace") if error.stdout else ""
+        # Bytes, in spite of text=True.
+        output = bytes(error.stdout or b"").decode(errors="replace")
         raise RuntimeError(f"the tests still ran after {limit:.0f} s:\n{last_lines(output)}") from None
     if done.returncode:
         raise RuntimeError(f"pytest ended with status {done.returncode}:\n{last_lines(done.stdout + done.stderr)}")
@@ -133,8 +134,10 @@ def time_steps(context: Context, name: str) -> Results:
     rounds, turn = (1, 1) if context.tiny else (pace.rounds, pace.turn)
     warmup = 1 if context.tiny else max(2, math.ceil(6 / turn))
     take_turns(conditions, batches, range(1, warmup + rounds + 1), warmup=warmup, turn=turn, deadline=context.deadline)
+    tracebacks: list[str] = []
     for condition in conditions:
-        condition.count_launches(next(batches))
+        with scaling_checks.recorded(tracebacks):
+            condition.count_launches(next(batches))
     bandwidth = copy_bandwidth(context.device, 2**22 if context.tiny else 2**30)
     table = step_table(conditions, bandwidth)
     for row, condition in zip(table, conditions, strict=True):
@@ -152,14 +155,14 @@ def time_steps(context: Context, name: str) -> Results:
                 for one in condition.launched
             ]
     config = workload.config
-    options = [name for name in ("amp", "channels_last") if getattr(config, name)] + ["fused"] * workload.fused
+    options = ["fused"] * workload.fused + ["bfloat16 autocast"] * config.amp + ["channels_last"] * config.channels_last
     note = f"Batch {config.batch_size}"
     if workload.micro_batches > 1:
         note += f" in {workload.micro_batches} micro-batches"
     num_rounds = len(conditions[0].step_ms)
     note += f", {', '.join([workload.optimizer, *options])}; {num_rounds} rounds of {turn} steps a condition. "
     note += f"A copy on the device moves {bandwidth / 1e9:.0f} GB/s, read and written."
-    return {"tables": tables, "notes": [note], "copy, GB/s": bandwidth / 1e9}
+    return {"tables": tables, "notes": [note], "copy, GB/s": bandwidth / 1e9, "traceback": "\n".join(tracebacks)}
 
 
 def allowed_launches(norm: str, condition: Condition) -> int | None:
@@ -230,8 +233,12 @@ def run_part(record: Record, name: str, part: Part, device: torch.device, use_ti
             results = part.run(context)
             synchronize(device)
         results["notes"] = [*results.get("notes", []), *dict.fromkeys(f"Warning: {one.message}" for one in caught)]
-        record.end(name, RAN, **results)
-        return True
+        if not results.get("traceback"):
+            results.pop("traceback", None)
+            record.end(name, RAN, **results)
+            return True
+        record.end(name, RAISED, **results)
+        return False
     except Skipped as skipped:
         record.end(name, SKIPPED, notes=[f"{skipped}."])
         return True

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.workloads import Workload
-from specscale import NonFiniteWeightError, NormScaler, apply_norm_scaling
-
-NORMS = ("frobenius", "spectral")
+from specscale import NormScaler, apply_norm_scaling
 
 Rows = list[dict[str, Any]]
 
@@ -35,13 +33,19 @@ class Setting(NamedTuple):
     def num_steps(self) -> int:
         return 3 if self.tiny else 10
 
-    def subjects(self, norm: str) -> Iterator[tuple[str, nn.Module, NormScaler]]:
-        """Models under a norm constraint."""
-        odd = odd_shapes(self.device)
-        yield "odd shapes", odd, apply_norm_scaling(odd, norm)
-        for name in ("mlp-5x2000", "resnet50")[: 1 if self.tiny else 2]:
-            model = self.workload(name).build(self.device)
-            yield name, model, self.workload(name).scale(model, norm)
+    def subjects(self) -> Iterator[tuple[str, str]]:
+        """The norms, and the names of the models that are checked under them."""
+        for norm in ("frobenius", "spectral"):
+            for name in ("mlp-5x2000", "odd shapes") if self.tiny else ("mlp-5x2000", "resnet50", "odd shapes"):
+                yield norm, name
+
+    def build(self, norm: str, name: str) -> tuple[nn.Module, NormScaler]:
+        """Such a model, under the norm constraint."""
+        if name == "odd shapes":
+            model = odd_shapes(self.device)
+            return model, apply_norm_scaling(model, norm)
+        model = self.workload(name).build(self.device)
+        return model, self.workload(name).scale(model, norm)
 
     def drifted_steps(self, scaling: NormScaler) -> None:
         """Scaling steps, each after a drift; the same ones on every call."""
@@ -62,6 +66,15 @@ def odd_shapes(device: torch.device) -> nn.Module:
         *(nn.Linear(256, 320, dtype=torch.bfloat16), nn.Linear(320, 160, dtype=torch.float16)),
     ]
     return nn.ModuleList(layers).to(device)
+
+
+@contextmanager
+def recorded(tracebacks: list[str]) -> Iterator[None]:
+    """Append the traceback if the block raises, so that the other models are still checked."""
+    try:
+        yield
+    except Exception:
+        tracebacks.append(traceback.format_exc())
 
 
 @torch.no_grad()
@@ -89,36 +102,35 @@ def refuse_to_wait(device: torch.device) -> Iterator[None]:
 def syncs(setting: Setting) -> dict[str, Any]:
     """The steps in which the host waited for the device."""
     rows: Rows = []
-    for norm in NORMS:
-        for name, model, scaling in setting.subjects(norm):
+    tracebacks: list[str] = []
+    for norm, name in setting.subjects():
+        with recorded(tracebacks):
+            model, scaling = setting.build(norm, name)
             for is_captured, handle in ((False, scaling), (True, NormScaler.of(model).capture())):
-                generator, waited, messages = torch.Generator(setting.device).manual_seed(2), [], []
-                for step in range(1, setting.num_steps + 1):
-                    drift_(handle, generator)
-                    try:
-                        with refuse_to_wait(setting.device):
-                            handle.step()
-                    except RuntimeError as error:
-                        waited.append(step)
-                        frame = traceback.extract_tb(error.__traceback__)[-1]
-                        messages.append(
-                            f"{str(error).splitlines()[0][:120]} ({Path(frame.filename).name}:{frame.lineno})"
-                        )
-                rows.append(
-                    {
-                        "model": name,
-                        "norm": norm,
-                        "captured": is_captured,
-                        "steps": setting.num_steps,
-                        "waited in steps": ", ".join(map(str, waited)) or "none",
-                        "met": None if setting.device.type == "cpu" else not waited,
-                        "error": "; ".join(dict.fromkeys(messages)) or None,
-                    }
-                )
+                waits = steps_that_wait(handle, setting)
+                row = {"model": name, "norm": norm, "captured": is_captured, "steps": setting.num_steps}
+                row["waited in steps"] = ", ".join(map(str, waits)) or "none"
+                row["met"] = None if setting.device.type == "cpu" else not waits
+                row["where"] = "; ".join(dict.fromkeys(waits.values())) or None
+                rows.append(row)
     notes = ["Steps run under `torch.cuda.set_sync_debug_mode('error')`."]
     if setting.device.type == "cpu":
         notes = ["On a CPU, no step can wait: the steps ran unguarded."]
-    return {"tables": {"Host syncs in the scaling step": rows}, "notes": notes}
+    return {"tables": {"Host syncs in the scaling step": rows}, "notes": notes, "traceback": "\n".join(tracebacks)}
+
+
+def steps_that_wait(scaling: NormScaler, setting: Setting) -> dict[int, str]:
+    """The steps in which the host waited, counted from 1, and where it did."""
+    generator, waits = torch.Generator(setting.device).manual_seed(2), {}
+    for step in range(1, setting.num_steps + 1):
+        drift_(scaling, generator)
+        try:
+            with refuse_to_wait(setting.device):
+                scaling.step()
+        except RuntimeError as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            waits[step] = f"{Path(frame.filename).name}:{frame.lineno}: {str(error).splitlines()[0][:120]}"
+    return waits
 
 
 @torch.no_grad()
@@ -132,33 +144,31 @@ def largest_difference(model: nn.Module, other: nn.Module) -> float:
 def replay(setting: Setting) -> dict[str, Any]:
     """Steps that are replayed from CUDA graphs against the same steps without."""
     rows: Rows = []
-    for norm in NORMS:
-        for name, model, scaling in setting.subjects(norm):
+    tracebacks: list[str] = []
+    for norm, name in setting.subjects():
+        with recorded(tracebacks):
+            model, scaling = setting.build(norm, name)
             other = copy.deepcopy(model)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                captured = NormScaler.of(other).capture()
-                setting.drifted_steps(captured)
+                setting.drifted_steps(NormScaler.of(other).capture())
             setting.drifted_steps(scaling)
             difference = largest_difference(other, model)
-            rows.append(
-                {
-                    "model": name,
-                    "norm": norm,
-                    "steps": setting.num_steps,
-                    "largest relative difference": difference,
-                    "met": difference <= 1e-5,
-                    "no graph, since": "; ".join(dict.fromkeys(str(one.message) for one in caught)) or None,
-                }
-            )
-    return {"tables": {"Replayed steps against eager ones; at most 1e-5": rows}}
+            row = {"model": name, "norm": norm, "steps": setting.num_steps, "largest difference": difference}
+            row["met"] = difference <= 1e-5
+            row["no graph, since"] = "; ".join(dict.fromkeys(str(one.message) for one in caught)) or None
+            rows.append(row)
+    tables = {"Replayed steps against eager ones, relative to each tensor's largest entry; at most 1e-5": rows}
+    return {"tables": tables, "traceback": "\n".join(tracebacks)}
 
 
 def repeats(setting: Setting) -> dict[str, Any]:
     """Whether the same steps from the same weights end on the same bits, in weights and buffers."""
     rows: Rows = []
-    for norm in NORMS:
-        for name, model, _ in setting.subjects(norm):
+    tracebacks: list[str] = []
+    for norm, name in setting.subjects():
+        with recorded(tracebacks):
+            model, _ = setting.build(norm, name)
             for is_captured in (False, True):
                 copies = [copy.deepcopy(model) for _ in range(2)]
                 for one in copies:
@@ -166,19 +176,11 @@ def repeats(setting: Setting) -> dict[str, Any]:
                     setting.drifted_steps(handle.capture() if is_captured else handle)
                 states = [one.state_dict() for one in copies]
                 different = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
-                rows.append(
-                    {
-                        "model": name,
-                        "norm": norm,
-                        "captured": is_captured,
-                        "steps": setting.num_steps,
-                        "tensors": len(states[0]),
-                        "different": len(different),
-                        "met": not different,
-                        "such as": different[0] if different else None,
-                    }
-                )
-    return {"tables": {"Two runs of the same steps, bit by bit": rows}}
+                row = {"model": name, "norm": norm, "captured": is_captured, "steps": setting.num_steps}
+                row |= {"tensors": len(states[0]), "different": len(different), "met": not different}
+                row["such as"] = different[0] if different else None
+                rows.append(row)
+    return {"tables": {"Two runs of the same steps, bit by bit": rows}, "traceback": "\n".join(tracebacks)}
 
 
 def backends() -> dict[str, Any]:
@@ -255,10 +257,6 @@ def applied_values(before: Tensor, after: Tensor, target: Tensor) -> Tensor:
     return target.double() - sign * torch.linalg.matrix_norm(change)
 
 
-FOUND = ("mean error", "max error", "iterations", "error of the target", "switches kept")
-"""What `trajectory_errors` finds."""
-
-
 def trajectory_errors(workload: Workload, device: torch.device, num_steps: int, every: int) -> dict[str, Any]:
     """The relative errors of the first singular values along one training run, from its init on."""
     model = workload.build(device)
@@ -284,14 +282,13 @@ def trajectory_errors(workload: Workload, device: torch.device, num_steps: int, 
             for old, new, target in zip(before, matrices(), targets, strict=True):
                 errors.append((applied_values(old, new, target) / exact_norms(old) - 1).abs())
     every_error = torch.cat(errors)
-    found = (
-        every_error.mean().item(),
-        every_error.max().item(),
-        sum(iterations) / max(len(iterations), 1),
-        torch.stack(init_errors).max().item(),
-        are_kept,
-    )
-    return dict(zip(FOUND, found, strict=True))
+    return {
+        "mean error": every_error.mean().item(),
+        "max error": every_error.max().item(),
+        "iterations": sum(iterations) / max(len(iterations), 1),
+        "error of the target": torch.stack(init_errors).max().item(),
+        "switches kept": are_kept,
+    }
 
 
 def errors(setting: Setting) -> dict[str, Any]:
@@ -308,22 +305,19 @@ def errors(setting: Setting) -> dict[str, Any]:
     runs += [(of("resnet34"), name, switches(setting.device)[name]) for name in ("none", "matmul precision high")]
     runs += [(of(mlp, lr), "none", nullcontext()) for lr in (1e-4, 1e-5)]
     rows: Rows = []
+    tracebacks: list[str] = []
     notes = [f"Adam, {num_steps} steps, compared every {every}. Aims: mean 1e-4, max 1e-3, target 1e-4."]
-    for one, name, switch in runs:
-        if rows and time.monotonic() > setting.deadline:
+    for number, (one, name, switch) in enumerate(runs):
+        if number > 0 and time.monotonic() > setting.deadline:
+            notes.append(f"{len(runs) - number} further runs were skipped for want of time.")
             break
         model = f"{one.name}, width {one.config.width}" if one.config.model == "mlp" else one.name
         row: dict[str, Any] = {"model": model, "lr": f"{one.config.lr:g}", "switch": name}
-        try:
+        with recorded(tracebacks):
             with switch:
                 row |= trajectory_errors(one, setting.device, num_steps, every)
             is_right = row["mean error"] <= 1e-4 and row["max error"] <= 1e-3 and row["error of the target"] <= 1e-4
             row["met"] = None if setting.tiny else is_right and row["switches kept"]
-        except (NonFiniteWeightError, torch.linalg.LinAlgError) as error:
-            # What a switch does to a step must not hide what the other ones do.
-            row |= dict.fromkeys(FOUND) | {"met": False}
-            notes.append(f"{model}, lr {row['lr']}, {name}: {error}")
-        rows.append(row)
-    if len(rows) < len(runs):
-        notes.append(f"{len(runs) - len(rows)} further runs were skipped for want of time.")
-    return {"tables": {"Relative errors of the first singular value against float64": rows}, "notes": notes}
+            rows.append(row)
+    tables = {"Relative errors of the first singular value against float64": rows}
+    return {"tables": tables, "notes": notes, "traceback": "\n".join(tracebacks)}
