@@ -16,4 +16,4 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[2:]))
     from lib.benchmarks import run_command
 
-    run_command()
+    run_command(__doc__)

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_recipe import ROOT, run
 
+from lib.benchmarks import StepOptions
 from specscale import Block
 
 SMALL = ["--width", "80", "--batch-size", "16", "--num-threads", "1", "--out", "out"]
@@ -52,3 +54,15 @@ def test_the_conditions_are_timed_in_turns(tmp_path):
     assert floors[0] > 0
     assert floors[1] / floors[0] > 0.999 * 20 / 12
     assert rows["spectral"]["iterations"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (StepOptions(preset="gpt-24x2048", data_root=Path("data")), "--data-root has no data for gpt-24x2048, which"),
+        (StepOptions(optimizer="nadam", fused=True), "--fused: torch has no fused step of nadam; choose adam or adamw"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, text):
+    with pytest.raises(SystemExit, match=text):
+        options.batches(options.workload())

@@ -1,5 +1,6 @@
 """`benchmark.py gpu`: on a CPU, by its real command; and what it measures with."""
 
+import itertools
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ from lib.scaling_checks import (
     refuse_to_wait,
     switches,
 )
-from lib.step_times import bytes_of_step
+from lib.step_times import bytes_of_step, take_turns
 from lib.workloads import GPT, GPTSizes
 from specscale import apply_norm_scaling
 
@@ -134,6 +135,26 @@ def test_a_worker_that_dies_hangs_or_gives_up_costs_one_part(record, monkeypatch
     assert [part["status"] for part in parts.values()] == ["raised", "raised", "raised", "ran"]
     assert parts["dies"]["traceback"] == "The worker ended in this part, status 7."
     assert parts["hangs"]["traceback"] == "Stopped: it still ran after 0 s."
+
+
+class Turns:
+    """A condition that counts its turns."""
+
+    def __init__(self, name):
+        self.name, self.kept = name, []
+
+    def turn(self, batches):
+        self.kept.append(batches)
+
+    def forget(self):
+        self.kept.clear()
+
+
+def test_rounds_end_at_the_deadline_once_three_are_kept():
+    conditions = [Turns("none"), Turns("spectral")]
+    take_turns(conditions, itertools.count(), range(1, 100), warmup=2, turn=4, deadline=0)
+    # The first two rounds took the batches 0 to 7.
+    assert [condition.kept for condition in conditions] == [[[*range(8, 12)], [*range(12, 16)], [*range(16, 20)]]] * 2
 
 
 def test_launches_are_operations_other_than_views():

@@ -51,6 +51,8 @@ class Options:
     """Folder for the table, the JSON file and the figure."""
 
     def workload(self) -> Workload:
+        if self.fused and self.optimizer == "nadam":
+            raise SystemExit("--fused: torch has no fused step of nadam; choose adam or adamw")
         workload = WORKLOADS[self.preset]()
         config = replace(workload.config, seed=self.seed, amp=self.amp, channels_last=self.channels_last)
         given = {"batch_size": self.batch_size, "lr": self.lr, "width": self.width, "data_root": self.data_root}
@@ -212,8 +214,8 @@ def main(options: SolverOptions | StepOptions) -> None:
     print(f"{title}\n\n{text}\n{options.out}/{name}: .md, .json, .png", flush=True)
 
 
-def run_command() -> None:
+def run_command(description: str | None) -> None:
     import tyro
 
     commands = {"solver": SolverOptions, "step": StepOptions}
-    main(tyro.extras.subcommand_cli_from_dict(commands, description=__doc__))
+    main(tyro.extras.subcommand_cli_from_dict(commands, description=description))

@@ -4,6 +4,7 @@ import argparse
 import functools
 import gc
 import importlib
+import importlib.metadata
 import math
 import os
 import re
@@ -202,7 +203,7 @@ def work(options: argparse.Namespace, record: Record) -> int:
     if options.only:
         parts = {name: part for name, part in parts.items() if name.startswith(tuple(options.only))}
     if not record.parts:
-        facts = provenance()
+        facts = provenance() | {"triton": version_of("triton")}
         if device.type == "cpu":
             facts["hardware"] = cpu_name()
         record.values |= {**facts, "parts": {name: {"status": WAITING} for name in parts}}
@@ -215,6 +216,13 @@ def work(options: argparse.Namespace, record: Record) -> int:
         if not run_part(record, name, part, device, options.tiny) and not is_usable(device):
             return NEEDS_NEW_WORKER
     return 0
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def run_part(record: Record, name: str, part: Part, device: torch.device, use_tiny: bool) -> bool:

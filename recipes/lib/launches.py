@@ -42,7 +42,7 @@ def launches(work: Callable[[], Any], device: torch.device) -> list[Launch]:
 
 def profiled(work: Callable[[], Any], activity: ProfilerActivity, device_type: DeviceType) -> list[Launch]:
     """The profiler's events on one type of device, without the ranges that users annotate."""
-    with profile(activities=[activity]) as profiler:
+    with profile(activities=[activity], acc_events=True) as profiler:
         work()
     events = profiler.profiler.kineto_results.events()
     return by_name(
