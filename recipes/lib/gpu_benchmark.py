@@ -46,7 +46,7 @@ class Record:
 
     def save(self) -> None:
         write_atomically(self.folder / "gpu.json", json.dumps(self.values, indent=2))
-        write_atomically(self.folder / "gpu.md", self.text())
+        write_atomically(self.folder / "gpu.md", self.summary() + self.details())
 
     def elapsed(self) -> float:
         return time.time() - self.values["began"]
@@ -75,10 +75,27 @@ class Record:
         """The part that runs now, or ran when its worker ended."""
         return next((name for name, part in self.parts.items() if part["status"] == RUNNING), None)
 
-    def text(self) -> str:
+    def summary(self) -> str:
+        """The settings, and of each part how many of its aims are met; the ratios of whole steps beside their aims."""
         settings = [f"{name}: {value}" for name, value in self.values.items() if name not in ("parts", "began")]
-        rows = [[name, part["status"], format_cell(part.get("seconds"))] for name, part in self.parts.items()]
-        text = f"# GPU benchmark\n\n{', '.join(settings)}\n\n{markdown(['part', 'status', 'seconds'], rows)}"
+        parts, ratios = [], []
+        for name, part in self.parts.items():
+            rows = [row for table in part.get("tables", {}).values() for row in table]
+            met = [row["met"] for row in rows if row.get("met") is not None]
+            parts.append(
+                [name, part["status"], format_cell(part.get("seconds")), f"{sum(met)} of {len(met)}" if met else "-"]
+            )
+            for row in rows:
+                if row.get("aim") is not None:
+                    values = (row["ratio to none"], row["aim"], row["met"])
+                    ratios.append([f"{name}, {row['condition']}", *map(format_cell, values)])
+        text = f"# GPU benchmark\n\n{', '.join(settings)}\n\n"
+        text += markdown(["part", "status", "seconds", "aims met"], parts)
+        return text + ("\n" + markdown(["whole steps", "ratio to none", "aim", "met"], ratios) if ratios else "")
+
+    def details(self) -> str:
+        """What each part has found."""
+        text = ""
         for name, part in self.parts.items():
             if part["status"] in (RAN, RAISED, SKIPPED):
                 text += f"\n## {name}\n" + "".join(f"\n{note}\n" for note in part.get("notes", []))
@@ -116,7 +133,8 @@ def main(arguments: list[str]) -> int:
     is_complete = supervise(options.out, [sys.executable, sys.argv[0], "gpu", *arguments, "--worker"])
     record = Record.read(options.out)
     if record.parts:
-        print(f"\n{record.text()}\n{options.out}/gpu: .json, .md", flush=True)
+        # The summary comes last: of a long output, often only the end is kept.
+        print(f"{record.details()}\n{record.summary()}\n{options.out}/gpu: .json, .md", flush=True)
     return 0 if is_complete and all(part["status"] in (RAN, SKIPPED) for part in record.parts.values()) else 1
 
 
