@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_recipe import ROOT, run
 
+from lib.benchmarks import StepOptions
 from specscale import Block
 
 SMALL = ["--width", "80", "--batch-size", "16", "--num-threads", "1", "--out", "out"]
@@ -36,10 +38,31 @@ def test_the_solvers_are_compared_on_one_training_run(tmp_path):
 
 
 def test_the_conditions_are_timed_in_turns(tmp_path):
-    found = benchmark("step", tmp_path, "--steps", "3", "--no-reference")
+    options = ["--amp", "--channels-last", "--fused", "--capture", "--turn", "2"]
+    found = benchmark("step", tmp_path, "--steps", "3", "--no-reference", *options)
     rows = {row["condition"]: row for row in found["conditions"]}
-    assert found["steps"] == 3
-    assert list(rows) == ["none", "frobenius", "spectral", "torch spectral_norm"]
+    assert (found["steps"], found["lr"], found["turn"]) == (3, 1e-3, 2)
+    captured = ["frobenius, captured", "spectral, captured"]
+    assert list(rows) == ["none", "frobenius", "spectral", "torch spectral_norm", *captured]
     assert rows["none"]["ratio to none"] == pytest.approx(1)
     assert all(row["ms / step"] > row["ms scaling"] >= 0 for row in rows.values())
     assert rows["spectral"]["scaling / none"] > 0 == rows["none"]["scaling / none"]
+    for norm in ("frobenius", "spectral"):
+        assert rows[norm]["launches"] == rows[f"{norm}, captured"]["launches"] > 0
+    # The bytes of an iteration are 20 a parameter, and those of a norm 12.
+    floors = [rows[norm]["floor, ms"] for norm in ("frobenius", "spectral")]
+    assert floors[0] > 0
+    assert floors[1] / floors[0] > 0.999 * 20 / 12
+    assert rows["spectral"]["iterations"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (StepOptions(preset="gpt-24x2048", data_root=Path("data")), "--data-root has no data for gpt-24x2048, which"),
+        (StepOptions(optimizer="nadam", fused=True), "--fused: torch has no fused step of nadam; choose adam or adamw"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, text):
+    with pytest.raises(SystemExit, match=text):
+        options.batches(options.workload())

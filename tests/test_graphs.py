@@ -8,8 +8,6 @@ from test_constraint import matrices, net, train
 
 from specscale import apply_norm_scaling
 
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def test_without_cuda_a_warning_says_why_and_steps_hold():
     model = net()
@@ -24,7 +22,8 @@ def test_without_cuda_a_warning_says_why_and_steps_hold():
             torch.testing.assert_close(norm, torch.full_like(norm, 0.5), rtol=1e-6, atol=0)
 
 
-@on_cuda
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
 def test_a_replayed_step_is_the_step(norm):
     plain = net().cuda()

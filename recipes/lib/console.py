@@ -3,8 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-
-from tqdm import tqdm
+from typing import Any
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -13,12 +12,27 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def format_cell(value: Any) -> str:
+    """A number with the digits that matter; a dash for None."""
+    if isinstance(value, list):
+        return " / ".join(f"{x:.2f}" for x in value)
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.3f}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
+
+
 def progress(total: int, label: str) -> Iterator[int]:
     """Count from 1 to `total`, with a progress bar in a terminal, and a line every 30 seconds in a log file."""
-    terminal = sys.stderr.isatty()
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(range(1, total + 1), label)
+        return
     printed = time.monotonic()
-    for count in tqdm(range(1, total + 1), label, disable=not terminal):
+    for count in range(1, total + 1):
         yield count
-        if not terminal and time.monotonic() - printed > 30:
+        if time.monotonic() - printed > 30:
             printed = time.monotonic()
             print(f"{label}: {count} of {total}", flush=True)

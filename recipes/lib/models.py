@@ -95,7 +95,8 @@ def init_and_scale(config: Config, norm: str, model: nn.Module, image_shape: tup
 
     The init does not depend on the norm.
     """
-    options: dict[str, Any] = {"exclude": excluded_pattern(model), "example_input": torch.zeros(1, *image_shape)}
+    example_input = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+    options: dict[str, Any] = {"exclude": excluded_pattern(model), "example_input": example_input}
     gains = published_gains(config, model) if config.targets == "published" else None
     named_gain = "channels" if config.targets == "channels" else "features"
     gain = named_gain if gains is None else lambda name, module: gains[name]
