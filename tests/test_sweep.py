@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sweep import Options, find_problem, grid
+from sweep import Options, find_problem, grid, visible_devices
 
 SWEEP = str(Path(__file__).parent.parent / "recipes" / "sweep.py")
 
@@ -38,6 +38,21 @@ def test_the_post_in_twenty_runs():
 )
 def test_options_that_cannot_work_are_refused(options, text):
     assert find_problem(options).startswith(text)
+
+
+def test_runs_of_one_process_share_gpus_and_larger_ones_have_their_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert find_problem(Options(jobs=9)) is None
+    assert find_problem(Options(jobs=2, processes=2)) is None
+    text = (
+        "3 jobs of 2 processes need 6 GPUs, found 4; give fewer, or --processes 1: runs of one process can share a GPU"
+    )
+    assert find_problem(Options(jobs=3, processes=2)) == text
+    devices = ["4", "5", "GPU-6", "7"]
+    shared = [visible_devices(slot, 1, devices) for slot in range(9)]
+    assert shared == [["4"], ["5"], ["GPU-6"], ["7"]] * 2 + [["4"]]
+    assert [visible_devices(slot, 2, devices) for slot in range(2)] == [["4", "5"], ["GPU-6", "7"]]
+    assert [visible_devices(slot, 1, ["0"]) for slot in range(3)] == [["0"]] * 3
 
 
 def test_a_sweep_skips_what_is_done_and_goes_on(tmp_path):

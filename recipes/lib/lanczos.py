@@ -1,0 +1,88 @@
+"""Norms of linear maps by Lanczos iteration on the maps' own device, in few launches and without waiting for it."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Map = Callable[[Tensor], Tensor]
+
+NUM_STEPS = 48
+"""Steps of an iteration: enough for a relative 5e-4 on the weights of models in training.
+
+On the weights of an MLP of width 1000 under spectral scaling, whose largest singular values crowd at one value, the
+norms from four starts were too low by 7e-6 on average and by 2e-4 at most; without scaling by 1e-8 at most. The norms
+of a ResNet's convolutions as operators, from one start, were too low by 1e-5 at most. Whatever the map, a norm of 4096
+inputs is too low by 1 % with a probability below 2e-4 for each start (Kuczynski & Wozniakowski, "Estimating the largest
+eigenvalue by the power and Lanczos algorithms with a random start", 1992, theorem 4.2).
+"""
+
+
+def bidiagonalize(
+    apply: Map, apply_adjoint: Map, count: int, size: int, device: torch.device, *, num_starts: int
+) -> Tensor:
+    """Golub-Kahan bidiagonalisation of several linear maps at once: their norms are those of the resulting matrices.
+
+    Golub & Van Loan, "Matrix Computations", section 10.4. The vectors are not made orthogonal again: under rounding,
+    that repeats singular values and changes none (Paige, "Computational variants of the Lanczos method for the
+    eigenproblem", 1972).
+
+    Args:
+        apply: the maps, each on its own vectors: from `(count, size, num_starts)` to `(count, m, num_starts)`. In
+            float64, so that no setting of the precision of float32 products matters.
+        apply_adjoint: their adjoints.
+        count: the number of maps.
+        size: the number of their inputs.
+        device: where they are.
+        num_starts: how many iterations run side by side for each map, from different random vectors.
+
+    Returns:
+        `(count, num_starts, NUM_STEPS, NUM_STEPS)`.
+    """
+    # The same start on every device.
+    start = torch.randn(count, size, num_starts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right, _ = _unit(start.to(device))
+    left, beta = torch.zeros((), device=device), torch.zeros((), device=device)
+    diagonal, above = [], []
+    for _ in range(NUM_STEPS):
+        left, alpha = _unit(apply(right) - beta * left)
+        right, beta = _unit(apply_adjoint(left) - alpha * right)
+        diagonal.append(alpha)
+        above.append(beta)
+    return torch.diag_embed(torch.cat(diagonal, 1).mT) + torch.diag_embed(torch.cat(above[:-1], 1).mT, 1)
+
+
+def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The vectors `(count, size, num_starts)` at unit length, and their lengths; a zero vector stays zero."""
+    length = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / length.clamp_min(torch.finfo(vectors.dtype).tiny), length
+
+
+def largest_singular_values(
+    items: Mapping[str, T], key: Callable[[T], Hashable], bidiagonals: Callable[[list[T]], Tensor]
+) -> dict[str, float]:
+    """The largest singular value of the maps of each item, by name; NaN where one of them is not finite.
+
+    Args:
+        items: each stands for one map or several.
+        key: items of one key stand for equally many maps, and share their launches.
+        bidiagonals: what `bidiagonalize` returns for all maps of several items of one key.
+    """
+    groups: dict[Hashable, list[str]] = {}
+    for name, item in items.items():
+        groups.setdefault(key(item), []).append(name)
+    found = [bidiagonals([items[name] for name in group]) for group in groups.values()]
+    values: dict[str, float] = {}
+    for group, matrices in zip(groups.values(), found, strict=True):
+        # The device has all of its work by now; the small problems are for the host.
+        values |= zip(group, _norms(matrices.cpu()).reshape(len(group), -1).amax(1).tolist(), strict=True)
+    return {name: values[name] for name in items}
+
+
+def _norms(matrices: Tensor) -> Tensor:
+    """The spectral norms of small float64 matrices, NaN where one is not finite, of which `eigvalsh` would raise."""
+    finite = matrices.isfinite().all(-1).all(-1)
+    matrices = torch.where(finite[..., None, None], matrices, 0)
+    return torch.where(finite, torch.linalg.eigvalsh(matrices.mT @ matrices)[..., -1].sqrt(), torch.nan)
