@@ -103,11 +103,12 @@ def train(task: Task, options: Options, train_options: list[str], slots: Queue[i
         devices = visible_devices(slot, options.processes, visible.split(","))
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     command = task.command(options, train_options)
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout or ():
-        print(f"{task.name}: {line.rstrip()}", flush=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        for line in process.stdout or ():
+            print(f"{task.name}: {line.rstrip()}", flush=True)
     slots.put(slot)
-    return process.wait() == 0
+    return process.returncode == 0
 
 
 def find_problem(options: Options) -> str | None:

@@ -163,20 +163,12 @@ def test_checkpoints_are_due_after_the_first_epoch_the_last_and_the_minutes(monk
 
 
 def test_data_on_the_device_changes_no_result(tmp_path):
-    command = [TRAIN, "digits", "--norms", "spectral", "--epochs", "2", "--wandb", "disabled", "--no-compare"]
-    code, output = run([sys.executable, *command, "--out", "device"], tmp_path)
-    assert code == 0, output
-    host = ["--no-data-on-device", "--num-workers", "2", "--out", "host"]
-    code, output = run([sys.executable, *command, *host], tmp_path)
-    assert code == 0, output
-    of_device, of_host = (lines(tmp_path / out / "digits" / "spectral-seed0") for out in ("device", "host"))
-    assert of_device == of_host
-    code, output = run([*TORCHRUN, *command, "--out", "ranks"], tmp_path)
-    assert code == 0, output
-    code, output = run([*TORCHRUN, *command, "--no-data-on-device", "--out", "ranks-host"], tmp_path)
-    assert code == 0, output
-    of_device, of_host = (lines(tmp_path / out / "digits" / "spectral-seed0") for out in ("ranks", "ranks-host"))
-    assert of_device == of_host
+    options = {"norms": ("spectral",), "epochs": 2, "wandb": "disabled", "compare": False}
+    main(replace(digits(), out=tmp_path / "device", **options))
+    main(replace(digits(), out=tmp_path / "host", data_on_device=False, num_workers=1, **options))
+    on_device, on_host = (lines(tmp_path / out / "digits" / "spectral-seed0") for out in ("device", "host"))
+    assert len(on_device) == 2
+    assert on_device == on_host
 
 
 def test_the_precision_of_products_is_set_recorded_and_kept(tmp_path, monkeypatch):

@@ -71,8 +71,11 @@ def test_a_pointwise_convolution_is_its_flattened_matrix_and_others_lie_within_t
             assert ratio == pytest.approx(1, rel=1e-3)
 
 
-def test_a_snapshot_names_every_layer_and_leaves_the_model_alone():
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_snapshot_names_every_layer_and_leaves_the_model_alone(scaled):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5)).train()
+    if scaled:
+        apply_norm_scaling(model, "spectral")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = snapshot(model, (3, 8, 8))
     assert {key.partition("/")[0] for key in found} == {"singular_values", *RANKS, "operator_norm"}

@@ -1,6 +1,5 @@
 """Spectral norms of the weights, all their singular values, their ranks, and the operator norms of convolutions."""
 
-import copy
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -118,8 +117,9 @@ def _bidiagonals_of_convolutions(items: list[tuple[nn.Conv2d, torch.Size]]) -> T
     count, (first, input_shape) = len(items), items[0]
     weight = torch.cat([convolution.weight.double() for convolution, _ in items])
     # Side by side, they are one convolution in more groups.
-    together = copy.copy(first)
-    together.groups *= count
+    channels = count * first.in_channels, count * first.out_channels
+    settings = (first.kernel_size, first.stride, first.padding, first.dilation, count * first.groups)
+    together = nn.Conv2d(*channels, *settings, bias=False, padding_mode=first.padding_mode, device="meta")
     # It is linear in its input: autograd's vector-Jacobian product, at any input, applies the adjoint.
     zero = weight.new_zeros(1, count * input_shape[1], *input_shape[2:]).requires_grad_()
     with torch.enable_grad():
