@@ -44,11 +44,11 @@ def bidiagonalize(
     # The same start on every device.
     start = torch.randn(count, size, num_starts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     right, _ = _unit(start.to(device))
-    left, beta = torch.zeros((), device=device), torch.zeros((), device=device)
+    left = beta = torch.zeros((), dtype=start.dtype, device=device)
     diagonal, above = [], []
     for _ in range(NUM_STEPS):
-        left, alpha = _unit(apply(right) - beta * left)
-        right, beta = _unit(apply_adjoint(left) - alpha * right)
+        left, alpha = _unit(apply(right).addcmul_(beta, left, value=-1))
+        right, beta = _unit(apply_adjoint(left).addcmul_(alpha, right, value=-1))
         diagonal.append(alpha)
         above.append(beta)
     return torch.diag_embed(torch.cat(diagonal, 1).mT) + torch.diag_embed(torch.cat(above[:-1], 1).mT, 1)
