@@ -13,7 +13,10 @@ from specscale.weights import Weight, select
 
 @torch.no_grad()
 def spectral_norms(model: nn.Module, exclude: str | None = None) -> dict[str, float]:
-    """The spectral norm of every weight, scaled or not, by layer, to a relative 5e-4 (see `lib/lanczos.py`).
+    """The spectral norm of every weight, scaled or not, by layer, to a relative 5e-4.
+
+    By Lanczos iteration. On the weights of an MLP of width 1000 in training under spectral scaling, whose largest
+    singular values crowd at one value, the norms were too low by 7e-6 on average and by 2e-4 at most.
 
     For after every epoch: `specscale.spectral_norms` is more accurate, and decides after each iteration of each weight
     whether to go on. Here weights of one shape share their launches, and the host waits once. A weight that is several
@@ -31,7 +34,9 @@ def spectral_norms(model: nn.Module, exclude: str | None = None) -> dict[str, fl
 def _bidiagonals_of_weights(weights: list[Weight]) -> Tensor:
     parts = (weight.view.matrices(weight.parameter).double() for weight in weights)
     tall = torch.cat([part if part.shape[-2] >= part.shape[-1] else part.mT for part in parts])
-    return bidiagonalize(tall.matmul, tall.mT.matmul, len(tall), tall.shape[-1], tall.device, num_starts=4)
+    return bidiagonalize(
+        tall.matmul, tall.mT.matmul, len(tall), tall.shape[-1], tall.device, num_steps=48, num_starts=4
+    )
 
 
 def snapshot(model: nn.Module, image_shape: tuple[int, int, int], exclude: str | None = None) -> dict[str, Any]:
@@ -97,10 +102,11 @@ def input_shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[st
 
 @torch.no_grad()
 def operator_norms(convolutions: Mapping[str, nn.Conv2d], input_shapes: Mapping[str, torch.Size]) -> dict[str, float]:
-    """The largest `||conv(x)|| / ||x||` over inputs of each shape `(1, C, H, W)`, without the bias, to a relative 5e-4.
+    """The largest `||conv(x)|| / ||x||` over inputs of each shape `(1, C, H, W)`, without the bias, to a relative 1e-4.
 
-    By Lanczos iteration (see `lib/lanczos.py`) on the convolution and its adjoint, with its own padding and stride. For
-    circular padding, Sedghi et al., "The singular values of convolutional layers" (2019), get it from a Fourier
+    By Lanczos iteration on the convolution and its adjoint, with its own padding and stride. The norms of a small
+    ResNet's convolutions, after 3 and after 200 steps under spectral scaling and without, were too low by 2e-5 at most.
+    For circular padding, Sedghi et al., "The singular values of convolutional layers" (2019), get it from a Fourier
     transform.
     """
     items = {name: (convolution, input_shapes[name]) for name, convolution in convolutions.items()}
@@ -132,4 +138,4 @@ def _bidiagonals_of_convolutions(items: list[tuple[nn.Conv2d, torch.Size]]) -> T
         gradient = vectors.reshape(output.shape)
         return torch.autograd.grad(output, zero, gradient, retain_graph=True)[0].reshape(count, -1, 1)
 
-    return bidiagonalize(apply, apply_adjoint, count, input_shape.numel(), zero.device, num_starts=1)
+    return bidiagonalize(apply, apply_adjoint, count, input_shape.numel(), zero.device, num_steps=80, num_starts=1)
