@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from lib.checkpoint import CheckpointTimer
+from lib.clock import Clock
 from lib.presets import digits, mlp_5x2000
 from specscale import NormScaler
 from train import find_problem, main
@@ -169,6 +171,33 @@ def test_data_on_the_device_changes_no_result(tmp_path):
     on_device, on_host = (lines(tmp_path / out / "digits" / "spectral-seed0") for out in ("device", "host"))
     assert len(on_device) == 2
     assert on_device == on_host
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("norm", ["none", "frobenius", "spectral"])
+def test_on_a_gpu_no_step_waits_and_the_scaling_step_is_captured(norm, tmp_path, monkeypatch):
+    span, attach, capture, attached, captured = Clock.span, NormScaler.attach, NormScaler.capture, [], []
+
+    @contextmanager
+    def guarded(clock):
+        with span(clock):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Clock, "span", guarded)
+    monkeypatch.setattr(NormScaler, "attach", lambda *both: attached.append(both) or attach(*both))
+    monkeypatch.setattr(NormScaler, "capture", lambda scaling: captured.append(scaling) or capture(scaling))
+    options = {"norms": (norm,), "epochs": 2, "compare": False, "wandb": "disabled"}
+    main(replace(digits(), out=tmp_path / "device", **options))
+    assert [scaling for scaling, _ in attached] == captured
+    assert len(captured) == (norm != "none")
+    assert all(optimizer.defaults["fused"] for _, optimizer in attached)
+    main(replace(digits(), out=tmp_path / "host", data_on_device=False, **options))
+    on_device, on_host = (lines(tmp_path / out / "digits" / f"{norm}-seed0")[-1] for out in ("device", "host"))
+    assert on_device["test/accuracy"] == pytest.approx(on_host["test/accuracy"], abs=0.02)
 
 
 def test_the_precision_of_products_is_set_recorded_and_kept(tmp_path, monkeypatch):
