@@ -78,7 +78,7 @@ class Config:
     num_workers: int = 0
     """Worker processes of each data loader, with --no-data-on-device; the results do not depend on it."""
     checkpoint_minutes: float = 5.0
-    """Write a checkpoint after the first epoch, the last one, and those that end so many minutes after the one before;
+    """Write a checkpoint after the first epoch of each start, the last, and those that end so many minutes after one;
     0: after every epoch. What was trained since the last one is trained again after an interruption."""
     out: Path = Path("runs")
     """Folder for the results; those of a preset go to OUT/PRESET."""
