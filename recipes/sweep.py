@@ -37,7 +37,9 @@ class Options:
     processes: int = 1
     """Processes of each run, started by torchrun."""
     jobs: int = 1
-    """Runs in parallel; the GPUs are divided among them."""
+    """Runs in parallel. The GPUs are divided among them; runs of one process share them in turn if there are more runs
+    than GPUs, for models too small to fill one. Each run needs memory of its own: 16 bytes per parameter with gradients
+    and Adam's moments, its activations, its data set (0.2 GB), and about 0.5 GB for CUDA."""
     task: int | None = None
     """Train only this run of the grid, counted from 0, without a comparison: for array jobs of a cluster."""
     list: bool = False
@@ -87,20 +89,26 @@ def grid(options: Options) -> list[Task]:
     return list(tasks.values())
 
 
+def visible_devices(slot: int, processes: int, devices: list[str]) -> list[str]:
+    """The devices of the run in a slot: as many as it has processes, its own if there are enough; in turn if not."""
+    return [devices[(slot * processes + process) % len(devices)] for process in range(processes)]
+
+
 def train(task: Task, options: Options, train_options: list[str], slots: Queue[int]) -> bool:
     """Train one run in its own processes and print its output, each line after its name; whether it succeeded."""
     slot = slots.get()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if options.jobs > 1 and torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        first = slot * options.processes
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[first : first + options.processes])
+        devices = visible_devices(slot, options.processes, visible.split(","))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     command = task.command(options, train_options)
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout or ():
-        print(f"{task.name}: {line.rstrip()}", flush=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        for line in process.stdout or ():
+            print(f"{task.name}: {line.rstrip()}", flush=True)
     slots.put(slot)
-    return process.wait() == 0
+    return process.returncode == 0
 
 
 def find_problem(options: Options) -> str | None:
@@ -110,8 +118,12 @@ def find_problem(options: Options) -> str | None:
     if options.jobs < 1 or options.processes < 1:
         return f"--jobs and --processes must be at least 1, found {options.jobs} and {options.processes}"
     devices = torch.cuda.device_count()
-    if devices and options.jobs * options.processes > devices:
-        return f"{options.jobs} jobs of {options.processes} processes need more than the {devices} available GPUs"
+    needed = options.jobs * options.processes if options.processes > 1 else 1
+    if devices and needed > devices:
+        return (
+            f"{options.jobs} jobs of {options.processes} processes need {needed} GPUs, found {devices}; "
+            "give fewer, or --processes 1: runs of one process can share a GPU"
+        )
     if options.task is not None and not 0 <= options.task < len(grid(options)):
         return f"--task must be from 0 to {len(grid(options)) - 1}, found {options.task}"
     return None

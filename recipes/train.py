@@ -6,6 +6,7 @@ Example: torchrun --standalone --nproc-per-node=2 recipes/train.py digits
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,26 @@ from torch import nn
 from tqdm import tqdm
 
 from compare import compare
-from lib.checkpoint import Progress, resume, save_checkpoint
+from lib.checkpoint import CheckpointTimer, Progress, resume, save_checkpoint
 from lib.clock import Clock, attach_timed
 from lib.console import markdown
 from lib.datasets import Data, Preprocessing, load_data, test_loader, train_loader
 from lib.distributed import Processes, broadcast_batch_norm, data_parallel, destroy_process_group, init_process_group
-from lib.models import CIFAR_RESNETS, build_model, excluded_pattern, init_and_scale, is_known_model
+from lib.models import CIFAR_RESNETS, build_model, init_and_scale, is_known_model
 from lib.presets import PRESETS, WITHOUT_EFFECT, Config
 from lib.run_log import RunLog, WandbRun
 from lib.runs import is_finished, run_name
 from lib.summaries import HEADER
-from specscale import NormScaler, spectral_norms
+from specscale import NormScaler
 
 
 def main(config: Config) -> None:
     processes = init_process_group()
     exit_on_problem(config, processes)
+    torch.set_float32_matmul_precision(config.matmul_precision)
     data = load_data(config, processes)
+    if config.data_on_device:
+        data = data.to(processes.device)
     for norm in config.norms:
         train(config, norm, data, processes)
         processes.barrier()
@@ -62,6 +66,10 @@ def find_problem(config: Config, world_size: int) -> str | None:
         return f"--epochs must be at least 1, found {config.epochs}"
     if config.batch_size % world_size:
         return f"batch size {config.batch_size} does not divide over {world_size} processes"
+    if config.num_workers and config.data_on_device:
+        return f"--num-workers {config.num_workers} has no effect on data on the device; give --no-data-on-device too"
+    if not config.checkpoint_minutes >= 0:
+        return f"--checkpoint-minutes must be 0 (every epoch) or more, found {config.checkpoint_minutes}"
     if not is_known_model(config.model):
         return f"unknown model {config.model!r}; choose mlp, {', '.join(CIFAR_RESNETS)}, or one of timm.list_models()"
     if config.resume and config.overwrite:
@@ -108,11 +116,17 @@ def train(config: Config, norm: str, data: Data, processes: Processes) -> None:
     model = build_model(config, data.image_shape, data.num_classes)
     scaling = init_and_scale(config, norm, model, data.image_shape)
     model.to(processes.device, memory_format=memory_format)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    is_cuda = processes.device.type == "cuda"
+    # On a CPU the default: the fused kernel rounds otherwise.
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=is_cuda or None)
     schedule = learning_rate_schedule(config, optimizer)
 
     costs = StepCosts(scaling, processes.device)
     if scaling is not None:
+        # Exact decompositions wait for the device, and what waits cannot be captured.
+        is_exact = norm == "clipped" or (norm == "spectral" and config.solver == "svd")
+        if is_cuda and not is_exact:
+            scaling.capture()
         attach_timed(scaling, optimizer, costs.scaling_clock)
         optimizer.register_step_post_hook(costs.count_iterations)
 
@@ -125,9 +139,12 @@ def train(config: Config, norm: str, data: Data, processes: Processes) -> None:
     preprocessing = Preprocessing(data, processes.device, memory_format)
     if log is not None:
         log.log_spectra(0, model, data.image_shape)
+    # Only the main process has a log, and so it alone decides when to save.
+    timer = CheckpointTimer(config.checkpoint_minutes, config.epochs)
     for epoch in range(progress.epoch + 1, config.epochs + 1):
         lr = optimizer.param_groups[0]["lr"]
         label = f"{norm} {epoch}/{config.epochs}"
+        started = time.perf_counter()
         train_metrics = train_epoch(
             config, parallel_model, optimizer, preprocessing, processes, epoch, costs.step_clock, label
         )
@@ -135,13 +152,14 @@ def train(config: Config, norm: str, data: Data, processes: Processes) -> None:
         broadcast_batch_norm(model, processes)
         test_metrics = evaluate(config, model, preprocessing, processes)
         if log is not None:
-            norms = spectral_norms(model, exclude=excluded_pattern(model))
-            norm_metrics = {f"spectral_norm/{name}": value for name, value in norms.items()}
-            metrics = {"epoch": epoch, **train_metrics, **test_metrics, "lr": lr, **norm_metrics, **costs.take()}
+            times = {"time/epoch_s": time.perf_counter() - started, **costs.take()}
+            recorded = log.record(epoch, model, data.image_shape)
+            metrics = {"epoch": epoch, **train_metrics, **test_metrics, "lr": lr, **recorded, **times}
             log.log_metrics(metrics)
-            log.log_spectra(epoch, model, data.image_shape)
             progress.epoch = epoch
-            save_checkpoint(folder, stateful, progress)
+            if timer.is_due(epoch):
+                save_checkpoint(folder, stateful, progress)
+                timer.restart()
             print(epoch_message(config, norm, metrics), flush=True)
 
     if log is not None:
@@ -174,7 +192,9 @@ def train_epoch(
     show_progress = processes.is_main and sys.stderr.isatty()
     for images, labels, index in tqdm(loader, label, leave=False, disable=not show_progress):
         with clock.span():
-            images, labels, index = (tensor.to(processes.device) for tensor in (images, labels, index))
+            images, labels, index = (
+                tensor.to(processes.device, non_blocking=True) for tensor in (images, labels, index)
+            )
             optimizer.zero_grad()
             with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.amp):
                 output = model(preprocessing.train(images, index)).float()
@@ -191,9 +211,9 @@ def evaluate(config: Config, model: nn.Module, preprocessing: Preprocessing, pro
     model.eval()
     average = Average(processes)
     for images, labels, _ in test_loader(preprocessing.data, config, processes.rank, processes.world_size):
-        labels = labels.to(processes.device)
+        images, labels = (tensor.to(processes.device, non_blocking=True) for tensor in (images, labels))
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=config.amp):
-            output = model(preprocessing.test(images.to(processes.device))).float()
+            output = model(preprocessing.test(images)).float()
         average.add(nn.functional.cross_entropy(output, labels, reduction="sum"), output, labels)
     return average.metrics("test")
 

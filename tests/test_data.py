@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch.utils.data import DistributedSampler
 
 from lib.datasets import Preprocessing, crop_and_flip, load_data, train_loader
 from lib.datasets import test_loader as loader_of_test
@@ -54,11 +55,45 @@ def test_an_image_looks_the_same_whatever_the_workers_and_ranks(cifar100):
     data = load_data(cifar100, ALONE)
     whole = epoch_of(cifar100, data)
     assert sorted(whole) == list(range(300))
-    by_workers = epoch_of(replace(cifar100, num_workers=2), data)
+    by_workers = epoch_of(replace(cifar100, data_on_device=False, num_workers=2), data)
     assert list(by_workers) == list(whole)
     by_ranks = epoch_of(cifar100, data, 0, 2) | epoch_of(cifar100, data, 1, 2)
     for other in (by_workers, by_ranks):
         assert all(torch.equal(image, whole[index]) for index, image in other.items())
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_batches_are_the_same_selected_on_the_device_and_loaded_on_the_host(world_size, cifar100):
+    data = load_data(cifar100, ALONE)
+    on_host = replace(cifar100, data_on_device=False)
+    for rank in range(world_size):
+        pairs = [[train_loader(data, config, rank, world_size, epoch=2) for config in (cifar100, on_host)]]
+        pairs += [[loader_of_test(data, config, rank, world_size) for config in (cifar100, on_host)]]
+        for selected, loaded in pairs:
+            assert type(selected) is not type(loaded)
+            assert len(selected) == len(loaded) == len(list(selected))
+            for batch, expected in zip(selected, loaded, strict=True):
+                assert all(torch.equal(one, other) for one, other in zip(batch, expected, strict=True))
+
+
+def test_the_order_is_that_of_torchs_sampler(cifar100):
+    data = load_data(cifar100, ALONE)
+    for rank in range(7):
+        sampler = DistributedSampler(data.train, 7, rank, shuffle=True, seed=cifar100.seed)
+        sampler.set_epoch(5)
+        batches = train_loader(data, cifar100, rank, 7, epoch=5)
+        assert [i for _, _, index in batches for i in index.tolist()] == list(sampler)
+
+
+def test_data_that_is_moved_is_all_there():
+    data = load_data(digits(), ALONE)
+    moved = data.to(torch.device("meta"))
+    for split, whole in ((moved.train, data.train), (moved.test, data.test)):
+        assert [(one.device.type, one.shape, one.dtype) for one in split.tensors] == [
+            ("meta", one.shape, one.dtype) for one in whole.tensors
+        ]
+    images, labels, index = next(iter(train_loader(moved, digits(), 0, 1, 1)))
+    assert {images.device.type, labels.device.type, index.device.type} == {"meta"}
 
 
 def test_a_step_sees_the_same_images_on_any_number_of_ranks():

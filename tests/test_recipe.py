@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lib.checkpoint import CheckpointTimer
+from lib.clock import Clock
 from lib.presets import digits, mlp_5x2000
 from specscale import NormScaler
 from train import find_problem, main
@@ -120,24 +123,95 @@ def test_the_constraint_holds_after_every_step_of_a_whole_run(norm, tmp_path, mo
     assert count == 20 * 12
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
-def test_a_killed_run_resumes_to_the_same_metrics(norm, tmp_path):
-    options = ["digits", "--norms", norm, "--epochs", "6", "--width", "700", "--wandb", "disabled"]
-    command = [sys.executable, TRAIN, *options]
+@pytest.mark.parametrize(("norm", "minutes"), [("frobenius", "0"), ("spectral", "60")])
+def test_a_killed_run_resumes_to_the_same_metrics(norm, minutes, tmp_path):
+    options = ["digits", "--norms", norm, "--epochs", "6", "--width", "700", "--spectra", "0", "0.5", "1"]
+    command = [sys.executable, TRAIN, *options, "--checkpoint-minutes", minutes, "--wandb", "disabled"]
     code, output = run([*command, "--out", "whole"], tmp_path)
     assert code == 0, output
-    killed = tmp_path / "runs" / "digits" / f"{norm}-seed0"
+    whole, killed = (tmp_path / out / "digits" / f"{norm}-seed0" for out in ("whole", "runs"))
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (killed / "checkpoint.pt").exists():
+    while not (killed / "checkpoint.pt").exists() or len(lines(killed)) < 3:
         assert process.poll() is None
         time.sleep(0.005)
-    time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert len(lines(killed)) < 6
+    saved = torch.load(killed / "checkpoint.pt")["epoch"]
+    assert saved == 1 if minutes == "60" else saved > 1
     code, output = run([*command, "--resume"], tmp_path)
     assert code == 0, output
-    assert lines(killed) == lines(tmp_path / "whole" / "digits" / f"{norm}-seed0")
+    assert [int(epoch) for epoch in re.findall(r"epoch (\d)/6", output)] == list(range(saved + 1, 7))
+    assert torch.load(killed / "checkpoint.pt")["epoch"] == 6
+    assert lines(killed) == lines(whole)
+    assert (killed / "spectra.jsonl").read_text() == (whole / "spectra.jsonl").read_text()
+
+
+def test_checkpoints_are_due_after_the_first_epoch_the_last_and_the_minutes(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    timer, every = CheckpointTimer(minutes=2, num_epochs=9), CheckpointTimer(minutes=0, num_epochs=9)
+    saved = []
+    for epoch in range(3, 10):
+        now += 50
+        if timer.is_due(epoch):
+            saved.append(epoch)
+            now += 30
+            timer.restart()
+        assert every.is_due(epoch)
+        every.restart()
+    # The time that saving takes is no part of the minutes.
+    assert saved == [3, 6, 9]
+
+
+def test_data_on_the_device_changes_no_result(tmp_path):
+    options = {"norms": ("spectral",), "epochs": 2, "wandb": "disabled", "compare": False}
+    main(replace(digits(), out=tmp_path / "device", **options))
+    main(replace(digits(), out=tmp_path / "host", data_on_device=False, num_workers=1, **options))
+    on_device, on_host = (lines(tmp_path / out / "digits" / "spectral-seed0") for out in ("device", "host"))
+    assert len(on_device) == 2
+    assert on_device == on_host
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("norm", ["none", "frobenius", "spectral"])
+def test_on_a_gpu_no_step_waits_and_the_scaling_step_is_captured(norm, tmp_path, monkeypatch):
+    span, attach, capture, attached, captured = Clock.span, NormScaler.attach, NormScaler.capture, [], []
+
+    @contextmanager
+    def guarded(clock):
+        with span(clock):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Clock, "span", guarded)
+    monkeypatch.setattr(NormScaler, "attach", lambda *both: attached.append(both) or attach(*both))
+    monkeypatch.setattr(NormScaler, "capture", lambda scaling: captured.append(scaling) or capture(scaling))
+    options = {"norms": (norm,), "epochs": 2, "compare": False, "wandb": "disabled"}
+    main(replace(digits(), out=tmp_path / "device", **options))
+    assert [scaling for scaling, _ in attached] == captured
+    assert len(captured) == (norm != "none")
+    assert all(optimizer.defaults["fused"] for _, optimizer in attached)
+    main(replace(digits(), out=tmp_path / "host", data_on_device=False, **options))
+    on_device, on_host = (lines(tmp_path / out / "digits" / f"{norm}-seed0")[-1] for out in ("device", "host"))
+    assert on_device["test/accuracy"] == pytest.approx(on_host["test/accuracy"], abs=0.02)
+
+
+def test_the_precision_of_products_is_set_recorded_and_kept(tmp_path, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    options = {"norms": ("none",), "epochs": 1, "out": tmp_path, "wandb": "disabled", "compare": False}
+    config = replace(digits(), matmul_precision="medium", **options)
+    main(config)
+    assert set_to == ["medium"]
+    folder = tmp_path / "digits" / "none-seed0"
+    assert json.loads((folder / "config.json").read_text())["matmul_precision"] == "medium"
+    problem = find_problem(replace(config, matmul_precision="highest", resume=True), world_size=1)
+    assert problem.startswith(f"{folder} was begun with matmul_precision = medium, found highest")
+    assert find_problem(replace(config, data_on_device=False, checkpoint_minutes=0, resume=True), world_size=1) is None
 
 
 @pytest.mark.parametrize(
@@ -160,6 +234,14 @@ def test_a_missing_or_failing_wandb_stops_no_training(wandb, tmp_path):
         (replace(digits(), batch_size=33), "batch size 33 does not divide over 2 processes"),
         (replace(digits(), resume=True, overwrite=True), "--resume and --overwrite exclude each other"),
         (replace(digits(), epochs=0), "--epochs must be at least 1, found 0"),
+        (
+            replace(digits(), num_workers=4),
+            "--num-workers 4 has no effect on data on the device; give --no-data-on-device too",
+        ),
+        (
+            replace(digits(), checkpoint_minutes=-1),
+            r"--checkpoint-minutes must be 0 \(every epoch\) or more, found -1",
+        ),
         (
             replace(digits(), model="resnet3"),
             "unknown model 'resnet3'; choose mlp, resnet18-quarter, resnet34",
@@ -201,7 +283,8 @@ import sys, torch, train
 from lib.presets import digits, replace
 norm, model, rank = sys.argv[1], sys.argv[2], __import__("os").environ["RANK"]
 # Not both: on some CPUs, bfloat16 convolutions of maps as small as these have gradients out of unwritten memory.
-options = {"amp": True} if model == "mlp" else {"channels_last": True, "num_workers": 1}
+on_host = {"channels_last": True, "data_on_device": False, "num_workers": 1}
+options = {"amp": True} if model == "mlp" else on_host
 models, data_parallel = [], train.data_parallel
 train.data_parallel = lambda model, processes: models.append(model) or data_parallel(model, processes)
 options |= {"model": model, "norms": (norm,), "epochs": 1, "limit_train": 512, "width": 700, "wandb": "disabled"}

@@ -4,10 +4,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from queue import Queue
 
 import pytest
 
-from sweep import Options, find_problem, grid
+from sweep import Options, Task, find_problem, grid, train, visible_devices
 
 SWEEP = str(Path(__file__).parent.parent / "recipes" / "sweep.py")
 
@@ -38,6 +39,37 @@ def test_the_post_in_twenty_runs():
 )
 def test_options_that_cannot_work_are_refused(options, text):
     assert find_problem(options).startswith(text)
+
+
+def test_runs_of_one_process_share_gpus_and_larger_ones_have_their_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert find_problem(Options(jobs=9)) is None
+    assert find_problem(Options(jobs=2, processes=2)) is None
+    text = (
+        "3 jobs of 2 processes need 6 GPUs, found 4; give fewer, or --processes 1: runs of one process can share a GPU"
+    )
+    assert find_problem(Options(jobs=3, processes=2)) == text
+    devices = ["4", "5", "GPU-6", "7"]
+    shared = [visible_devices(slot, 1, devices) for slot in range(9)]
+    assert shared == [["4"], ["5"], ["GPU-6"], ["7"]] * 2 + [["4"]]
+    assert [visible_devices(slot, 2, devices) for slot in range(2)] == [["4", "5"], ["GPU-6", "7"]]
+    assert [visible_devices(slot, 1, ["0"]) for slot in range(3)] == [["0"]] * 3
+
+
+@pytest.mark.parametrize(("jobs", "visible", "expected"), [(3, None, "1"), (3, "5,7", "7"), (1, "5,7", "5,7")])
+def test_a_run_sees_the_gpus_of_its_slot(jobs, visible, expected, monkeypatch, capfd):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    program = "import os; print('sees', os.environ['CUDA_VISIBLE_DEVICES'])"
+    monkeypatch.setattr(Task, "command", lambda *_: [sys.executable, "-c", program])
+    slots = Queue()
+    slots.put(1)
+    assert train(Task("digits", "none", "described", 0), Options(jobs=jobs), [], slots)
+    assert capfd.readouterr().out == f"digits/none-seed0: sees {expected}\n"
+    assert slots.get_nowait() == 1
 
 
 def test_a_sweep_skips_what_is_done_and_goes_on(tmp_path):

@@ -1,11 +1,18 @@
 """What an accelerator's step must not do, on the code that it runs, which a CPU can run too."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_constraint import matrices, net, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lib.clock import Clock
+from lib.datasets import Preprocessing, load_data
+from lib.distributed import Processes
+from lib.presets import digits
 from specscale import NonFiniteWeightError, NormScaler, apply_norm_scaling
+from train import train_epoch
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 DECOMPOSING = {"_linalg_svd", "_linalg_eigh", "linalg_eig", "linalg_qr", "linalg_lu_factor_ex", "_linalg_solve_ex"}
@@ -115,3 +122,26 @@ def test_the_pace_follows_the_error_of_the_step_before(accelerator):
         paces += scaling._step._planned.values()
     assert max(paces) > 2, "an error that is too large asks for more"
     assert paces[-1] < max(paces), "and one that is small for fewer"
+
+
+def test_the_training_loop_of_the_recipe_waits_once_an_epoch(monkeypatch):
+    reads = []
+    for name in ("tolist", "item", "cpu", "numpy"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda tensor, *_, name=name, read=read: reads.append(name) or read(tensor)
+        )
+    processes = Processes(0, 1, torch.device("cpu"))
+    config = replace(digits(), limit_train=640)
+    data = load_data(config, processes).to(processes.device)
+    data.augment = True
+    data.train.tensors = (torch.nn.functional.pad(data.train.tensors[0], [12] * 4), *data.train.tensors[1:])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10))
+    # As on a GPU: the loop over tensors reads the number of steps on a CPU.
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    preprocessing = Preprocessing(data, processes.device, torch.contiguous_format)
+    clock = Clock(processes.device)
+    with Refuse():
+        train_epoch(config, model, optimizer, preprocessing, processes, 1, clock, "")
+    assert len(clock.take_ms()) == 5
+    assert reads == ["tolist"]

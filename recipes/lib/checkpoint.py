@@ -1,5 +1,6 @@
-"""Checkpoints: save the state of a run, and resume from it."""
+"""Checkpoints: when to save the state of a run, how, and how to resume from it."""
 
+import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,24 @@ class Progress:
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     history: list[dict[str, Any]] = field(default_factory=list)
     snapshots: list[dict[str, Any]] = field(default_factory=list)
+
+
+class CheckpointTimer:
+    """Says after which epochs to save: the first, the last, and those that end long enough after the one before.
+
+    The first epoch is that of this process: a run that is interrupted again and again still gets on.
+    """
+
+    def __init__(self, minutes: float, num_epochs: int) -> None:
+        self.seconds, self.num_epochs = 60 * minutes, num_epochs
+        self.due = time.monotonic()
+
+    def is_due(self, epoch: int) -> bool:
+        return epoch == self.num_epochs or time.monotonic() >= self.due
+
+    def restart(self) -> None:
+        """Count from now, after a checkpoint was saved."""
+        self.due = time.monotonic() + self.seconds
 
 
 def save_checkpoint(folder: Path, modules: dict[str, Any], progress: Progress) -> None:

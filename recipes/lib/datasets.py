@@ -1,12 +1,13 @@
 """The data sets in memory, loaders that shard them over the ranks, and augmentation on the device."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lib.distributed import Processes
 from lib.presets import Config
@@ -29,6 +30,11 @@ class Data:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return tuple(self.train.tensors[0].shape[1:])
+
+    def to(self, device: torch.device) -> "Data":
+        """Both splits on the device; mean and standard deviation stay."""
+        splits = (TensorDataset(*(one.to(device) for one in split.tensors)) for split in (self.train, self.test))
+        return Data(*splits, self.num_classes, self.mean, self.std, self.augment)
 
 
 def load_data(config: Config, processes: Processes) -> Data:
@@ -85,23 +91,50 @@ def random_data(count: int) -> Data:
     return Data(split, split, 100, half, half, True)
 
 
-def train_loader(data: Data, config: Config, rank: int, world_size: int, epoch: int) -> DataLoader:
+class Loader(Sized, Protocol):
+    """Batches of images, labels and indices."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]: ...
+
+
+def train_loader(data: Data, config: Config, rank: int, world_size: int, epoch: int) -> Loader:
     """This rank's shard of every training batch; the shards add up to the same batches for any world size."""
-    sampler = DistributedSampler(data.train, world_size, rank, shuffle=True, seed=config.seed)
-    sampler.set_epoch(epoch)
-    return _loader(data.train, sampler, config.batch_size // world_size, config.num_workers)
+    count = len(data.train)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed + epoch))
+    # The first images once more, until the ranks' shares are equal.
+    order = order[torch.arange(count + -count % world_size) % count]
+    return _loader(data.train, order[rank::world_size], config.batch_size // world_size, config)
 
 
-def test_loader(data: Data, config: Config, rank: int, world_size: int) -> DataLoader:
+def test_loader(data: Data, config: Config, rank: int, world_size: int) -> Loader:
     """This rank's shard of the test images; each image is in exactly one shard."""
-    shard = range(rank, len(data.test), world_size)
-    return _loader(data.test, shard, config.batch_size // world_size, config.num_workers)
+    shard = torch.arange(rank, len(data.test), world_size)
+    return _loader(data.test, shard, config.batch_size // world_size, config)
 
 
-def _loader(dataset: TensorDataset, sampler: Iterable[int], batch_size: int, num_workers: int) -> DataLoader:
+def _loader(dataset: TensorDataset, order: Tensor, batch_size: int, config: Config) -> Loader:
+    if config.data_on_device:
+        return DeviceLoader(dataset, order, batch_size)
     # The dataset is indexed once for a whole batch instead of once for each image.
-    batches = BatchSampler(sampler, batch_size, drop_last=False)
-    return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=num_workers)
+    batches = [batch.tolist() for batch in order.split(batch_size)]
+    pin_memory = torch.cuda.is_available()
+    return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=config.num_workers, pin_memory=pin_memory)
+
+
+class DeviceLoader:
+    """Batches selected on the device that the data set is on: the host copies one order of images for all of them."""
+
+    def __init__(self, dataset: TensorDataset, order: Tensor, batch_size: int) -> None:
+        self.tensors = dataset.tensors
+        self.batches = order.to(self.tensors[0].device).split(batch_size)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for batch in self.batches:
+            images, labels, index = (tensor.index_select(0, batch) for tensor in self.tensors)
+            yield images, labels, index
 
 
 class Preprocessing:

@@ -4,6 +4,7 @@ import json
 import shlex
 import statistics
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from lib.files import append_json_line, write_atomically, write_json_lines
 from lib.models import excluded_pattern
 from lib.presets import Config, condition_name
 from lib.provenance import provenance
-from lib.spectra import snapshot
+from lib.spectra import snapshot, spectral_norms
 from specscale import NormScaler
 
 
@@ -93,6 +94,14 @@ class RunLog:
         self.wandb_run = WandbRun(config, folder, "train", condition_name(norm, config.targets), progress.run_id)
         for metrics in progress.history:
             self.wandb_run.log(metrics)
+
+    def record(self, epoch: int, model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, float]:
+        """The spectral norms for the metrics of an epoch, and how long it took to record them and the spectra."""
+        started = time.perf_counter()
+        norms = spectral_norms(model, excluded_pattern(model))
+        self.log_spectra(epoch, model, image_shape)
+        norm_metrics = {f"spectral_norm/{name}": value for name, value in norms.items()}
+        return norm_metrics | {"time/recording_s": time.perf_counter() - started}
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Log the metrics of an epoch."""

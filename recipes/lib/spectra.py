@@ -1,13 +1,42 @@
-"""All singular values of the weights, their ranks, and the operator norms of convolutions."""
+"""Spectral norms of the weights, all their singular values, their ranks, and the operator norms of convolutions."""
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor, nn
 
+from lib.lanczos import bidiagonalize, largest_singular_values
 from specscale import singular_values
+from specscale.weights import Weight, select
+
+
+@torch.no_grad()
+def spectral_norms(model: nn.Module, exclude: str | None = None) -> dict[str, float]:
+    """The spectral norm of every weight, scaled or not, by layer, to a relative 5e-4.
+
+    By Lanczos iteration. On the weights of an MLP of width 1000 in training under spectral scaling, whose largest
+    singular values crowd at one value, the norms were too low by 7e-6 on average and by 2e-4 at most.
+
+    For after every epoch: `specscale.spectral_norms` is more accurate, and decides after each iteration of each weight
+    whether to go on. Here weights of one shape share their launches, and the host waits once. A weight that is several
+    matrices is reported by its largest norm.
+    """
+    weights = {weight.name: weight for weight in select(model, exclude=exclude, frozen=True)}
+
+    def shape(weight: Weight) -> Hashable:
+        m, n = weight.view.matrix_shape(weight.parameter)
+        return weight.view.count, max(m, n), min(m, n)
+
+    return largest_singular_values(weights, shape, _bidiagonals_of_weights)
+
+
+def _bidiagonals_of_weights(weights: list[Weight]) -> Tensor:
+    parts = (weight.view.matrices(weight.parameter).double() for weight in weights)
+    tall = torch.cat([part if part.shape[-2] >= part.shape[-1] else part.mT for part in parts])
+    return bidiagonalize(
+        tall.matmul, tall.mT.matmul, len(tall), tall.shape[-1], tall.device, num_steps=48, num_starts=4
+    )
 
 
 def snapshot(model: nn.Module, image_shape: tuple[int, int, int], exclude: str | None = None) -> dict[str, Any]:
@@ -22,10 +51,14 @@ def snapshot(model: nn.Module, image_shape: tuple[int, int, int], exclude: str |
         by_key[f"singular_values/{name}"] = [float(f"{value:.5g}") for value in values[0].tolist()]
         for rank, function in RANKS.items():
             by_key[f"{rank}/{name}"] = function(values[0])
-    shapes = input_shapes(model, image_shape)
-    for name, module in model.named_modules():
-        if f"singular_values/{name}" in by_key and isinstance(module, nn.Conv2d):
-            by_key[f"operator_norm/{name}"] = operator_norm(module, shapes[name])
+    convolutions = {
+        name: module
+        for name, module in model.named_modules()
+        if f"singular_values/{name}" in by_key and isinstance(module, nn.Conv2d)
+    }
+    if convolutions:
+        operators = operator_norms(convolutions, input_shapes(model, image_shape))
+        by_key |= {f"operator_norm/{name}": value for name, value in operators.items()}
     return by_key
 
 
@@ -67,28 +100,42 @@ def input_shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[st
     return shapes
 
 
-def operator_norm(convolution: nn.Conv2d, input_shape: torch.Size) -> float:
-    """The largest `||conv(x)|| / ||x||` over inputs of shape `(1, C, H, W)`, without the bias, to a relative 1e-3.
+@torch.no_grad()
+def operator_norms(convolutions: Mapping[str, nn.Conv2d], input_shapes: Mapping[str, torch.Size]) -> dict[str, float]:
+    """The largest `||conv(x)|| / ||x||` over inputs of each shape `(1, C, H, W)`, without the bias, to a relative 1e-4.
 
-    By ARPACK's Lanczos iteration on the convolution and its adjoint, with its own padding and stride. For circular
-    padding, Sedghi et al., "The singular values of convolutional layers" (2019), get it from a Fourier transform.
+    By Lanczos iteration on the convolution and its adjoint, with its own padding and stride. The norms of a small
+    ResNet's convolutions, after 3 and after 200 steps under spectral scaling and without, were too low by 2e-5 at most.
+    For circular padding, Sedghi et al., "The singular values of convolutional layers" (2019), get it from a Fourier
+    transform.
     """
-    weight = convolution.weight.detach()
-    # The convolution is linear in its input: autograd's vector-Jacobian product, at any input, applies the adjoint.
-    zero = torch.zeros(input_shape, device=weight.device, dtype=weight.dtype, requires_grad=True)
+    items = {name: (convolution, input_shapes[name]) for name, convolution in convolutions.items()}
+
+    def settings(item: tuple[nn.Conv2d, torch.Size]) -> Hashable:
+        one, input_shape = item
+        return input_shape, one.weight.shape, one.stride, one.padding, one.dilation, one.groups, one.padding_mode
+
+    return largest_singular_values(items, settings, _bidiagonals_of_convolutions)
+
+
+def _bidiagonals_of_convolutions(items: list[tuple[nn.Conv2d, torch.Size]]) -> Tensor:
+    """Of convolutions that differ in nothing but their weights."""
+    count, (first, input_shape) = len(items), items[0]
+    weight = torch.cat([convolution.weight.double() for convolution, _ in items])
+    # Side by side, they are one convolution in more groups.
+    channels = count * first.in_channels, count * first.out_channels
+    settings = (first.kernel_size, first.stride, first.padding, first.dilation, count * first.groups)
+    together = nn.Conv2d(*channels, *settings, bias=False, padding_mode=first.padding_mode, device="meta")
+    # It is linear in its input: autograd's vector-Jacobian product, at any input, applies the adjoint.
+    zero = weight.new_zeros(1, count * input_shape[1], *input_shape[2:]).requires_grad_()
     with torch.enable_grad():
-        output = convolution._conv_forward(zero, weight, None)
+        output = together._conv_forward(zero, weight, None)
 
-    def apply(vector: np.ndarray) -> np.ndarray:
-        image = torch.from_numpy(vector).to(zero).reshape(input_shape)
-        with torch.no_grad():
-            return convolution._conv_forward(image, weight, None).flatten().cpu().numpy()
+    def apply(vectors: Tensor) -> Tensor:
+        return together._conv_forward(vectors.reshape(zero.shape), weight, None).reshape(count, -1, 1)
 
-    def apply_adjoint(vector: np.ndarray) -> np.ndarray:
-        gradient = torch.from_numpy(vector).to(output).reshape(output.shape)
-        return torch.autograd.grad(output, zero, gradient, retain_graph=True)[0].flatten().cpu().numpy()
+    def apply_adjoint(vectors: Tensor) -> Tensor:
+        gradient = vectors.reshape(output.shape)
+        return torch.autograd.grad(output, zero, gradient, retain_graph=True)[0].reshape(count, -1, 1)
 
-    dtype = torch.empty((), dtype=weight.dtype).numpy().dtype
-    operator = LinearOperator((output.numel(), zero.numel()), matvec=apply, rmatvec=apply_adjoint, dtype=dtype)
-    start = np.random.default_rng(0).standard_normal(min(operator.shape)).astype(dtype)
-    return float(svds(operator, k=1, tol=1e-3, v0=start, return_singular_vectors=False)[0])
+    return bidiagonalize(apply, apply_adjoint, count, input_shape.numel(), zero.device, num_steps=80, num_starts=1)
