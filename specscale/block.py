@@ -12,7 +12,7 @@ One iteration, for each matrix `A (M, N)`, `M >= N`, and its block `V (N, b)`, i
 
 The products with `A` are taken one matrix after another, the small problems of all matrices in one batch. Nothing here
 needs float64, a factorisation that would make the host wait, or a shape that depends on the data.
-`specscale.kernels` does the same on CUDA, kernel by kernel.
+`specscale.grouped` does the same on CUDA, kernel by kernel.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ NOISE = 0.05
 ROUNDS = 6
 """Rounds of orthogonal iteration in a Rayleigh-Ritz step.
 
-The dominant subspace is wanted approximately only: a restart from the exact one forgets older directions sooner, and its
-errors are up to six times as large.
+The dominant subspace is wanted approximately only: a restart from the exact one forgets older directions sooner, and
+its errors are up to six times as large.
 """
 
 SQUARINGS = 20

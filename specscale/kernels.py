@@ -1,49 +1,24 @@
-"""The scaling step on CUDA: all weights of one dtype in a fixed number of launches, whatever their number.
+"""The CUDA kernels of the grouped step, in Triton; `specscale.grouped` says what they are for, and launches them.
 
-A table in the device's memory has one row for each matrix: where it is, how it is strided, where its state is. A launch
-runs over tiles of all matrices, or over the matrices; a tile names its row. Sums over tiles are written as partial
-results and added in a fixed order, so that equal weights give equal results, bit for bit, on every rank and at every
-repeat. Arithmetic is in float32, products by tensor cores in three parts each (`tf32x3`, as accurate as float32),
-whatever torch's switches say.
-
-A spectral step is `specscale.block` with a block of 16 columns, kernel by kernel, in `1 + 6 num_iterations` launches:
-
-    images          Y = A V                                                  once
-    products        A^T Y, in parts                                          every iteration
-    residuals       R = A^T Y - V (Y^T Y), parts of the Gram matrix of [V, R]
-    orthogonalize   the frame in which [V, R] is orthonormal                 one program a matrix
-    images_of_rest  T = (A R) M - Y K, parts of the Gram matrix of [Y, T]
-    rayleigh_ritz   the dominant subspace, and what is reported              one program a matrix
-    combine         the new V and Y; after the last iteration: the new V, and the weight itself
-
-A matrix of at most 32 columns is its own Gram matrix in the frame of unit vectors, in the last iteration's launches. A
-Frobenius step is two launches: sums of squares, and the weight itself.
-
-This module is imported only where there are CUDA weights, since it needs Triton.
+Each spectral kernel does what a function of `specscale.block` does. Arithmetic is in float32, products by tensor cores
+in three parts each (`tf32x3`, as accurate as float32), whatever torch's switches say. Partial sums are added in a fixed
+order.
 """
-
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from specscale.block import NOISE, ROUNDS, SQUARINGS, Block
-from specscale.constraints import Frobenius, Spectral
-from specscale.norms import SpectralNormBySolver
-from specscale.weights import Weight
+from specscale.block import NOISE, ROUNDS, SQUARINGS
 
 # A row of the table, int64.
 FIELDS = tl.constexpr(40)
 WEIGHT, M_, N_, MODE = (tl.constexpr(i) for i in range(4))
-"""The matrix as `A (M, N)`, `M >= N`: its address, and how its tiles are read, see `_MODES`."""
+"""The matrix as `A (M, N)`, `M >= N`: its address, and how its tiles are read."""
 I_LENGTH, I_OUTER, I_INNER, J_LENGTH, J_OUTER, J_INNER = (tl.constexpr(i) for i in range(4, 10))
-"""Row `i` lies `(i // I_LENGTH) * I_OUTER + (i % I_LENGTH) * I_INNER` elements behind the first, column `j` likewise."""
+"""Row `i` lies `(i // I_LENGTH) * I_OUTER + (i % I_LENGTH) * I_INNER` elements behind the first; columns likewise."""
 BASIS, ORDER_LENGTH, ORDER_STRIDE = (tl.constexpr(i) for i in range(10, 13))
-"""The block's row of column `j` is `(j % ORDER_LENGTH) * ORDER_STRIDE + j // ORDER_LENGTH`: in the weight's own order."""
+"""Column `j` has row `(j % ORDER_LENGTH) * ORDER_STRIDE + j // ORDER_LENGTH` of the block: the weight's own order."""
 V_, Y_, R_, T_, PRODUCTS, GRAM_V, GRAM_Y, SMALL = (tl.constexpr(i) for i in range(13, 21))
 """Scratch: blocks, images, residuals, their images, partial sums, and small matrices."""
 NUM_I, NUM_J, NUM_CHUNKS, IS_EXACT = (tl.constexpr(i) for i in range(21, 25))
@@ -56,12 +31,6 @@ SQUARES, FRAME_Y, FRAME_S, GRAM, LENGTHS, OF_BASIS, OF_IMAGES, STEP = (
 )
 SMALL_SIZE = 4372
 
-TILE = 64
-"""Rows or columns of a tile of products."""
-DEPTH = 32
-"""Columns or rows that a tile of products reads at a time."""
-CHUNK = 512
-"""Rows whose products with the images one program adds up: tall matrices of few columns must fill the device too."""
 SIDE = 128
 """Rows and columns of a tile of the weight that one program updates, `STRIP` at a time."""
 _SIDE, STRIP = tl.constexpr(SIDE), tl.constexpr(16)
@@ -200,7 +169,7 @@ def _hash32(x):
 
 
 @triton.jit
-def _images(table, row_tiles, column_tiles, num_row_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+def images(table, row_tiles, column_tiles, num_row_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
             TILE: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """`Y = A V` with parts of `Y^T Y`; the last programs copy the block into scratch, in the order of the columns."""
     pid = tl.program_id(0)
@@ -232,7 +201,7 @@ def _images(table, row_tiles, column_tiles, num_row_tiles, DTYPE: tl.constexpr, 
 
 
 @triton.jit
-def _products(table, chunks, DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+def products(table, chunks, DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
               CHUNK: tl.constexpr):  # fmt: skip
     """`A^T Y`, in parts of `CHUNK` rows each."""
     pid = tl.program_id(0)
@@ -246,12 +215,11 @@ def _products(table, chunks, DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl
         N_, J_LENGTH, J_OUTER, J_INNER, M_, I_LENGTH, I_OUTER, I_INNER, COLUMNS_CONTIGUOUS, ROWS_CONTIGUOUS,
         DTYPE, VECTOR, TILE, DEPTH,
     )  # fmt: skip
-    scale, unscale = _scale(row)
-    _store_columns(tl.load(row + PRODUCTS) + chunk * n * 64, j, n, product * unscale)
+    _store_columns(tl.load(row + PRODUCTS) + chunk * n * 64, j, n, product * _scale(row)[1])
 
 
 @triton.jit
-def _residuals(table, column_tiles, FIRST: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr):
+def residuals(table, column_tiles, FIRST: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr):
     """`R = A^T Y - V (Y^T Y)`, with noise in its last column once, and parts of the Gram matrix of `[V, R]`."""
     pid = tl.program_id(0)
     row = table + tl.load(column_tiles + 2 * pid) * FIELDS
@@ -318,12 +286,14 @@ def _inverse_of_triangle(factor):
         pivot = tl.sum(tl.where(r == k, line, 0.0), axis=0)
         line = tl.where(r < k, line, 0.0)
         unit = tl.where(c == k, 1.0, 0.0)
-        inverse = tl.where(r[:, None] == k, ((unit - tl.sum(line[:, None] * inverse, axis=0)) / pivot)[None, :], inverse)
+        inverse = tl.where(
+            r[:, None] == k, ((unit - tl.sum(line[:, None] * inverse, axis=0)) / pivot)[None, :], inverse
+        )
     return inverse
 
 
 @triton.jit
-def _orthogonalize(table, LAST: tl.constexpr):
+def orthogonalize(table, LAST: tl.constexpr):
     """The frame in which `[V, R]` is orthonormal: `block.orthogonalize`."""
     row = table + tl.program_id(0) * FIELDS
     small = _floats(tl.load(row + SMALL))
@@ -379,7 +349,7 @@ def _orthogonalize(table, LAST: tl.constexpr):
 
 
 @triton.jit
-def _images_of_rest(table, row_tiles, LAST: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+def images_of_rest(table, row_tiles, LAST: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
                     TILE: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """`T = (A R) M - Y K`, and parts of the Gram matrix of `[Y, T]`."""
     pid = tl.program_id(0)
@@ -393,13 +363,13 @@ def _images_of_rest(table, row_tiles, LAST: tl.constexpr, DTYPE: tl.constexpr, V
             M_, I_LENGTH, I_OUTER, I_INNER, N_, J_LENGTH, J_OUTER, J_INNER, ROWS_CONTIGUOUS, COLUMNS_CONTIGUOUS,
             DTYPE, VECTOR, TILE, DEPTH,
         )  # fmt: skip
-        scale, unscale = _scale(row)
         frame = _floats(tl.load(row + SMALL)) + FRAME_S
         r, c = tl.arange(0, 16), tl.arange(0, 16)
         minus_K = tl.load(frame + r[:, None] * 32 + c[None, :] + 16)
         M = tl.load(frame + r[:, None] * 32 + c[None, :] + 528)
         y = _columns(tl.load(row + Y_), i, m)
-        image = tl.dot(image * unscale, M, input_precision=PRECISION) + tl.dot(y, minus_K, input_precision=PRECISION)
+        image = tl.dot(image * _scale(row)[1], M, input_precision=PRECISION)
+        image += tl.dot(y, minus_K, input_precision=PRECISION)
         _store_columns(tl.load(row + T_), i, m, image)
         part = _floats(tl.load(row + GRAM_Y)) + t * 1024
         across = tl.dot(tl.trans(y), image, input_precision=PRECISION)
@@ -422,8 +392,8 @@ def _largest(square, eye):
 
 
 @triton.jit
-def _rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """The dominant subspace, `block.rayleigh_ritz`; after the last iteration the step's length, and what is reported."""
+def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """`block.rayleigh_ritz`; after the last iteration, the step's length and what is reported."""
     row = table + tl.program_id(0) * FIELDS
     is_exact = tl.load(row + IS_EXACT) != 0
     if LAST or not is_exact:
@@ -548,7 +518,7 @@ def _combined(first, second, index, size, coefficients):
 
 
 @triton.jit
-def _combine(table, row_tiles, column_tiles, num_row_tiles, TILE: tl.constexpr):
+def combine(table, row_tiles, column_tiles, num_row_tiles, TILE: tl.constexpr):
     """The new images, and by the last programs the new blocks, between two iterations."""
     pid = tl.program_id(0)
     if pid < num_row_tiles:
@@ -623,7 +593,7 @@ def _change_strip(row, p, q, factor, along_p, along_q, DTYPE: tl.constexpr, VECT
 
 
 @triton.jit
-def _update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+def update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
             TILE: tl.constexpr):  # fmt: skip
     """`A <- A + (t - s) u v^T`, and by the last programs the block that the next step starts from."""
     pid = tl.program_id(0)
@@ -638,7 +608,8 @@ def _update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.const
             # Along `p` are the rows, with their images, or the columns, with the block.
             swap = tl.load(row + MODE) == ROWS_CONTIGUOUS
             y, t, v, r = tl.load(row + Y_), tl.load(row + T_), tl.load(row + V_), tl.load(row + R_)
-            p_first, p_second, q_first, q_second = tl.where(swap, v, y), tl.where(swap, r, t), tl.where(swap, y, v), tl.where(swap, t, r)
+            p_first, p_second = tl.where(swap, v, y), tl.where(swap, r, t)
+            q_first, q_second = tl.where(swap, y, v), tl.where(swap, t, r)
             of_p, of_q = tl.where(swap, OF_BASIS, OF_IMAGES), tl.where(swap, OF_IMAGES, OF_BASIS)
             p_size, q_size = tl.where(swap, n, m), tl.where(swap, m, n)
             along_q = step * _first_column(q_first, q_second, q, q_size, small + of_q)
@@ -661,7 +632,7 @@ def _update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.const
 
 
 @triton.jit
-def _squares(table, update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+def squares(table, update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     """The sum of squares of each tile; the first program of a matrix keeps the scale that they were taken in."""
     pid = tl.program_id(0)
     row = table + tl.load(update_tiles + 4 * pid) * FIELDS
@@ -680,7 +651,7 @@ def _squares(table, update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _rescale(table, update_tiles, found_inf, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+def rescale(table, update_tiles, found_inf, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     """`A <- A t / ||A||_F`; every program adds the squares of its matrix up, in the same order."""
     pid = tl.program_id(0)
     row = table + tl.load(update_tiles + 4 * pid) * FIELDS
@@ -710,207 +681,3 @@ def _rescale(table, update_tiles, found_inf, DTYPE: tl.constexpr, VECTOR: tl.con
         stats = _float(tl.load(row + STATS))
         tl.store(stats, norm)
         tl.store(stats + tl.load(row + NUM_MATRICES), 0.0)
-
-
-class Layout(NamedTuple):
-    """Where the elements of a matrix lie, in elements: rows at one stride, columns at two levels of strides."""
-
-    row_stride: int
-    length: int
-    """Columns of the inner level."""
-    outer: int
-    inner: int
-    order_length: int
-    """Column `j`, counted as the memory has them, is number `(j % order_length) * order_stride + j // order_length`."""
-    order_stride: int
-
-
-def layout_of(split: Tensor) -> Layout | None:
-    """The layout of the matrices of a weight `(k, o, i, ...)`, `MatrixView.split`; None where two levels do not do.
-
-    Columns are taken in the order of memory if that is a rotation of their own order: as `channels_last` has them.
-    """
-    sizes, strides = split.shape[2:], split.stride()[2:]
-    axes = [axis for axis, size in enumerate(sizes) if size > 1]
-    found = []
-    for first in range(max(len(axes), 1)):
-        rotated = axes[first:] + axes[:first]
-        levels: list[tuple[int, int]] = []
-        for axis in rotated:
-            if levels and levels[-1][1] == strides[axis] * sizes[axis]:
-                levels[-1] = levels[-1][0] * sizes[axis], strides[axis]
-            else:
-                levels.append((sizes[axis], strides[axis]))
-        if len(levels) > 2:
-            continue
-        length, inner = levels[-1] if levels else (1, 1)
-        outer = levels[0][1] if len(levels) == 2 else 0
-        leading = math.prod(sizes[axis] for axis in rotated[: len(axes) - first])
-        trailing = math.prod(sizes[axis] for axis in axes[:first])
-        # Memory counts `rotated`, whose last axes come first in the weight's own order.
-        layout = Layout(split.stride(1), length, outer, inner, trailing or 1, leading)
-        found.append((len(levels), inner, layout))
-    return min(found, key=lambda one: one[:2])[2] if found else None
-
-
-def fits(weight: Weight) -> bool:
-    """Whether a kernel takes the weight's step."""
-    parameter, constraint = weight.parameter, weight.scaling.constraint
-    is_known = isinstance(constraint, Frobenius) or (
-        isinstance(constraint, Spectral)
-        and isinstance(constraint.norm, SpectralNormBySolver)
-        and isinstance(constraint.norm.solver, Block)
-        and constraint.norm.solver.width == 16
-    )
-    return (
-        is_known
-        and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and layout_of(weight.view.split(parameter.detach())) is not None
-    )
-
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-class GroupedStep:
-    """The step of weights of one dtype, device and constraint; valid while `fingerprint` stays what it was."""
-
-    def __init__(self, weights: Sequence[Weight]) -> None:
-        parameter = weights[0].parameter
-        self.device, self.dtype = parameter.device, _TYPES[parameter.dtype]
-        self.vector = 16 // parameter.element_size()
-        self.is_spectral = isinstance(weights[0].scaling.constraint, Spectral)
-        self.num_matrices = sum(weight.view.count for weight in weights)
-        self.stats = torch.zeros(2, self.num_matrices, device=self.device)
-        """The norms, and the estimated errors, of the last step."""
-        self._unit_vectors = torch.eye(32, device=self.device).reshape(32, 2, 16).movedim(1, 0).contiguous()
-        self._never = torch.zeros(1, device=self.device)
-        self._rows: list[list[int]] = []
-        self._tiles: dict[str, list[list[int]]] = {"rows": [], "columns": [], "chunks": [], "weight": []}
-        self._scratch_size = 0
-        self._in_scratch: list[tuple[int, int]] = []
-        for weight in weights:
-            self._add(weight)
-        self._scratch = torch.empty(self._scratch_size, device=self.device)
-        for number, field in self._in_scratch:
-            self._rows[number][field] = self._scratch.data_ptr() + 4 * self._rows[number][field]
-        self.table = _to_device(torch.tensor(self._rows, dtype=torch.int64), self.device)
-        self.tiles = {
-            name: _to_device(torch.tensor(tiles, dtype=torch.int32), self.device) for name, tiles in self._tiles.items()
-        }
-
-    def _add(self, weight: Weight) -> None:
-        """A row of the table, and tiles, for each matrix of a weight."""
-        scaling = weight.scaling
-        split = weight.view.split(weight.parameter.detach())
-        layout = layout_of(split)
-        assert layout is not None
-        outputs, inputs = weight.view.matrix_shape(weight.parameter)
-        by_row = (outputs, 0, layout.row_stride)
-        by_column = (layout.length, layout.outer, layout.inner)
-        order = (layout.order_length, layout.order_stride)
-        is_tall = outputs >= inputs
-        m, n = (outputs, inputs) if is_tall else (inputs, outputs)
-        along_i, along_j = (by_row, by_column) if is_tall else (by_column, by_row)
-        if not is_tall:
-            order = (outputs, 1)
-        is_exact = n <= 32
-        for k in range(weight.view.count):
-            number = len(self._rows)
-            pointer = split.data_ptr() + k * split.stride(0) * split.element_size()
-            num_i, num_j, num_chunks = -(-m // TILE), -(-n // TILE), -(-m // CHUNK)
-            mode = _mode(pointer, m, n, along_i, along_j, self.vector)
-            p, q = (n, m) if mode == ROWS_CONTIGUOUS.value else (m, n)
-            weight_tiles = [[a, b] for a in range(-(-p // SIDE)) for b in range(-(-q // SIDE))]
-            row = [0] * FIELDS.value
-            values = {
-                WEIGHT: pointer, M_: m, N_: n, MODE: mode,
-                I_LENGTH: along_i[0], I_OUTER: along_i[1], I_INNER: along_i[2],
-                J_LENGTH: along_j[0], J_OUTER: along_j[1], J_INNER: along_j[2],
-                ORDER_LENGTH: order[0], ORDER_STRIDE: order[1],
-                NUM_I: num_i, NUM_J: num_j, NUM_CHUNKS: num_chunks, IS_EXACT: int(is_exact),
-                TARGET: scaling.target[k:].data_ptr(), SKIP_MASK: scaling.skip_mask[k:].data_ptr(),
-                NORM: scaling.norm[k:].data_ptr(), RESIDUAL: scaling.residual[k:].data_ptr(),
-                ERROR: scaling.error[k:].data_ptr(), STATS: self.stats[0, number:].data_ptr(),
-                NUM_MATRICES: self.num_matrices, NUM_TILES: len(weight_tiles),
-            }  # fmt: skip
-            sizes = {PARTIAL_SQUARES: 1 + len(weight_tiles)}
-            if self.is_spectral:
-                state = scaling.solver_state()
-                values[BASIS] = self._unit_vectors[0].data_ptr() if is_exact else state["basis"][k].data_ptr()
-                if not is_exact:
-                    values[KEY], values[AGE] = state["key"][k:].data_ptr(), state["age"][k:].data_ptr()
-                sizes = {
-                    V_: 16 * n, Y_: 16 * m, R_: 16 * n, T_: 16 * m, PRODUCTS: 16 * n * num_chunks,
-                    GRAM_V: 768 * num_j, GRAM_Y: 1024 * num_i, SMALL: SMALL_SIZE,
-                }  # fmt: skip
-            for field, value in values.items():
-                row[field.value] = value
-            for field, size in sizes.items():
-                row[field.value] = self._scratch_size
-                self._in_scratch.append((number, field.value))
-                # Every part starts on 64 bytes.
-                self._scratch_size += -(-size // 16) * 16
-            self._rows.append(row)
-            self._tiles["rows"] += [[number, t] for t in range(num_i)]
-            self._tiles["columns"] += [[number, t] for t in range(num_j)]
-            if not is_exact:
-                self._tiles["chunks"] += [[number, t, c] for t in range(num_j) for c in range(num_chunks)]
-            self._tiles["weight"] += [[number, a, b, i] for i, (a, b) in enumerate(weight_tiles)]
-
-    def take(self, num_iterations: int | None, skip: Tensor | None) -> None:
-        """Take the step; where the one-element float32 tensor `skip` is positive, no weight changes."""
-        found_inf = self._never if skip is None else skip
-        typed: dict[str, Any] = {"DTYPE": self.dtype, "VECTOR": self.vector}
-        on_weight = self.tiles["weight"]
-        if not self.is_spectral:
-            _launch(_squares, len(on_weight), self.table, on_weight, **typed)
-            _launch(_rescale, len(on_weight), self.table, on_weight, found_inf, **typed)
-            return
-        assert num_iterations is not None
-        rows, columns, chunks = self.tiles["rows"], self.tiles["columns"], self.tiles["chunks"]
-        products = typed | {"TILE": TILE, "DEPTH": DEPTH, "num_warps": 4, "num_stages": 4}
-        both = len(rows) + len(columns)
-        _launch(_images, both, self.table, rows, columns, len(rows), **products)
-        for number in range(num_iterations):
-            first, last = number == 0, number == num_iterations - 1
-            if len(chunks):
-                _launch(_products, len(chunks), self.table, chunks, CHUNK=CHUNK, **products)
-            _launch(_residuals, len(columns), self.table, columns, FIRST=first, LAST=last, TILE=TILE)
-            _launch(_orthogonalize, self.num_matrices, self.table, LAST=last, num_warps=1)
-            _launch(_images_of_rest, len(rows), self.table, rows, LAST=last, **products)
-            _launch(_rayleigh_ritz, self.num_matrices, self.table, found_inf, FIRST=first, LAST=last)
-            if not last:
-                _launch(_combine, both, self.table, rows, columns, len(rows), TILE=TILE)
-        count = len(on_weight) + len(columns)
-        _launch(_update, count, self.table, on_weight, columns, len(on_weight), TILE=TILE, **typed)
-
-
-def _launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:
-    kernel[(num_programs,)](*args, **constants)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _mode(
-    pointer: int, m: int, n: int, along_i: tuple[int, int, int], along_j: tuple[int, int, int], vector: int
-) -> int:
-    """How the matrix's tiles can be read: 16 bytes at a time only where address, size and stride are multiples."""
-    if pointer % 16 == 0:
-        if along_j[0] == n and along_j[2] == 1 and along_i[0] == m and n % vector == along_i[2] % vector == 0:
-            return int(COLUMNS_CONTIGUOUS.value)
-        if along_i[0] == m and along_i[2] == 1 and along_j[0] == n and m % vector == along_j[2] % vector == 0:
-            return int(ROWS_CONTIGUOUS.value)
-    return int(STRIDED.value)
-
-
-def fingerprint(weights: Sequence[Weight]) -> tuple[Any, ...]:
-    """All that a `GroupedStep` depends on: a stale address would be written to after its memory has been freed."""
-    return tuple(
-        (weight.parameter.data_ptr(), weight.parameter.shape, weight.parameter.stride(), weight.parameter.dtype)
-        + tuple(buffer.data_ptr() for buffer in weight.scaling.buffers())
-        for weight in weights
-    )

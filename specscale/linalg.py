@@ -81,7 +81,7 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def product(first: Tensor, *factors: Tensor) -> Tensor:
-    """`a @ b @ ...` to the accuracy of its dtype, float32 or wider, whatever torch's switches for faster products say."""
+    """`a @ b @ ...` to the accuracy of its dtype, float32 or wider, whatever torch's switches for products say."""
     for factor in factors:
         if not _may_be_rounded(first):
             first = first @ factor

@@ -2,15 +2,18 @@
 
 On a CPU, the solver stops when its error is small enough, and weights that are not finite stop the step. On an
 accelerator a step reads nothing back: the host reads the norms and errors of the step before, and waits for them only
-if it is a whole step ahead. On CUDA a step can be captured in a graph and replayed.
-
-Weights of one constraint are measured in batches: their small problems share launches.
+if it is a whole step ahead. On CUDA, `specscale.grouped` takes the step of the weights that its kernels fit, all in a
+few launches; the others go the way that is written here, in torch operations, as on any device. A step can be captured
+in a CUDA graph and replayed.
 """
 
+import functools
+import importlib
 import itertools
 import math
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +30,9 @@ from specscale.weights import Weight
 NumIterations = Mapping[Constraint, int | None]
 """The solver's iterations in a step that reads nothing back, by constraint."""
 
+Scale = Callable[[list[Weight], NumIterations, Tensor | None], list["Result"]]
+"""A step that reads nothing back."""
+
 
 class ScalingStep:
     """Takes scaling steps, and keeps between them what the host may not wait for."""
@@ -36,6 +42,8 @@ class ScalingStep:
         """The solver's iterations in the last step, by the weight's name."""
         self._planned: NumIterations = {}
         self._pending: PendingStats | None = None
+        self._grouped: Any = None
+        """The `grouped.GroupedSteps`, from the first step that has any."""
         self._graphs: CapturedSteps | None = None
 
     @no_grad_full_precision
@@ -56,12 +64,14 @@ class ScalingStep:
 
     def _take_with_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
         batches = measure_weights(weights)
-        if bad := PendingStats(batches).non_finite():
+        if bad := PendingStats([Result.of(batch) for batch in batches]).non_finite():
             raise non_finite(bad, f"no weight was scaled. {ADVICE}")
+        self.num_iterations = {}
         project_weights_(batches, skip)
-        self._record_num_iterations(batches)
-        for weight in weights:
-            weight.scaling.mark_current(weight.parameter)
+        for batch in batches:
+            for weight, count in zip(batch.weights, batch.measurement.num_iterations, strict=True):
+                self.num_iterations[weight.name] = count
+                weight.scaling.mark_current(weight.parameter)
 
     def _take_without_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
         constraints = dict.fromkeys(weight.scaling.constraint for weight in weights)
@@ -71,26 +81,37 @@ class ScalingStep:
         pending, self._pending = self._pending, None
         if pending is not None and (bad := pending.non_finite()):
             raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
-        take = measure_and_project_ if self._graphs is None else self._graphs.take
-        batches = take(weights, planned, skip)
+        if self._graphs is None:
+            results = self._scale(weights, planned, skip)
+        else:
+            results = self._graphs.take(self._scale, weights, planned, skip)
         # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
-            self._planned, self._pending = planned, PendingStats(batches)
-            self._record_num_iterations(batches)
+            self._planned, self._pending = planned, PendingStats(results)
+            self.num_iterations = {w.name: n for r in results for w, n in zip(r.weights, r.num_iterations, strict=True)}
         for weight in weights:
             weight.scaling.mark_current(None if is_compiling else weight.parameter)
+
+    def _scale(self, weights: list[Weight], num_iterations: NumIterations, skip: Tensor | None) -> list["Result"]:
+        """A step that reads nothing back: by kernels where they fit, else in torch operations."""
+        results: list[Result] = []
+        grouped = grouped_for(weights)
+        if grouped is not None:
+            by_kernels = [weight for weight in weights if grouped.fits(weight)]
+            weights = [weight for weight in weights if not grouped.fits(weight)]
+            if self._grouped is None:
+                self._grouped = grouped.GroupedSteps()
+            for group, count, stats in self._grouped.take(by_kernels, num_iterations, skip):
+                results.append(Result(group, stats, [count] * len(group)))
+        if weights:
+            batches = measure_and_project_(weights, num_iterations, skip)
+            results += [Result.of(batch) for batch in batches]
+        return results
 
     def _next_num_iterations(self, constraint: Constraint) -> int | None:
         error = None if self._pending is None else self._pending.worst_error(constraint)
         return constraint.norm.next_num_iterations(self._planned.get(constraint), error)
-
-    def _record_num_iterations(self, batches: list["Batch"]) -> None:
-        self.num_iterations = {
-            weight.name: count
-            for batch in batches
-            for weight, count in zip(batch.weights, batch.measurement.num_iterations, strict=True)
-        }
 
     def capture(self, weights: Iterable[Weight]) -> None:
         """Replay steps from CUDA graphs from now on, where these weights allow it; else a warning says why not."""
@@ -98,6 +119,42 @@ class ScalingStep:
         if blocker is not None:
             _warn_of_no_graph(blocker, stacklevel=4)
         self._graphs = CapturedSteps() if blocker is None else None
+
+
+def grouped_for(weights: Iterable[Weight]) -> ModuleType | None:
+    """`specscale.grouped`, where it can take the step of some of these weights; never under a compiler."""
+    if torch.compiler.is_compiling():
+        return None
+    return _grouped() if any(_has_kernels(weight.parameter.device) for weight in weights) else None
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the kernels run on the device: NVIDIA's, from compute capability 8.0."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _grouped() -> ModuleType | None:
+    """`specscale.grouped`, if Triton is there."""
+    try:
+        return importlib.import_module("specscale.grouped")
+    except ImportError:
+        return None
+
+
+class Result(NamedTuple):
+    """What a step leaves to be read by the host: for some weights, the norms and errors of all their matrices."""
+
+    weights: list[Weight]
+    stats: Tensor
+    """`(2, k)`: norms and errors."""
+    num_iterations: list[int]
+
+    @classmethod
+    def of(cls, batch: "Batch") -> "Result":
+        measurement = batch.measurement
+        return cls(batch.weights, torch.stack([measurement.norm, measurement.error]), measurement.num_iterations)
 
 
 class Batch(NamedTuple):
@@ -190,22 +247,22 @@ def _collect(
 class PendingStats:
     """The norms and errors of a step on their way to the host, which waits for them only when it reads them."""
 
-    def __init__(self, batches: list[Batch]) -> None:
-        self._batches = [batch.weights for batch in batches]
-        norms, errors = (concat([getattr(batch.measurement, name) for batch in batches]) for name in ("norm", "error"))
+    def __init__(self, results: list[Result]) -> None:
+        self._weights = [result.weights for result in results]
         # A copy that does not block goes to pinned memory, which `to` allocates.
-        self._values = torch.stack([norms, errors]).to("cpu", non_blocking=True)
-        self._copied = None
-        if not norms.is_cpu:
-            self._copied = torch.Event(device=norms.device)
-            self._copied.record()
+        self._stats = [result.stats.to("cpu", non_blocking=True) for result in results]
+        self._copied = []
+        for device in {result.stats.device for result in results if not result.stats.is_cpu}:
+            event = torch.Event(device=device)
+            event.record()
+            self._copied.append(event)
 
     def _read(self, row: int) -> Iterator[tuple[list[Weight], list[list[float]]]]:
-        """Each batch of weights, and the numbers of each weight's matrices."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        numbers = iter(self._values[row].tolist())
-        for weights in self._batches:
+        """Some weights at a time, and the numbers of each weight's matrices."""
+        for event in self._copied:
+            event.synchronize()
+        for weights, stats in zip(self._weights, self._stats, strict=True):
+            numbers = iter(stats[row].tolist())
             yield weights, [list(itertools.islice(numbers, weight.view.count)) for weight in weights]
 
     def non_finite(self) -> list[str]:
@@ -244,15 +301,17 @@ class CapturedSteps:
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Batch]] | None] = {}
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Result]] | None] = {}
         self._pool: Any = None
         self._skip: Tensor | None = None
         self._failed = False
 
-    def take(self, weights: list[Weight], num_iterations: NumIterations, skip: Tensor | None) -> list[Batch]:
-        """`measure_and_project_`, replayed; the next replay overwrites what it returns."""
+    def take(
+        self, scale: Scale, weights: list[Weight], num_iterations: NumIterations, skip: Tensor | None
+    ) -> list[Result]:
+        """What `scale` does with the other arguments, replayed; the next replay overwrites what it returns."""
         if self._failed or torch.cuda.is_current_stream_capturing():
-            return measure_and_project_(weights, num_iterations, skip)
+            return scale(weights, num_iterations, skip)
         if skip is not None:
             # It is a new tensor at every step, and not always at the same address.
             self._skip = torch.empty_like(skip) if self._skip is None else self._skip
@@ -261,7 +320,7 @@ class CapturedSteps:
         key = (tuple(num_iterations.items()), skip is None, tuple(tensor.data_ptr() for tensor in tensors))
         if key not in self._graphs:
             self._graphs[key] = None
-            return measure_and_project_(weights, num_iterations, skip)
+            return scale(weights, num_iterations, skip)
         captured = self._graphs[key]
         if captured is None:
             graph = torch.cuda.CUDAGraph()
@@ -269,14 +328,15 @@ class CapturedSteps:
             self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
             try:
                 # A capture only records: the weights are as they were if it fails.
-                with torch.cuda.graph(graph, pool=self._pool):
-                    batches = measure_and_project_(weights, num_iterations, skip)
+                # Another thread's work, such as that of a loader that pins memory, must not spoil it.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    results = scale(weights, num_iterations, skip)
             except RuntimeError as error:
                 self._failed = True
                 self._graphs.clear()
                 _warn_of_no_graph(str(error).strip().splitlines()[0], stacklevel=3)
-                return measure_and_project_(weights, num_iterations, skip)
-            captured = self._graphs[key] = graph, batches
-        graph, batches = captured
+                return scale(weights, num_iterations, skip)
+            captured = self._graphs[key] = graph, results
+        graph, results = captured
         graph.replay()
-        return batches
+        return results

@@ -42,7 +42,7 @@ def solve_(candidate: Any, matrices: Tensor, state: dict[str, Any]) -> tuple[Ten
     """The largest singular values and the number of iterations; updates `state` in place."""
     if isinstance(candidate, TorchSpectralNorm):
         return candidate.value(matrices, state)
-    triple, new_state = candidate.solve(DenseMatrices(matrices), state)
+    ((triple, new_state),) = candidate.solve([DenseMatrices(matrices)], [state])
     state.update(new_state)
     return triple.value, triple.num_iterations
 

@@ -1,0 +1,312 @@
+"""The scaling step on CUDA: all weights of one dtype in a fixed number of launches, whatever their number.
+
+A table in the device's memory has one row for each matrix: where it is, how it is strided, where its state is. A launch
+runs over tiles of all matrices, or over the matrices; a tile names its row. Sums over tiles are written as partial
+results and added in a fixed order, so that equal weights give equal results, bit for bit, on every rank and at every
+repeat.
+
+A spectral step is `specscale.block` with a block of 16 columns, kernel by kernel, in `1 + 6 num_iterations` launches:
+
+    images          Y = A V                                                  once
+    products        A^T Y, in parts                                          every iteration
+    residuals       R = A^T Y - V (Y^T Y), parts of the Gram matrix of [V, R]
+    orthogonalize   the frame in which [V, R] is orthonormal                 one program a matrix
+    images_of_rest  T = (A R) M - Y K, parts of the Gram matrix of [Y, T]
+    rayleigh_ritz   the dominant subspace, and what is reported              one program a matrix
+    combine         the new V and Y; after the last iteration (update): the new V, and the weight itself
+
+A matrix of at most 32 columns is its own Gram matrix in the frame of unit vectors, in the last iteration's launches. A
+Frobenius step is two launches: sums of squares, and the weight itself.
+
+This module is imported only where there are CUDA weights, since it needs Triton.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from specscale import kernels
+from specscale.block import Block
+from specscale.constraints import Constraint, Frobenius, Spectral
+from specscale.kernels import SIDE, SMALL_SIZE
+from specscale.norms import SpectralNormBySolver
+from specscale.weights import Weight
+
+TILE = 64
+"""Rows or columns of a tile of products."""
+DEPTH = 32
+"""Columns or rows that a tile of products reads at a time: as many stages as fit, two or three programs a processor."""
+CHUNK = 512
+"""Rows whose products with the images one program adds up: tall matrices of few columns must fill the device too."""
+
+
+class Layout(NamedTuple):
+    """Where the elements of a matrix lie, in elements: rows at one stride, columns at two levels of strides."""
+
+    row_stride: int
+    length: int
+    """Columns of the inner level."""
+    outer: int
+    inner: int
+    order_length: int
+    """Column `j`, counted as the memory has them, is number `(j % order_length) * order_stride + j // order_length`."""
+    order_stride: int
+
+
+def layout_of(split: Tensor) -> Layout | None:
+    """The layout of the matrices of a weight `(k, o, i, ...)`, `MatrixView.split`; None where two levels do not do.
+
+    Columns are taken in the order of memory if that is a rotation of their own order: as `channels_last` has them.
+    """
+    sizes, strides = split.shape[2:], split.stride()[2:]
+    axes = [axis for axis, size in enumerate(sizes) if size > 1]
+    found = []
+    for first in range(max(len(axes), 1)):
+        rotated = axes[first:] + axes[:first]
+        levels: list[tuple[int, int]] = []
+        for axis in rotated:
+            if levels and levels[-1][1] == strides[axis] * sizes[axis]:
+                levels[-1] = levels[-1][0] * sizes[axis], strides[axis]
+            else:
+                levels.append((sizes[axis], strides[axis]))
+        if len(levels) > 2:
+            continue
+        length, inner = levels[-1] if levels else (1, 1)
+        outer = levels[0][1] if len(levels) == 2 else 0
+        leading = math.prod(sizes[axis] for axis in rotated[: len(axes) - first])
+        trailing = math.prod(sizes[axis] for axis in axes[:first])
+        # Memory counts `rotated`, whose last axes come first in the weight's own order.
+        layout = Layout(split.stride(1), length, outer, inner, trailing or 1, leading)
+        found.append((len(levels), inner, layout))
+    return min(found, key=lambda one: one[:2])[2] if found else None
+
+
+def fits(weight: Weight) -> bool:
+    """Whether a kernel takes the weight's step."""
+    parameter, constraint = weight.parameter, weight.scaling.constraint
+    is_known = isinstance(constraint, Frobenius) or (
+        isinstance(constraint, Spectral)
+        and isinstance(constraint.norm, SpectralNormBySolver)
+        and isinstance(constraint.norm.solver, Block)
+        and constraint.norm.solver.width == 16
+    )
+    return (
+        is_known
+        and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and layout_of(weight.view.split(parameter.detach())) is not None
+    )
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class GroupedStep:
+    """The step of weights of one dtype, device and constraint; valid while `fingerprint` stays what it was."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        parameter = weights[0].parameter
+        self.device, self.dtype = parameter.device, _TYPES[parameter.dtype]
+        self.vector = 16 // parameter.element_size()
+        self.is_spectral = isinstance(weights[0].scaling.constraint, Spectral)
+        self.num_matrices = sum(weight.view.count for weight in weights)
+        self.stats = torch.zeros(2, self.num_matrices, device=self.device)
+        """The norms, and the estimated errors, of the last step."""
+        self._unit_vectors = torch.eye(32, device=self.device).reshape(32, 2, 16).movedim(1, 0).contiguous()
+        self._never = torch.zeros(1, device=self.device)
+        self._rows: list[list[int]] = []
+        self._tiles: dict[str, list[list[int]]] = {"rows": [], "columns": [], "chunks": [], "weight": []}
+        self._scratch_size = 0
+        self._in_scratch: list[tuple[int, int]] = []
+        for weight in weights:
+            self._add(weight)
+        self._scratch = torch.empty(self._scratch_size, device=self.device)
+        for number, field in self._in_scratch:
+            self._rows[number][field] = self._scratch.data_ptr() + 4 * self._rows[number][field]
+        self.table = _to_device(torch.tensor(self._rows, dtype=torch.int64), self.device)
+        self.tiles = {
+            name: _to_device(torch.tensor(tiles, dtype=torch.int32), self.device) for name, tiles in self._tiles.items()
+        }
+
+    def _add(self, weight: Weight) -> None:
+        """A row of the table, and tiles, for each matrix of a weight."""
+        scaling = weight.scaling
+        split = weight.view.split(weight.parameter.detach())
+        layout = layout_of(split)
+        assert layout is not None
+        outputs, inputs = weight.view.matrix_shape(weight.parameter)
+        by_row = (outputs, 0, layout.row_stride)
+        by_column = (layout.length, layout.outer, layout.inner)
+        order = (layout.order_length, layout.order_stride)
+        is_tall = outputs >= inputs
+        m, n = (outputs, inputs) if is_tall else (inputs, outputs)
+        along_i, along_j = (by_row, by_column) if is_tall else (by_column, by_row)
+        if not is_tall:
+            order = (outputs, 1)
+        is_exact = n <= 32
+        for k in range(weight.view.count):
+            number = len(self._rows)
+            pointer = split.data_ptr() + k * split.stride(0) * split.element_size()
+            num_i, num_j, num_chunks = -(-m // TILE), -(-n // TILE), -(-m // CHUNK)
+            mode = _mode(pointer, m, n, along_i, along_j, self.vector)
+            p, q = (n, m) if mode == kernels.ROWS_CONTIGUOUS.value else (m, n)
+            weight_tiles = [[a, b] for a in range(-(-p // SIDE)) for b in range(-(-q // SIDE))]
+            row = [0] * kernels.FIELDS.value
+            values = {
+                kernels.WEIGHT: pointer,
+                kernels.M_: m,
+                kernels.N_: n,
+                kernels.MODE: mode,
+                kernels.I_LENGTH: along_i[0],
+                kernels.I_OUTER: along_i[1],
+                kernels.I_INNER: along_i[2],
+                kernels.J_LENGTH: along_j[0],
+                kernels.J_OUTER: along_j[1],
+                kernels.J_INNER: along_j[2],
+                kernels.ORDER_LENGTH: order[0],
+                kernels.ORDER_STRIDE: order[1],
+                kernels.NUM_I: num_i,
+                kernels.NUM_J: num_j,
+                kernels.NUM_CHUNKS: num_chunks,
+                kernels.IS_EXACT: int(is_exact),
+                kernels.TARGET: scaling.target[k:].data_ptr(),
+                kernels.SKIP_MASK: scaling.skip_mask[k:].data_ptr(),
+                kernels.NORM: scaling.norm[k:].data_ptr(),
+                kernels.RESIDUAL: scaling.residual[k:].data_ptr(),
+                kernels.ERROR: scaling.error[k:].data_ptr(),
+                kernels.STATS: self.stats[0, number:].data_ptr(),
+                kernels.NUM_MATRICES: self.num_matrices,
+                kernels.NUM_TILES: len(weight_tiles),
+            }
+            sizes = {kernels.PARTIAL_SQUARES: 1 + len(weight_tiles)}
+            if self.is_spectral:
+                state = scaling.solver_state()
+                values[kernels.BASIS] = self._unit_vectors[0].data_ptr() if is_exact else state["basis"][k].data_ptr()
+                if not is_exact:
+                    values[kernels.KEY], values[kernels.AGE] = state["key"][k:].data_ptr(), state["age"][k:].data_ptr()
+                sizes = {
+                    kernels.V_: 16 * n,
+                    kernels.Y_: 16 * m,
+                    kernels.R_: 16 * n,
+                    kernels.T_: 16 * m,
+                    kernels.PRODUCTS: 16 * n * num_chunks,
+                    kernels.GRAM_V: 768 * num_j,
+                    kernels.GRAM_Y: 1024 * num_i,
+                    kernels.SMALL: SMALL_SIZE,
+                }
+            for field, value in values.items():
+                row[field.value] = value
+            for field, size in sizes.items():
+                row[field.value] = self._scratch_size
+                self._in_scratch.append((number, field.value))
+                # Every part starts on 64 bytes.
+                self._scratch_size += -(-size // 16) * 16
+            self._rows.append(row)
+            self._tiles["rows"] += [[number, t] for t in range(num_i)]
+            self._tiles["columns"] += [[number, t] for t in range(num_j)]
+            if not is_exact:
+                self._tiles["chunks"] += [[number, t, c] for t in range(num_j) for c in range(num_chunks)]
+            self._tiles["weight"] += [[number, a, b, i] for i, (a, b) in enumerate(weight_tiles)]
+
+    def take(self, num_iterations: int | None, skip: Tensor | None) -> None:
+        """Take the step; where the one-element float32 tensor `skip` is positive, no weight changes."""
+        found_inf = self._never if skip is None else skip
+        typed: dict[str, Any] = {"DTYPE": self.dtype, "VECTOR": self.vector}
+        on_weight = self.tiles["weight"]
+        if not self.is_spectral:
+            _launch(kernels.squares, len(on_weight), self.table, on_weight, **typed)
+            _launch(kernels.rescale, len(on_weight), self.table, on_weight, found_inf, **typed)
+            return
+        assert num_iterations is not None
+        rows, columns, chunks = self.tiles["rows"], self.tiles["columns"], self.tiles["chunks"]
+        products = typed | {"TILE": TILE, "DEPTH": DEPTH, "num_warps": 4, "num_stages": 4}
+        both = len(rows) + len(columns)
+        _launch(kernels.images, both, self.table, rows, columns, len(rows), **products)
+        for number in range(num_iterations):
+            first, last = number == 0, number == num_iterations - 1
+            if len(chunks):
+                _launch(kernels.products, len(chunks), self.table, chunks, CHUNK=CHUNK, **products)
+            _launch(kernels.residuals, len(columns), self.table, columns, FIRST=first, LAST=last, TILE=TILE)
+            _launch(kernels.orthogonalize, self.num_matrices, self.table, LAST=last, num_warps=1)
+            _launch(kernels.images_of_rest, len(rows), self.table, rows, LAST=last, **products)
+            _launch(kernels.rayleigh_ritz, self.num_matrices, self.table, found_inf, FIRST=first, LAST=last)
+            if not last:
+                _launch(kernels.combine, both, self.table, rows, columns, len(rows), TILE=TILE)
+        count = len(on_weight) + len(columns)
+        _launch(kernels.update, count, self.table, on_weight, columns, len(on_weight), TILE=TILE, **typed)
+
+
+class GroupedSteps:
+    """The grouped steps of a handle: one for the weights of each device, dtype and constraint that step together."""
+
+    def __init__(self) -> None:
+        self._steps: dict[tuple[int, ...], tuple[tuple[Any, ...], GroupedStep]] = {}
+
+    def take(
+        self, weights: list[Weight], num_iterations: Mapping[Constraint, int | None], skip: Tensor | None
+    ) -> list[tuple[list[Weight], int, Tensor]]:
+        """Scale the weights; returns them in groups, with the iterations taken and the step's stats `(2, k)`."""
+        groups: dict[Any, list[Weight]] = defaultdict(list)
+        for weight in weights:
+            groups[weight.scaling.constraint, weight.parameter.dtype, weight.parameter.device].append(weight)
+        results = []
+        for (constraint, _, device), group in groups.items():
+            grouped = self._step(group)
+            count = num_iterations[constraint]
+            own_skip = skip if skip is None else skip.to(device, torch.float32, non_blocking=True)
+            # Triton launches on the current device.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                grouped.take(count, own_skip)
+            torch.autograd.graph.increment_version([weight.parameter for weight in group])
+            results.append((group, count or 0, grouped.stats))
+        return results
+
+    def _step(self, weights: list[Weight]) -> GroupedStep:
+        """The step of these weights, made anew if any of them is elsewhere than it was."""
+        # The scalings are alive as long as the weights that an entry belongs to are: their ids are not used twice.
+        key = tuple(id(weight.scaling) for weight in weights)
+        now = fingerprint(weights)
+        known = self._steps.pop(key, None)
+        if known is None or known[0] != now:
+            known = now, GroupedStep(weights)
+        # The one that was used last comes last; weights that step together change seldom.
+        self._steps[key] = known
+        if len(self._steps) > 8:
+            del self._steps[next(iter(self._steps))]
+        return known[1]
+
+
+def _launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:
+    kernel[(num_programs,)](*args, **constants)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _mode(
+    pointer: int, m: int, n: int, along_i: tuple[int, int, int], along_j: tuple[int, int, int], vector: int
+) -> int:
+    """How the matrix's tiles can be read: 16 bytes at a time only where address, size and stride are multiples."""
+    if pointer % 16 == 0:
+        if along_j[0] == n and along_j[2] == 1 and along_i[0] == m and n % vector == along_i[2] % vector == 0:
+            return int(kernels.COLUMNS_CONTIGUOUS.value)
+        if along_i[0] == m and along_i[2] == 1 and along_j[0] == n and m % vector == along_j[2] % vector == 0:
+            return int(kernels.ROWS_CONTIGUOUS.value)
+    return int(kernels.STRIDED.value)
+
+
+def fingerprint(weights: Sequence[Weight]) -> tuple[Any, ...]:
+    """All that a `GroupedStep` depends on: a stale address would be written to after its memory has been freed."""
+    found: list[Any] = []
+    for weight in weights:
+        parameter = weight.parameter
+        found += [parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype]
+        found += [buffer.data_ptr() for buffer in weight.scaling.buffers()]
+    return tuple(found)
