@@ -390,13 +390,13 @@ def second_value(squares: Tensor) -> Tensor:
 
 
 def estimated_error(rho: Tensor, gap: Tensor) -> Tensor:
-    """The relative error that an iteration leaves in the first singular value, `rho (rho / gap)^2 / 16`.
+    """The relative error that an iteration leaves in the first singular value, `rho (rho / gap)^2 / 8`.
 
     `rho (k,)` is the root mean square of the block's relative residuals before it, and `gap (k,)` how far, relative,
     the block's last value lies below its first: in a crowded spectrum, a residual of the same length means a larger
     error. The last column, which searches outside the block, counts in neither.
     """
-    return rho * (rho / gap.clamp_min(torch.finfo(gap.dtype).tiny)).square().div(16).clamp_max(1)
+    return rho * (rho / gap.clamp_min(torch.finfo(gap.dtype).tiny)).square().div(8).clamp_max(1)
 
 
 def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:

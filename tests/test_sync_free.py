@@ -114,7 +114,7 @@ def test_the_pace_follows_the_error_of_the_step_before(accelerator):
     model = net()
     scaling = apply_norm_scaling(model, init="orthogonal")
     paces = []
-    for size in (0.0, 0.0, 0.3, 0.3, 0.3, 0.0, 0.0, 0.0, 0.0):
+    for size in (0.0, 0.0, 0.3, 0.3, 0.3, *[0.0] * 8):
         for weight in scaling.weights:
             with torch.no_grad():
                 weight.parameter.add_(size * torch.randn_like(weight.parameter) / weight.parameter.shape[0] ** 0.5)
