@@ -126,6 +126,10 @@ class Block:
                     _iterate(blocks)
             else:
                 self._iterate_until_done(blocks, to_convergence)
+                if to_convergence and (drifted := [block for block in blocks if block.has_drifted()]):
+                    self._iterate_until_done(drifted, to_convergence)
+                    for block in drifted:
+                        block.refresh()
             found.update(zip(large, (block.solution(to_convergence) for block in blocks), strict=True))
         return [found[i] if one is oriented[i] else found[i].transposed() for i, one in enumerate(matrices)]
 
@@ -175,17 +179,31 @@ class _Iterate:
         self.squares = gram(self.Y)
         """`Y^T Y`."""
         self.num_iterations = 0
+        self.refresh_after = REFRESH
         self.ritz: Ritz
 
     def image(self, columns: Tensor) -> Tensor:
         """`A X`, scaled."""
         return self.matrices.matmat(columns) * self.unscale
 
+    def refresh(self) -> Tensor:
+        """Compute the images anew from the matrix; returns the value that they give, `(k,)`, scaled."""
+        self.Y = self.image(self.V)
+        self.squares = gram(self.Y)
+        value = self.Y[..., 0].norm(dim=-1) / self.V[..., 0].norm(dim=-1)
+        self.ritz = self.ritz._replace(value=value)
+        return value
+
+    def has_drifted(self) -> bool:
+        """Refresh; whether the images that were carried along were wrong, so that no iteration may do that again."""
+        carried = self.ritz.value
+        self.refresh_after = 1
+        return bool((((carried / self.refresh() - 1).abs() > 1e-3) & self.is_finite).any())
+
     def residuals(self) -> Tensor:
         """`A^T Y - V (Y^T Y)`, scaled, with noise in the last column in a step's first iteration."""
-        if self.num_iterations and self.num_iterations % REFRESH == 0:
-            self.Y = self.image(self.V)
-            self.squares = gram(self.Y)
+        if self.num_iterations and self.num_iterations % self.refresh_after == 0:
+            self.refresh()
         R = add_product(self.matrices.rmatmat(self.Y) * self.unscale, self.V, self.squares, alpha=-1)
         if self.num_iterations == 0:
             length = NOISE * self.squares.diagonal(dim1=-2, dim2=-1).amax(-1) / R.shape[-2] ** 0.5
@@ -363,7 +381,7 @@ def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) ->
     X = X[..., : count - 1]
     # A reflection brings the projection of `first` to the front; the other columns are made orthogonal to `first`.
     projection = unit(product(X.mT, first), dim=-2)
-    sign = torch.where(projection[:, :1] < 0, -1.0, 1.0)
+    sign = 1 - 2 * (projection[:, :1] < 0).to(H.dtype)
     mirror = unit(projection + sign * identity[: count - 1, :1], dim=-2)
     X = X - 2 * product(X, mirror, mirror.mT)
     X = torch.cat([first, X[..., 1:] - product(first, product(first.mT, X[..., 1:]))], dim=-1)

@@ -126,8 +126,8 @@ def _positive(option: str, number: Any, where: str = "") -> float:
 
 
 def _refuse_out_of_range(option: str, number: float, weight: Weight, dtype: torch.dtype) -> None:
-    """Refuse a number that the dtype rounds to zero or infinity."""
-    if not 0 < torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype).item() < math.inf:
+    """Refuse a number that the dtype does not hold: it would be zero, infinite, or have few digits."""
+    if not torch.finfo(dtype).tiny <= number <= torch.finfo(dtype).max:
         raise Refusal(f"{option} {number:.3g} for {weight.name!r} is out of the range of {dtype}")
 
 

@@ -193,9 +193,9 @@ def test_an_old_checkpoint_loads_and_goes_on(norm, assign):
         for weight in scaling.weights:
             weight.parameter.add_(0.1)
     scaling.step()
-    # The same processor gives the same bits.
+    # Exact norms are the same to rounding; the block solver of that version was another one.
     for name, value in scaling.plain_state_dict().items():
-        torch.testing.assert_close(value, old["after"][name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(value, old["after"][name], rtol=1e-5, atol=5e-6 if norm == "spectral" else 1e-7)
     assert scaling.metrics() == pytest.approx(old["metrics"], rel=1e-3, abs=1e-4)
 
 

@@ -255,11 +255,10 @@ class Normalized(Constraint):
     name = "normalized"
     norm_type = SpectralNormBySolver
 
-    def update(self, measurement, target, skip_mask):
-        return (torch.where(skip_mask, 1, target / measurement.norm),)
-
-    def write_(self, weight, *update):
-        weight.mul_(update[0].reshape(-1, *[1] * (weight.ndim - 1)))
+    def write_(self, weights, measurement, target, skip_mask):
+        factors = torch.where(skip_mask, 1, target / measurement.norm).split([len(weight) for weight in weights])
+        for weight, factor in zip(weights, factors, strict=True):
+            weight.mul_(factor.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
 def test_a_new_constraint_is_one_class_and_one_entry(monkeypatch):

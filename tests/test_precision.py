@@ -293,7 +293,6 @@ def test_targets_from_the_sizes_of_activations_are_the_same(switched):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="the block carries its images along, and never computes them anew")
 def test_a_cold_solve_does_not_drift_where_products_are_rounded():
     """Images that are carried along for hundreds of iterations drift away from what the matrix makes of the block."""
     layer = nn.Linear(256, 256, bias=False)

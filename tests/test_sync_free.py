@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from held import off_target
 from test_constraint import matrices, net, train
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lib.clock import Clock
 from lib.datasets import Preprocessing, load_data
@@ -59,6 +61,36 @@ def test_no_step_waits_and_every_step_holds(norm, accelerator):
             below = 1e-5 if norm == "frobenius" else 0.05
             assert exact * (1 - below) <= metrics[f"norm/{weight.name}"] <= exact * (1 + 1e-5)
             assert exact >= weight.scaling.target.max().item() * (1 - 1e-5)
+
+
+class RefuseFloat64(TorchDispatchMode):
+    """Raises where a tensor of a step is float64, which MPS does not have."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, out)):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
+                raise AssertionError(f"{func} in float64")
+        return out
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_a_device_without_float64_is_asked_for_none(norm, accelerator, monkeypatch):
+    monkeypatch.setattr("specscale.linalg.has_float64", lambda device: False)
+    with pytest.raises(AssertionError, match="in float64"), RefuseFloat64():
+        torch.zeros(1).double()
+    with RefuseFloat64():
+        model = net()
+        scaling = apply_norm_scaling(model, norm, init="orthogonal")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scaling.attach(optimizer)
+        for _ in train(model, optimizer, 3):
+            pass
+    # What is reported in float64 is computed on the CPU.
+    assert scaling.audit().worst_error < 1e-2
+    assert "excess" in str(scaling)
+    for weight in scaling.weights:
+        assert off_target(weight) < 2e-3, weight.name
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
