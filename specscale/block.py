@@ -15,6 +15,7 @@ needs float64, a factorisation that would make the host wait, or a shape that de
 `specscale.grouped` does the same on CUDA, kernel by kernel.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -102,8 +103,11 @@ class Block:
         if num_iterations is None or error is None:
             return 2
         if not error <= self.tolerance:
-            return min(num_iterations + 1, self.max_iterations)
-        return max(num_iterations - 1, 1) if error <= self.tolerance / 4 else num_iterations
+            # An iteration divides the error by about eight; NaN asks for all that there are.
+            missing = math.log(error / self.tolerance, 8) if error < math.inf else self.max_iterations
+            return min(num_iterations + 1 + int(missing), self.max_iterations)
+        # The error of the next step may be larger: with fewer iterations only where there is a margin.
+        return max(num_iterations - 1, 1) if error <= self.tolerance / 30 else num_iterations
 
     def solve(
         self,
@@ -244,7 +248,7 @@ def _iterate(blocks: list[_Iterate]) -> None:
         T = add_product(product(block.image(R), M), block.Y, K, alpha=-1)
         images.append(torch.cat([block.Y, T], dim=-1))
     gram_w = torch.where(is_finite, concat([gram(image) for image in images]), 0)
-    ritz = rayleigh_ritz(gram_w, squares, frame)
+    ritz = rayleigh_ritz(gram_w, squares, frame, is_first=blocks[0].num_iterations == 0)
     parts = (part.split(counts) for part in ritz)
     for block, basis, image, *own in zip(blocks, bases, images, *parts, strict=True):
         block.ritz = Ritz(*own)
@@ -313,7 +317,7 @@ class Ritz(NamedTuple):
     """`(k,)`: how far, relative, the step has raised the largest value."""
 
 
-def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame) -> Ritz:
+def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, is_first: bool) -> Ritz:
     """The dominant subspace of `[Y L, T]^T [Y L, T]`, approximately, with the exact first vector in front.
 
     From `gram_w (k, 2 b, 2 b)`, the Gram matrix of `[Y, T]`, and from `squares (k, b, b)`, `Y^T Y`.
@@ -338,7 +342,7 @@ def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame) -> Ritz:
     top = values[:, :-1].amax(-1)
     residual = frame.lengths[:, 0] / before.clamp_min(tiny)
     rho = frame.lengths[:, :-1].square().mean(-1).sqrt() / before.clamp_min(tiny)
-    error = estimated_error(rho, 1 - values[:, :-1].amin(-1) / top.clamp_min(tiny))
+    error = estimated_error(rho, 1 - values[:, :-1].amin(-1) / top.clamp_min(tiny), is_first)
     rise = top.clamp_min(tiny) / before.sqrt().clamp_min(tiny) - 1
     head = product(L, X[:, :width])
     tail = X[:, width:]
@@ -407,14 +411,16 @@ def second_value(squares: Tensor) -> Tensor:
     return product(vector.mT, rest, vector)[:, 0, 0].clamp_min(0).sqrt()
 
 
-def estimated_error(rho: Tensor, gap: Tensor) -> Tensor:
+def estimated_error(rho: Tensor, gap: Tensor, is_first: bool) -> Tensor:
     """The relative error that an iteration leaves in the first singular value, `rho (rho / gap)^2 / 8`.
 
-    `rho (k,)` is the root mean square of the block's relative residuals before it, and `gap (k,)` how far, relative,
-    the block's last value lies below its first: in a crowded spectrum, a residual of the same length means a larger
-    error. The last column, which searches outside the block, counts in neither.
+    A quarter of it after a step's later iterations, which start from a block of the same weight. `rho (k,)` is the root
+    mean square of the block's relative residuals before the iteration, and `gap (k,)` how far, relative, the block's
+    last value lies below its first: in a crowded spectrum, a residual of the same length means a larger error. The last
+    column, which searches outside the block, counts in neither.
     """
-    return rho * (rho / gap.clamp_min(torch.finfo(gap.dtype).tiny)).square().div(8).clamp_max(1)
+    ratio = rho / gap.clamp_min(torch.finfo(gap.dtype).tiny)
+    return rho * ratio.square().div(8 if is_first else 32).clamp_max(1)
 
 
 def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:
