@@ -369,8 +369,8 @@ def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) ->
     # A matrix of zeros has the first coordinate for its first vector, so that a block stays what it is.
     square = _trace_one((square + square.mT) / 2 + torch.finfo(H.dtype).tiny * corner)
     power = square
-    for _ in range(SQUARINGS):
-        power = _trace_one(product(power, power))
+    for _ in range(SQUARINGS // 4):
+        power = _fourth_squaring(power)
     largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
     first = unit(power.gather(-1, largest.expand(*power.shape[:-1], 1)), dim=-2)
     square = square / product(first.mT, square, first).clamp_min(torch.finfo(H.dtype).tiny)
@@ -404,8 +404,8 @@ def second_value(squares: Tensor) -> Tensor:
     """
     rest = squares[:, 1:, 1:]
     power = _trace_one(rest)
-    for _ in range(8):
-        power = _trace_one(product(power, power))
+    for _ in range(2):
+        power = _fourth_squaring(power)
     largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
     vector = unit(power.gather(-1, largest.expand(*power.shape[:-1], 1)), dim=-2)
     return product(vector.mT, rest, vector)[:, 0, 0].clamp_min(0).sqrt()
@@ -452,6 +452,13 @@ def _inverse_factor(square: Tensor, shift: float = 0.0) -> Tensor:
 def _inverse_of_triangle(factor: Tensor) -> Tensor:
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+
+
+def _fourth_squaring(power: Tensor) -> Tensor:
+    """The 16th power of a matrix of trace one, at trace one again: rarely enough, and float32 does not underflow."""
+    for _ in range(4):
+        power = product(power, power)
+    return _trace_one(power)
 
 
 def _trace_one(square: Tensor) -> Tensor:
