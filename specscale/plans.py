@@ -18,7 +18,7 @@ class Plan:
     """How some weights step, valid while `fingerprint(weights)` stays what it was."""
 
     def __init__(self, weights: list[Weight], *, by_kernels: bool = True) -> None:
-        self.weights = weights
+        self.scalings = {weight.scaling for weight in weights}
         self.groups: list[Any] = []
         """The `grouped.GroupedStep` of the weights of each constraint, dtype and device that kernels fit."""
         self.rest: list[Weight] = []
@@ -60,10 +60,10 @@ class Plans:
         plan = self._plans.pop(now, None)
         if plan is None:
             plan = Plan(weights)
-            own = {id(weight.scaling) for weight in weights}
-            others = [key for key, other in self._plans.items() if own & {id(one.scaling) for one in other.weights}]
-            if len(others) >= self.MOST:
-                del self._plans[others[0]]
+            for scaling in plan.scalings:
+                others = [key for key, other in self._plans.items() if scaling in other.scalings]
+                if len(others) >= self.MOST:
+                    del self._plans[others[0]]
         # The one that was used last comes last.
         self._plans[now] = plan
         if is_capturing():
@@ -79,7 +79,7 @@ def is_capturing() -> bool:
 def fingerprint(weights: list[Weight]) -> Hashable:
     """All that a plan depends on: a stale address would be written to after its memory has been freed.
 
-    A plan holds its weights, and these their scalings, so that no id of a plan's scaling is used twice.
+    A plan holds its scalings, so that an id is not used twice.
     """
     found: list[Hashable] = []
     for weight in weights:

@@ -45,8 +45,6 @@ def interpreted_grouped():
             package, _, own = name.rpartition(".")
             setattr(sys.modules[package], own, module)
         for holder, attributes in zip(PATCHED, before, strict=True):
-            for name in set(vars(holder)) - set(attributes):
-                delattr(holder, name)
             for name, value in attributes.items():
                 if vars(holder)[name] is not value:
                     setattr(holder, name, value)
