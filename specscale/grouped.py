@@ -259,11 +259,18 @@ class GroupedStep:
             _launch(kernels.residuals, len(columns), self.table, columns, FIRST=first, LAST=last, TILE=TILE)
             _launch(kernels.orthogonalize, self.num_matrices, self.table, LAST=last, num_warps=1)
             _launch(kernels.images_of_rest, len(rows), self.table, rows, LAST=last, **products)
-            _launch(kernels.rayleigh_ritz, self.num_matrices, self.table, found_inf, FIRST=first, LAST=last)
+            _launch(kernels.rayleigh_ritz, self.num_matrices, self.table, found_inf, LAST=last)
             if not last:
                 _launch(kernels.combine, both, self.table, rows, columns, len(rows), TILE=TILE)
         count = len(on_weight) + len(columns)
         _launch(kernels.update, count, self.table, on_weight, columns, len(on_weight), TILE=TILE, **typed)
+
+
+def try_to_launch(device: torch.device) -> None:
+    """Compile a kernel and load it onto the device, without running it; raises where that does not work."""
+    with torch.cuda.device(device):
+        table, tiles = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+        _launch(kernels.squares, 0, table, tiles, DTYPE=tl.float32, VECTOR=4)
 
 
 def _launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:

@@ -392,7 +392,7 @@ def _largest(square, eye):
 
 
 @triton.jit
-def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
+def rayleigh_ritz(table, found_inf, LAST: tl.constexpr):
     """`block.rayleigh_ritz`; after the last iteration, the step's length and what is reported."""
     row = table + tl.program_id(0) * FIELDS
     is_exact = tl.load(row + IS_EXACT) != 0
@@ -411,7 +411,8 @@ def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
         square = 0.5 * (square + tl.trans(square))
         square = _trace_one(square + tl.where((r[:, None] == 0) & (c[None, :] == 0), TINY, 0.0), eye)
 
-        # The first vector: a column of a high power.
+        # The first vector: a column of a high power. Between iterations it is one direction of the subspace like others,
+        # and need not be exact.
         power = square
         for _ in range(_SQUARINGS if LAST else 4):
             power = _trace_one(tl.dot(power, power, input_precision=PRECISION), eye)

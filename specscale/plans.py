@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import warnings
 from collections import defaultdict
 from collections.abc import Hashable
 from types import ModuleType
@@ -102,8 +103,23 @@ def kernels_for(tensor: Tensor) -> ModuleType | None:
 
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether the kernels run on the device: NVIDIA's, from compute capability 8.0."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether the kernels run on the device: NVIDIA's, from compute capability 8.0, where Triton works."""
+    grouped = _grouped()
+    if grouped is None or device.type != "cuda" or torch.version.hip:
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        grouped.try_to_launch(device)
+    except Exception as error:
+        # Triton needs a C compiler, for one.
+        warnings.warn(
+            f"norm scaling steps without its kernels on {device}, many times as slowly: Triton cannot launch them "
+            f"({type(error).__name__}: {error})",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @functools.cache

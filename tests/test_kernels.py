@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specscale import LayerRule, MatrixView, apply_norm_scaling, plans, step
 from specscale.block import Block
 from specscale.random import signs
+from specscale.weights import find_weights
 
 triton = pytest.importorskip("triton")
 
@@ -93,7 +94,7 @@ def net(names, dtype=torch.float32, device="cpu"):
     model = nn.ModuleDict({name: LAYERS[name](dtype=dtype, device=device) for name in names})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in step_weights(model):
+        for weight in find_weights(model, rules_of(names)):
             m, n = weight.view.matrix_shape(weight.parameter)
             u, v = (torch.randn(weight.view.count, side, min(m, n), generator=generator) for side in (m, n))
             values = 0.94 ** torch.arange(min(m, n))
@@ -102,15 +103,13 @@ def net(names, dtype=torch.float32, device="cpu"):
     return model
 
 
-def step_weights(model):
-    from specscale.weights import find_weights
-
-    return find_weights(model, [rule for rule in RULES if any(isinstance(m, Experts) for m in model.modules())])
+def rules_of(names):
+    """A rule that matches no layer is refused."""
+    return RULES if "experts" in names else []
 
 
 def scaled(names, norm="spectral", dtype=torch.float32, device="cpu", **options):
-    rules = RULES if "experts" in names else []
-    return apply_norm_scaling(net(names, dtype, device), norm, init=None, rules=rules, **options)
+    return apply_norm_scaling(net(names, dtype, device), norm, init=None, rules=rules_of(names), **options)
 
 
 def drift_(handles, amount, seed):
@@ -152,7 +151,7 @@ def step_by_kernels(way, handle, count, skip=None):
     return taken
 
 
-def assert_same(by_torch, by_kernels, dtype=torch.float32, weight_tolerance=1e-5):
+def assert_same(by_torch, by_kernels, dtype=torch.float32, weight_tolerance=1e-5, residual_tolerance=2e-2):
     # Twice the rounding of the weight's own dtype, where that is larger.
     tolerance = max(weight_tolerance, 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 0)
     for mine, other in zip(by_torch.weights, by_kernels.weights, strict=True):
@@ -161,7 +160,7 @@ def assert_same(by_torch, by_kernels, dtype=torch.float32, weight_tolerance=1e-5
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * largest, msg=note(mine.name))
         one, two = mine.scaling, other.scaling
         torch.testing.assert_close(two.norm, one.norm, rtol=3e-6, atol=0, msg=note(mine.name))
-        torch.testing.assert_close(two.residual, one.residual, rtol=2e-2, atol=1e-5, msg=note(mine.name))
+        torch.testing.assert_close(two.residual, one.residual, rtol=residual_tolerance, atol=1e-5, msg=note(mine.name))
         torch.testing.assert_close(two.error, one.error, rtol=5e-2, atol=1e-6, msg=note(mine.name))
         for name in ("key", "age"):
             if hasattr(one, name):
@@ -182,7 +181,6 @@ def off_by(handle):
     return worst
 
 
-ALL_BUT_ONE = [name for name in LAYERS if name not in ("300 x 200", "long")]
 FEW = ["rows contiguous", "wide", "first conv", "transposed channels_last"]
 
 
@@ -192,7 +190,8 @@ def check_against_twin(way, names, norm, dtype, count, steps):
         drift_([by_torch, by_kernels], 0.1, number)
         step_by_torch(by_torch, count)
         step_by_kernels(way, by_kernels, count)
-        assert_same(by_torch, by_kernels, dtype, weight_tolerance=1e-5 * (number + 1))
+        # Between iterations, the kernels' first vector is not as exact, and its residual is that of the last one.
+        assert_same(by_torch, by_kernels, dtype, 1e-5 * (number + 1), 2e-2 if count == 1 else 0.4)
     if dtype == torch.float32:
         assert off_by(by_kernels) <= 2e-4
 
@@ -202,7 +201,7 @@ def test_a_step_is_the_one_of_torch(way):
 
 
 def test_a_frobenius_step_is_the_one_of_torch(way):
-    check_against_twin(way, LAYERS, "frobenius", torch.float32, None, 2)
+    check_against_twin(way, [*FEW, "1 x 1", "odd", "flat", "groups channels_last"], "frobenius", torch.float32, None, 1)
 
 
 @pytest.mark.slow
@@ -213,8 +212,8 @@ def test_steps_in_a_row_are_those_of_torch(way, dtype, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_frobenius_step_of_a_short_dtype_is_the_one_of_torch(way, dtype):
+@pytest.mark.parametrize("dtype", BYTES, ids=str)
+def test_frobenius_steps_in_a_row_are_those_of_torch(way, dtype):
     check_against_twin(way, LAYERS, "frobenius", dtype, None, 2)
 
 
@@ -376,6 +375,68 @@ def stop_after(taken, name, way):
             taken.take(1, None)
     finally:
         way.grouped._launch = launch
+
+
+# What only a device can show.
+
+
+@cuda
+@no_cuda
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_repeats_and_replays_are_equal_bit_for_bit(norm):
+    eager, again, replayed = (scaled(LAYERS, norm, device="cuda") for _ in range(3))
+    handles = [eager, again, replayed]
+    taken = [grouped.GroupedStep(handle.weights) for handle in handles]
+    graph = torch.cuda.CUDAGraph()
+    for number in range(4):
+        drift_(handles, 0.05, number)
+        taken[0].take(2, None)
+        taken[1].take(2, None)
+        if number == 0:
+            taken[2].take(2, None)
+        elif number == 1:
+            with torch.cuda.graph(graph):
+                taken[2].take(2, None)
+        if number > 0:
+            graph.replay()
+        for name, value in eager._model.state_dict().items():
+            for other in (again, replayed):
+                assert torch.equal(value, other._model.state_dict()[name]), name
+
+
+@cuda
+@no_cuda
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_step_waits_for_nothing_and_weights_may_move(norm, captured):
+    stays, moves = (scaled(FEW, norm, device="cuda") for _ in range(2))
+    if captured:
+        moves.capture()
+    homes = [[weight.parameter.data, weight.parameter.data.clone()] for weight in moves.weights]
+    for number in range(12):
+        drift_([stays, moves], 0.05, number)
+        stays.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            moves.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_same(stays, moves, weight_tolerance=1e-4, residual_tolerance=0.4)
+        for weight, (one, other) in zip(moves.weights, homes, strict=True):
+            here, there = (one, other) if number % 2 == 0 else (other, one)
+            there.copy_(here)
+            weight.parameter.data = there
+
+
+@cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_another_device_may_be_the_current_one():
+    by_torch, by_kernels = (scaled(FEW, device="cuda:1") for _ in range(2))
+    drift_([by_torch, by_kernels], 0.05, 0)
+    with torch.cuda.device(0):
+        step_by_torch(by_torch, 1)
+        grouped.GroupedStep(by_kernels.weights).take(1, None)
+    assert_same(by_torch, by_kernels)
 
 
 # What is launched, and where a step goes.
@@ -572,6 +633,17 @@ def test_a_plan_is_not_made_while_a_graph_is_captured(on_cpu, unsolved, monkeypa
         capturing.setattr(plans, "is_capturing", lambda: True)
         handle.step()
     assert handle._step._plans._captured == set(handle._step._plans._plans.values())
+
+
+def test_where_triton_cannot_launch_a_warning_says_so(monkeypatch):
+    def fail(device):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(grouped, "try_to_launch", fail)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    expected = r"steps without its kernels on cuda:7, .* cannot launch them \(RuntimeError: Failed to find C compiler\)"
+    with pytest.warns(UserWarning, match=expected):
+        assert not plans._has_kernels(torch.device("cuda:7"))
 
 
 # What the kernels compile to.
