@@ -411,8 +411,8 @@ def rayleigh_ritz(table, found_inf, LAST: tl.constexpr):
         square = 0.5 * (square + tl.trans(square))
         square = _trace_one(square + tl.where((r[:, None] == 0) & (c[None, :] == 0), TINY, 0.0), eye)
 
-        # The first vector: a column of a high power. Between iterations it is one direction of the subspace like others,
-        # and need not be exact.
+        # The first vector: a column of a high power. Between iterations it is one direction of the subspace among
+        # others, and need not be exact.
         power = square
         for _ in range(_SQUARINGS if LAST else 4):
             power = _trace_one(tl.dot(power, power, input_precision=PRECISION), eye)

@@ -45,6 +45,9 @@ def interpreted_grouped():
             package, _, own = name.rpartition(".")
             setattr(sys.modules[package], own, module)
         for holder, attributes in zip(PATCHED, before, strict=True):
+            for name in ("__bool__", "__index__", "__repr__") if isinstance(holder, type) else ():
+                if name in vars(holder) and name not in attributes:
+                    delattr(holder, name)
             for name, value in attributes.items():
                 if vars(holder)[name] is not value:
                     setattr(holder, name, value)
