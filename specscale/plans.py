@@ -104,10 +104,10 @@ def kernels_for(tensor: Tensor) -> ModuleType | None:
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
     """Whether the kernels run on the device: NVIDIA's, from compute capability 8.0, where Triton works."""
-    grouped = _grouped()
-    if grouped is None or device.type != "cuda" or torch.version.hip:
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    grouped = _grouped()
+    if grouped is None:
         return False
     try:
         grouped.try_to_launch(device)

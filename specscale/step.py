@@ -223,7 +223,8 @@ class PendingStats:
         self._copied = []
         for device in {result.stats.device for result in results if not result.stats.is_cpu}:
             event = torch.Event(device=device)
-            event.record()
+            # Without a stream, it would be the one of the current device, which may be another.
+            event.record(torch.accelerator.current_stream(device))
             self._copied.append(event)
 
     def _read(self, row: int) -> Iterator[tuple[list[Weight], list[list[float]]]]:

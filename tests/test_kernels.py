@@ -201,7 +201,9 @@ def test_a_step_is_the_one_of_torch(way):
 
 
 def test_a_frobenius_step_is_the_one_of_torch(way):
-    check_against_twin(way, [*FEW, "1 x 1", "odd", "flat", "groups channels_last"], "frobenius", torch.float32, None, 1)
+    check_against_twin(
+        way, ["1 x 1", "wide", "odd", "flat", "groups channels_last"], "frobenius", torch.float32, None, 1
+    )
 
 
 @pytest.mark.slow
@@ -484,11 +486,10 @@ def lstm():
 
 
 @pytest.mark.parametrize("make", [resnet50, lstm, pytest.param(vit, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
-def test_the_number_of_launches_does_not_grow_with_the_model(make, norm, on_cpu, unsolved, monkeypatch):
+def test_the_number_of_launches_does_not_grow_with_the_model(make, on_cpu, unsolved, monkeypatch):
     model = make()
-    handle = apply_norm_scaling(model, norm, target=1.0, init=None)
-    for count in (1, 2, 3):
+    for norm, count in [("frobenius", None), ("spectral", 1), ("spectral", 2), ("spectral", 3)]:
+        handle = apply_norm_scaling(model, norm, target=1.0, init=None)
         monkeypatch.setattr(Block, "next_num_iterations", lambda *args, count=count: count)
         handle._step.take(handle.weights)
         on_cpu.clear()
@@ -497,10 +498,10 @@ def test_the_number_of_launches_does_not_grow_with_the_model(make, norm, on_cpu,
         # The copy to the host is no operation where the device is the host.
         copies = 1
         total = len(on_cpu) + len(counted.names) + copies
-        assert total <= (3 if norm == "frobenius" else 2 + 6 * count), counted.names
-        if norm == "spectral":
-            assert len(on_cpu) == 1 + 6 * count
-            assert set(handle.num_iterations.values()) == {count}
+        assert total <= (3 if count is None else 2 + 6 * count), counted.names
+        assert len(on_cpu) == (2 if count is None else 1 + 6 * count)
+        assert set(handle.num_iterations.values()) == {count or 0}
+        handle.remove()
 
 
 def test_each_dtype_and_constraint_has_launches_of_its_own(on_cpu, unsolved):
@@ -585,17 +586,18 @@ def test_plans_for_many_selections_are_bounded(on_cpu, unsolved):
 
 
 def test_what_no_kernel_fits_steps_in_torch(on_cpu):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 40).double(), nn.Linear(40, 36))
     handle = apply_norm_scaling(model, init=None)
     # Of another model of the handle's: a state that a kernel would misread.
     misfit = handle.weights[2]
     misfit.scaling.basis = misfit.scaling.basis.double()
     drift_([handle], 0.1, 0)
+    rest = SimpleNamespace(weights=handle.weights[1:])
+    before = off_by(rest)
     handle._step.take(handle.weights)
     assert addresses(on_cpu) == {model[0].weight.data_ptr()}
-    plan = next(iter(handle._step._plans._plans.values()))
-    assert plan.rest == handle.weights[1:]
-    assert off_by(SimpleNamespace(weights=plan.rest)) <= 1e-4
+    assert off_by(rest) <= before / 20
 
 
 @pytest.mark.parametrize(
@@ -643,7 +645,7 @@ def test_where_triton_cannot_launch_a_warning_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     expected = r"steps without its kernels on cuda:7, .* cannot launch them \(RuntimeError: Failed to find C compiler\)"
     with pytest.warns(UserWarning, match=expected):
-        assert not plans._has_kernels(torch.device("cuda:7"))
+        assert not plans._has_kernels.__wrapped__(torch.device("cuda:7"))
 
 
 # What the kernels compile to.
