@@ -100,7 +100,7 @@ def fits(weight: Weight) -> bool:
         is_known
         and parameter.dtype in _TYPES
         # A tensor without memory of its own is a subclass that wraps others.
-        and (parameter.data_ptr() != 0 or parameter.numel() == 0)
+        and parameter.data_ptr() != 0
         and layout_of(weight.view.split(parameter.detach())) is not None
         # Buffers may have been replaced, and a weight may have another shape than its state. There torch explains.
         and all(

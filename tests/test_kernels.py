@@ -193,7 +193,7 @@ def check_against_twin(way, names, norm, dtype, count, steps):
         # Between iterations, the kernels' first vector is not as exact, and its residual is that of the last one.
         assert_same(by_torch, by_kernels, dtype, 1e-5 * (number + 1), 2e-2 if count == 1 else 0.4)
     if dtype == torch.float32:
-        assert off_by(by_kernels) <= 2e-4
+        assert off_by(by_kernels) <= (2e-3 if count == 1 else 1e-5)
 
 
 def test_a_step_is_the_one_of_torch(way):
@@ -227,6 +227,24 @@ def test_frobenius_steps_in_a_row_are_those_of_torch(way, dtype):
 def test_every_shape(way, norm, shape, monkeypatch):
     monkeypatch.setitem(LAYERS, "one", lambda **kind: nn.Linear(*shape, **kind))
     check_against_twin(way, ["one"], norm, torch.float32, 2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("outputs", "inputs", "stride"), [(41, 40, 2**26), (34, 40, 2**26), (41, 40, 2**26 + 1)])
+def test_elements_beyond_the_range_of_32_bits(way, outputs, inputs, stride, monkeypatch):
+    def far_apart(**kind):
+        # Memory that nothing touches is not taken.
+        rows = torch.empty(outputs * stride, **kind).view(outputs, stride)
+        return with_weight(nn.Linear(inputs, outputs, **kind), rows[:, :inputs])
+
+    monkeypatch.setitem(LAYERS, "far apart", far_apart)
+    for norm in ("frobenius", "spectral"):
+        handle = scaled(["far apart"], norm, torch.bfloat16, way.device)
+        drift_([handle], 0.1, 0)
+        before = off_by(handle)
+        step_by_kernels(way, handle, 1)
+        # bfloat16 has 8 digits, and the interpreter cuts the others off.
+        assert off_by(handle) <= min(2**-8, before / 4)
 
 
 # What is not ordinary.
