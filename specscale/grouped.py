@@ -110,12 +110,9 @@ def fits(weight: Weight) -> bool:
             and len(buffer) == weight.view.count
             for buffer in scaling.buffers()
         )
-        and (basis is None or (basis.shape[1] == min(weight.view.matrix_shape(parameter)) and _is_aligned(basis)))
+        and (basis is None or basis.shape[1:] == (min(weight.view.matrix_shape(parameter)), 16))
+        and (basis is None or basis.data_ptr() % 16 == 0)
     )
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % 16 == 0
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
