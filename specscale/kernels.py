@@ -88,7 +88,8 @@ def _product(
     if mode == SUM_CONTIGUOUS:
         a16 = tl.multiple_of(a, 16)
         stride = tl.multiple_of(tl.load(row + OUT_INNER), VECTOR)
-        end = tl.multiple_of(stop, VECTOR)
+        # A multiple of VECTOR that the compiler can see: a hint on an argument is lost.
+        end = (stop // VECTOR) * VECTOR
         for first in range(start, stop, DEPTH):
             s = first + tl.arange(0, DEPTH)
             mask = (out[:, None] < out_size) & (s[None, :] < end)
