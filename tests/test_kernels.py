@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from held import off_target
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +30,7 @@ from specscale import grouped, kernels  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 cuda = pytest.mark.cuda
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 # What is stepped.
@@ -172,13 +173,7 @@ def note(name):
 
 
 def off_by(handle):
-    """How far, relative, the largest singular value is from the target, of the worst matrix."""
-    worst = 0.0
-    for weight in handle.weights:
-        matrices = weight.scaling.view.matrices(weight.parameter.detach()).double()
-        norm = torch.linalg.matrix_norm(matrices, "fro" if weight.scaling.constraint.name == "frobenius" else 2)
-        worst = max(worst, (norm / weight.scaling.target - 1).abs().max().item())
-    return worst
+    return max(off_target(weight) for weight in handle.weights)
 
 
 FEW = ["rows contiguous", "wide", "first conv", "transposed channels_last"]
@@ -207,14 +202,23 @@ def test_a_frobenius_step_is_the_one_of_torch(way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", BYTES, ids=str)
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_steps_in_a_row_are_those_of_torch(way, dtype, count):
-    check_against_twin(way, LAYERS, "spectral", dtype, count, 2 if count < 3 else 1)
+@pytest.mark.parametrize(
+    ("dtype", "count", "steps"),
+    [
+        (torch.float32, 1, 3),
+        (torch.float32, 2, 1),
+        (torch.float32, 3, 1),
+        (torch.bfloat16, 2, 1),
+        (torch.float16, 1, 1),
+    ],
+    ids=str,
+)
+def test_steps_in_a_row_are_those_of_torch(way, dtype, count, steps):
+    check_against_twin(way, LAYERS, "spectral", dtype, count, steps)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", BYTES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_frobenius_steps_in_a_row_are_those_of_torch(way, dtype):
     check_against_twin(way, LAYERS, "frobenius", dtype, None, 2)
 
@@ -340,14 +344,9 @@ def test_a_jump_is_followed(way, norm):
     handle = scaled(["odd"], norm, device=way.device)
     with torch.no_grad():
         handle.weights[0].parameter.mul_(1000)
-    for _ in range(1 if norm == "frobenius" else 2):
+    for _ in range(2):
         step_by_kernels(way, handle, 2)
-    if norm == "frobenius":
-        assert off_by(handle) <= 1e-5
-    else:
-        # Only the first value is put back.
-        values = torch.linalg.svdvals(handle.weights[0].parameter.detach())
-        assert min((values / handle.weights[0].scaling.target - 1).abs()) <= 1e-3
+    assert off_by(handle) <= 1e-3
 
 
 def test_the_noise_is_that_of_torch(way):
@@ -572,27 +571,27 @@ def moved(parameter):
 
 
 def strides_changed(parameter):
-    parameter.data = parameter.data.to(memory_format=LAST)
+    """Other strides, at the same address."""
+    parameter.data = parameter.data.as_strided(parameter.shape, parameter.to(memory_format=LAST).stride())
 
 
 def dtype_changed(parameter):
     parameter.data = parameter.data.bfloat16()
 
 
-def test_a_weight_that_is_elsewhere_is_found_there(on_cpu, unsolved):
-    for change in (moved, strides_changed, dtype_changed):
-        model = nn.Sequential(nn.Conv2d(16, 40, 3), nn.Linear(40, 50))
-        handle = apply_norm_scaling(model, target=1.0, init=None)
-        (conv, linear) = (weight.parameter for weight in handle.weights)
-        handle._step.take(handle.weights)
-        on_cpu.clear()
-        change(conv)
-        handle._step.take(handle.weights)
-        assert addresses(on_cpu) == {conv.data_ptr(), linear.data_ptr()}
-        sizes = {options["VECTOR"] for _, _, options in on_cpu if "VECTOR" in options}
-        assert sizes == ({4, 8} if change is dtype_changed else {4})
-        layouts = {tuple(row[kernels.J_LENGTH.value : kernels.J_INNER.value + 1]) for row in on_cpu[0][1][0].tolist()}
-        assert (((40, 0, 144) in layouts) or ((40, 0, 1) in layouts)) == (len(sizes) == 1) or change is dtype_changed
+@pytest.mark.parametrize("change", [moved, strides_changed, dtype_changed])
+def test_a_weight_that_is_elsewhere_is_found_there(change, on_cpu, unsolved):
+    handle = apply_norm_scaling(nn.Sequential(nn.Conv2d(5, 64, 3), nn.Linear(40, 50)), target=1.0, init=None)
+    (conv, linear) = (weight.parameter for weight in handle.weights)
+    handle._step.take(handle.weights)
+    on_cpu.clear()
+    change(conv)
+    handle._step.take(handle.weights)
+    rows = {row[kernels.WEIGHT.value]: row for _, args, _ in on_cpu for row in args[0].tolist()}
+    assert rows.keys() == {conv.data_ptr(), linear.data_ptr()}
+    assert rows[conv.data_ptr()][kernels.ORDER_LENGTH.value] == (5 if change is strides_changed else 1)
+    sizes = {options["VECTOR"] for _, _, options in on_cpu if "VECTOR" in options}
+    assert sizes == ({4, 8} if change is dtype_changed else {4})
 
 
 def test_state_that_is_elsewhere_is_found_there(on_cpu, unsolved):
@@ -735,9 +734,7 @@ def compiled(kernel, options, capability):
 
 
 PUBLIC = {name for name, one in vars(kernels).items() if hasattr(one, "params") and not name.startswith("_")}
-WIDE = (
-    r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10|ld\.global[\w.]*\.v4\.b32|ld\.global[\w.]*\.v2\.b64"
-)
+THREADS = 128
 
 
 def check_compiled(kernel, options, capability):
@@ -746,11 +743,18 @@ def check_compiled(kernel, options, capability):
     # What every card from Ampere on gives a program.
     assert built.metadata.shared <= 99 * 1024
     assert ".local" not in code.replace(".local_", "")
-    name = kernel.__name__
-    if "DTYPE" in dict(options):
-        assert re.search(WIDE, code), name
-    if name in ("update", "rescale"):
-        assert re.search(r"st\.global[\w.]*\.v4\.b32|st\.global[\w.]*\.v2\.b64", code)
+    constants = dict(options)
+    if "DEPTH" in constants:
+        # Each stage of the two layouts that are contiguous reads a tile of the weight, and each of the three the block.
+        tile = constants["TILE"] * constants["DEPTH"] // constants["VECTOR"]
+        block = constants["DEPTH"] * 16 // 4
+        expected = constants["num_stages"] * (2 * tile + 3 * block) // THREADS
+        assert len(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", code)) == expected
+    elif "DTYPE" in constants:
+        strip = kernels.STRIP.value * kernels.SIDE // constants["VECTOR"] // THREADS
+        assert len(re.findall(r"ld\.global[\w.]*\.v4\.b32", code)) >= strip
+        if kernel.__name__ != "squares":
+            assert len(re.findall(r"st\.global[\w.]*\.v4\.b32", code)) >= strip
     return code
 
 
@@ -773,7 +777,8 @@ def test_a_weight_is_read_and_written_16_bytes_at_a_time(name, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", BYTES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_kernel_compiles_for_every_card(capability, dtype, monkeypatch):
     for kernel, options in launched_variants(dtype, monkeypatch, (1, 2, 3)):
-        check_compiled(kernel, options, capability)
+        if dtype == torch.float32 or "DTYPE" in dict(options):
+            check_compiled(kernel, options, capability)
