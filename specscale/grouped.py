@@ -22,8 +22,6 @@ This module is imported only where there are CUDA weights, since it needs Triton
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -33,7 +31,7 @@ from torch import Tensor
 
 from specscale import kernels
 from specscale.block import Block
-from specscale.constraints import Constraint, Frobenius, Spectral
+from specscale.constraints import Frobenius, Spectral
 from specscale.kernels import SIDE, SMALL_SIZE
 from specscale.norms import SpectralNormBySolver
 from specscale.weights import Weight
@@ -82,24 +80,38 @@ def layout_of(split: Tensor) -> Layout | None:
         leading = math.prod(sizes[axis] for axis in rotated[: len(axes) - first])
         trailing = math.prod(sizes[axis] for axis in axes[:first])
         # Memory counts `rotated`, whose last axes come first in the weight's own order.
-        layout = Layout(split.stride(1), length, outer, inner, trailing or 1, leading)
+        layout = Layout(split.stride(1), length, outer, inner, trailing, leading)
         found.append((len(levels), inner, layout))
     return min(found, key=lambda one: one[:2])[2] if found else None
 
 
 def fits(weight: Weight) -> bool:
     """Whether a kernel takes the weight's step."""
-    parameter, constraint = weight.parameter, weight.scaling.constraint
+    parameter, scaling = weight.parameter, weight.scaling
+    constraint = scaling.constraint
     is_known = isinstance(constraint, Frobenius) or (
         isinstance(constraint, Spectral)
         and isinstance(constraint.norm, SpectralNormBySolver)
         and isinstance(constraint.norm.solver, Block)
         and constraint.norm.solver.width == 16
     )
+    basis = scaling.solver_state().get("basis")
     return (
         is_known
-        and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and parameter.dtype in _TYPES
+        # A tensor without memory of its own is a subclass that wraps others.
+        and parameter.data_ptr() != 0
         and layout_of(weight.view.split(parameter.detach())) is not None
+        # Buffers may have been replaced, and a weight may have another shape than its state. There torch explains.
+        and all(
+            buffer.device == parameter.device
+            and buffer.is_contiguous()
+            and buffer.dtype in (torch.float32, torch.int64)
+            and len(buffer) == weight.view.count
+            for buffer in scaling.buffers()
+        )
+        and (basis is None or basis.shape[1:] == (min(weight.view.matrix_shape(parameter)), 16))
+        and (basis is None or basis.data_ptr() % 16 == 0)
     )
 
 
@@ -107,31 +119,32 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 class GroupedStep:
-    """The step of weights of one dtype, device and constraint; valid while `fingerprint` stays what it was."""
+    """The step of weights of one dtype, device and constraint, all of which `fits`, as long as they stay in place."""
 
-    def __init__(self, weights: Sequence[Weight]) -> None:
+    def __init__(self, weights: list[Weight]) -> None:
+        self.weights = weights
         parameter = weights[0].parameter
         self.device, self.dtype = parameter.device, _TYPES[parameter.dtype]
         self.vector = 16 // parameter.element_size()
         self.is_spectral = isinstance(weights[0].scaling.constraint, Spectral)
         self.num_matrices = sum(weight.view.count for weight in weights)
-        self.stats = torch.zeros(2, self.num_matrices, device=self.device)
+        # The default dtype and the default device are the user's.
+        own: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
+        self.stats = torch.zeros(2, self.num_matrices, **own)
         """The norms, and the estimated errors, of the last step."""
-        self._unit_vectors = torch.eye(32, device=self.device).reshape(32, 2, 16).movedim(1, 0).contiguous()
-        self._never = torch.zeros(1, device=self.device)
+        self._unit_vectors = torch.eye(32, 16, **own)
+        self._never = torch.zeros(1, **own)
         self._rows: list[list[int]] = []
         self._tiles: dict[str, list[list[int]]] = {"rows": [], "columns": [], "chunks": [], "weight": []}
         self._scratch_size = 0
         self._in_scratch: list[tuple[int, int]] = []
         for weight in weights:
             self._add(weight)
-        self._scratch = torch.empty(self._scratch_size, device=self.device)
+        self._scratch = torch.empty(self._scratch_size, **own)
         for number, field in self._in_scratch:
             self._rows[number][field] = self._scratch.data_ptr() + 4 * self._rows[number][field]
-        self.table = _to_device(torch.tensor(self._rows, dtype=torch.int64), self.device)
-        self.tiles = {
-            name: _to_device(torch.tensor(tiles, dtype=torch.int32), self.device) for name, tiles in self._tiles.items()
-        }
+        self.table = _to_device(self._rows, torch.int64, self.device)
+        self.tiles = {name: _to_device(tiles, torch.int32, self.device) for name, tiles in self._tiles.items()}
 
     def _add(self, weight: Weight) -> None:
         """A row of the table, and tiles, for each matrix of a weight."""
@@ -149,6 +162,9 @@ class GroupedStep:
         if not is_tall:
             order = (outputs, 1)
         is_exact = n <= 32
+        if is_exact:
+            # Unit vectors, in any order.
+            order = (1, 1)
         for k in range(weight.view.count):
             number = len(self._rows)
             pointer = split.data_ptr() + k * split.stride(0) * split.element_size()
@@ -186,7 +202,7 @@ class GroupedStep:
             sizes = {kernels.PARTIAL_SQUARES: 1 + len(weight_tiles)}
             if self.is_spectral:
                 state = scaling.solver_state()
-                values[kernels.BASIS] = self._unit_vectors[0].data_ptr() if is_exact else state["basis"][k].data_ptr()
+                values[kernels.BASIS] = self._unit_vectors.data_ptr() if is_exact else state["basis"][k].data_ptr()
                 if not is_exact:
                     values[kernels.KEY], values[kernels.AGE] = state["key"][k:].data_ptr(), state["age"][k:].data_ptr()
                 sizes = {
@@ -214,8 +230,14 @@ class GroupedStep:
             self._tiles["weight"] += [[number, a, b, i] for i, (a, b) in enumerate(weight_tiles)]
 
     def take(self, num_iterations: int | None, skip: Tensor | None) -> None:
-        """Take the step; where the one-element float32 tensor `skip` is positive, no weight changes."""
-        found_inf = self._never if skip is None else skip
+        """Take the step; where the one-element tensor `skip` is positive, no weight changes."""
+        found_inf = self._never if skip is None else skip.to(self.device, torch.float32, non_blocking=True)
+        # Triton launches on the current device.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            self._launch_all(num_iterations, found_inf)
+        torch.autograd.graph.increment_version([weight.parameter for weight in self.weights])
+
+    def _launch_all(self, num_iterations: int | None, found_inf: Tensor) -> None:
         typed: dict[str, Any] = {"DTYPE": self.dtype, "VECTOR": self.vector}
         on_weight = self.tiles["weight"]
         if not self.is_spectral:
@@ -234,59 +256,27 @@ class GroupedStep:
             _launch(kernels.residuals, len(columns), self.table, columns, FIRST=first, LAST=last, TILE=TILE)
             _launch(kernels.orthogonalize, self.num_matrices, self.table, LAST=last, num_warps=1)
             _launch(kernels.images_of_rest, len(rows), self.table, rows, LAST=last, **products)
-            _launch(kernels.rayleigh_ritz, self.num_matrices, self.table, found_inf, FIRST=first, LAST=last)
+            _launch(kernels.rayleigh_ritz, self.num_matrices, self.table, found_inf, LAST=last)
             if not last:
                 _launch(kernels.combine, both, self.table, rows, columns, len(rows), TILE=TILE)
         count = len(on_weight) + len(columns)
         _launch(kernels.update, count, self.table, on_weight, columns, len(on_weight), TILE=TILE, **typed)
 
 
-class GroupedSteps:
-    """The grouped steps of a handle: one for the weights of each device, dtype and constraint that step together."""
-
-    def __init__(self) -> None:
-        self._steps: dict[tuple[int, ...], tuple[tuple[Any, ...], GroupedStep]] = {}
-
-    def take(
-        self, weights: list[Weight], num_iterations: Mapping[Constraint, int | None], skip: Tensor | None
-    ) -> list[tuple[list[Weight], int, Tensor]]:
-        """Scale the weights; returns them in groups, with the iterations taken and the step's stats `(2, k)`."""
-        groups: dict[Any, list[Weight]] = defaultdict(list)
-        for weight in weights:
-            groups[weight.scaling.constraint, weight.parameter.dtype, weight.parameter.device].append(weight)
-        results = []
-        for (constraint, _, device), group in groups.items():
-            grouped = self._step(group)
-            count = num_iterations[constraint]
-            own_skip = skip if skip is None else skip.to(device, torch.float32, non_blocking=True)
-            # Triton launches on the current device.
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                grouped.take(count, own_skip)
-            torch.autograd.graph.increment_version([weight.parameter for weight in group])
-            results.append((group, count or 0, grouped.stats))
-        return results
-
-    def _step(self, weights: list[Weight]) -> GroupedStep:
-        """The step of these weights, made anew if any of them is elsewhere than it was."""
-        # The scalings are alive as long as the weights that an entry belongs to are: their ids are not used twice.
-        key = tuple(id(weight.scaling) for weight in weights)
-        now = fingerprint(weights)
-        known = self._steps.pop(key, None)
-        if known is None or known[0] != now:
-            known = now, GroupedStep(weights)
-        # The one that was used last comes last; weights that step together change seldom.
-        self._steps[key] = known
-        if len(self._steps) > 8:
-            del self._steps[next(iter(self._steps))]
-        return known[1]
+def try_to_launch(device: torch.device) -> None:
+    """Compile a kernel and load it onto the device, without running it; raises where that does not work."""
+    with torch.cuda.device(device):
+        table, tiles = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+        _launch(kernels.squares, 0, table, tiles, DTYPE=tl.float32, VECTOR=4)
 
 
 def _launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:
     kernel[(num_programs,)](*args, **constants)
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(values: list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A copy that the host does not wait for."""
+    tensor = torch.tensor(values, dtype=dtype, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -300,13 +290,3 @@ def _mode(
         if along_i[0] == m and along_i[2] == 1 and along_j[0] == n and m % vector == along_j[2] % vector == 0:
             return int(kernels.ROWS_CONTIGUOUS.value)
     return int(kernels.STRIDED.value)
-
-
-def fingerprint(weights: Sequence[Weight]) -> tuple[Any, ...]:
-    """All that a `GroupedStep` depends on: a stale address would be written to after its memory has been freed."""
-    found: list[Any] = []
-    for weight in weights:
-        parameter = weight.parameter
-        found += [parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype]
-        found += [buffer.data_ptr() for buffer in weight.scaling.buffers()]
-    return tuple(found)

@@ -88,7 +88,8 @@ def _product(
     if mode == SUM_CONTIGUOUS:
         a16 = tl.multiple_of(a, 16)
         stride = tl.multiple_of(tl.load(row + OUT_INNER), VECTOR)
-        end = tl.multiple_of(stop, VECTOR)
+        # A multiple of VECTOR that the compiler can see: a hint on an argument is lost.
+        end = (stop // VECTOR) * VECTOR
         for first in range(start, stop, DEPTH):
             s = first + tl.arange(0, DEPTH)
             mask = (out[:, None] < out_size) & (s[None, :] < end)
@@ -392,7 +393,7 @@ def _largest(square, eye):
 
 
 @triton.jit
-def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
+def rayleigh_ritz(table, found_inf, LAST: tl.constexpr):
     """`block.rayleigh_ritz`; after the last iteration, the step's length and what is reported."""
     row = table + tl.program_id(0) * FIELDS
     is_exact = tl.load(row + IS_EXACT) != 0
@@ -411,7 +412,8 @@ def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
         square = 0.5 * (square + tl.trans(square))
         square = _trace_one(square + tl.where((r[:, None] == 0) & (c[None, :] == 0), TINY, 0.0), eye)
 
-        # The first vector: a column of a high power.
+        # The first vector: a column of a high power. Between iterations it is one direction of the subspace among
+        # others, and need not be exact.
         power = square
         for _ in range(_SQUARINGS if LAST else 4):
             power = _trace_one(tl.dot(power, power, input_precision=PRECISION), eye)

@@ -7,13 +7,10 @@ few launches; the others go the way that is written here, in torch operations, a
 in a CUDA graph and replayed.
 """
 
-import functools
-import importlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from types import ModuleType
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +21,14 @@ from specscale.constraints import Constraint
 from specscale.errors import ADVICE, non_finite
 from specscale.linalg import concat, no_grad_full_precision
 from specscale.norms import Measurement
+from specscale.plans import Plan, Plans, is_capturing
 from specscale.state import MEASURED, NormScaling
 from specscale.weights import Weight
 
 NumIterations = Mapping[Constraint, int | None]
 """The solver's iterations in a step that reads nothing back, by constraint."""
 
-Scale = Callable[[list[Weight], NumIterations, Tensor | None], list["Result"]]
+Scale = Callable[[Plan, NumIterations, Tensor | None], list["Result"]]
 """A step that reads nothing back."""
 
 
@@ -42,8 +40,7 @@ class ScalingStep:
         """The solver's iterations in the last step, by the weight's name."""
         self._planned: NumIterations = {}
         self._pending: PendingStats | None = None
-        self._grouped: Any = None
-        """The `grouped.GroupedSteps`, from the first step that has any."""
+        self._plans = Plans()
         self._graphs: CapturedSteps | None = None
 
     @no_grad_full_precision
@@ -81,33 +78,16 @@ class ScalingStep:
         pending, self._pending = self._pending, None
         if pending is not None and (bad := pending.non_finite()):
             raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
-        if self._graphs is None:
-            results = self._scale(weights, planned, skip)
-        else:
-            results = self._graphs.take(self._scale, weights, planned, skip)
-        # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
         is_compiling = torch.compiler.is_compiling()
+        # Before any capture of ours: what a plan allocates and copies must not become part of a graph.
+        plan = Plan(weights, by_kernels=False) if is_compiling else self._plans.of(weights)
+        results = scale(plan, planned, skip) if self._graphs is None else self._graphs.take(scale, plan, planned, skip)
+        # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
         if not is_compiling:
             self._planned, self._pending = planned, PendingStats(results)
             self.num_iterations = {w.name: n for r in results for w, n in zip(r.weights, r.num_iterations, strict=True)}
         for weight in weights:
             weight.scaling.mark_current(None if is_compiling else weight.parameter)
-
-    def _scale(self, weights: list[Weight], num_iterations: NumIterations, skip: Tensor | None) -> list["Result"]:
-        """A step that reads nothing back: by kernels where they fit, else in torch operations."""
-        results: list[Result] = []
-        grouped = grouped_for(weights)
-        if grouped is not None:
-            by_kernels = [weight for weight in weights if grouped.fits(weight)]
-            weights = [weight for weight in weights if not grouped.fits(weight)]
-            if self._grouped is None:
-                self._grouped = grouped.GroupedSteps()
-            for group, count, stats in self._grouped.take(by_kernels, num_iterations, skip):
-                results.append(Result(group, stats, [count] * len(group)))
-        if weights:
-            batches = measure_and_project_(weights, num_iterations, skip)
-            results += [Result.of(batch) for batch in batches]
-        return results
 
     def _next_num_iterations(self, constraint: Constraint) -> int | None:
         error = None if self._pending is None else self._pending.worst_error(constraint)
@@ -121,26 +101,15 @@ class ScalingStep:
         self._graphs = CapturedSteps() if blocker is None else None
 
 
-def grouped_for(weights: Iterable[Weight]) -> ModuleType | None:
-    """`specscale.grouped`, where it can take the step of some of these weights; never under a compiler."""
-    if torch.compiler.is_compiling():
-        return None
-    return _grouped() if any(_has_kernels(weight.parameter.device) for weight in weights) else None
-
-
-@functools.cache
-def _has_kernels(device: torch.device) -> bool:
-    """Whether the kernels run on the device: NVIDIA's, from compute capability 8.0."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@functools.cache
-def _grouped() -> ModuleType | None:
-    """`specscale.grouped`, if Triton is there."""
-    try:
-        return importlib.import_module("specscale.grouped")
-    except ImportError:
-        return None
+def scale(plan: Plan, num_iterations: NumIterations, skip: Tensor | None) -> list["Result"]:
+    """A step that reads nothing back: by kernels where they fit, else in torch operations."""
+    results = []
+    for group in plan.groups:
+        count = num_iterations[group.weights[0].scaling.constraint]
+        group.take(count, skip)
+        results.append(Result(group.weights, group.stats, [count or 0] * len(group.weights)))
+    batches = measure_and_project_(plan.rest, num_iterations, skip) if plan.rest else []
+    return results + [Result.of(batch) for batch in batches]
 
 
 class Result(NamedTuple):
@@ -254,7 +223,8 @@ class PendingStats:
         self._copied = []
         for device in {result.stats.device for result in results if not result.stats.is_cpu}:
             event = torch.Event(device=device)
-            event.record()
+            # Without a stream, it would be the one of the current device, which may be another.
+            event.record(torch.accelerator.current_stream(device))
             self._copied.append(event)
 
     def _read(self, row: int) -> Iterator[tuple[list[Weight], list[list[float]]]]:
@@ -295,33 +265,30 @@ def _warn_of_no_graph(reason: str, stacklevel: int) -> None:
 class CapturedSteps:
     """Steps that read nothing back, as CUDA graphs: one launch instead of hundreds.
 
-    A graph works at fixed addresses, for fixed iterations; so there is one for each combination of these. The first
-    step of a combination runs as it is, which is also the warm-up that a capture needs; the second is captured. After a
-    capture that fails, all steps run as they are.
+    A graph works at fixed addresses, for fixed iterations; so there is one for each plan and number of iterations. The
+    first step of a combination runs as it is, which is also the warm-up that a capture needs; the second is captured.
+    After a capture that fails, all steps run as they are.
     """
 
     def __init__(self) -> None:
-        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Result]] | None] = {}
         self._pool: Any = None
         self._skip: Tensor | None = None
         self._failed = False
 
-    def take(
-        self, scale: Scale, weights: list[Weight], num_iterations: NumIterations, skip: Tensor | None
-    ) -> list[Result]:
+    def take(self, scale: Scale, plan: Plan, num_iterations: NumIterations, skip: Tensor | None) -> list[Result]:
         """What `scale` does with the other arguments, replayed; the next replay overwrites what it returns."""
-        if self._failed or torch.cuda.is_current_stream_capturing():
-            return scale(weights, num_iterations, skip)
+        if self._failed or is_capturing():
+            return scale(plan, num_iterations, skip)
         if skip is not None:
             # It is a new tensor at every step, and not always at the same address.
             self._skip = torch.empty_like(skip) if self._skip is None else self._skip
             skip = self._skip.copy_(skip)
-        tensors = (tensor for weight in weights for tensor in (weight.parameter, *weight.scaling.buffers()))
-        key = (tuple(num_iterations.items()), skip is None, tuple(tensor.data_ptr() for tensor in tensors))
-        if key not in self._graphs:
-            self._graphs[key] = None
-            return scale(weights, num_iterations, skip)
-        captured = self._graphs[key]
+        # A graph reads its own captures' `_skip`.
+        key = (self, tuple(num_iterations.items()), skip is None)
+        if key not in plan.graphs:
+            plan.graphs[key] = None
+            return scale(plan, num_iterations, skip)
+        captured: tuple[torch.cuda.CUDAGraph, list[Result]] | None = plan.graphs[key]
         if captured is None:
             graph = torch.cuda.CUDAGraph()
             # The stats of one replay are read before the next: graphs can share their memory.
@@ -330,13 +297,12 @@ class CapturedSteps:
                 # A capture only records: the weights are as they were if it fails.
                 # Another thread's work, such as that of a loader that pins memory, must not spoil it.
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    results = scale(weights, num_iterations, skip)
+                    results = scale(plan, num_iterations, skip)
             except RuntimeError as error:
                 self._failed = True
-                self._graphs.clear()
                 _warn_of_no_graph(str(error).strip().splitlines()[0], stacklevel=3)
-                return scale(weights, num_iterations, skip)
-            captured = self._graphs[key] = graph, results
+                return scale(plan, num_iterations, skip)
+            captured = plan.graphs[key] = graph, results
         graph, results = captured
         graph.replay()
         return results

@@ -1,0 +1,131 @@
+"""Which weights of a step go by kernels: decided once, and again when any of them is elsewhere than it was."""
+
+import functools
+import importlib
+import warnings
+from collections import defaultdict
+from collections.abc import Hashable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specscale.errors import Refusal
+from specscale.weights import Weight
+
+
+class Plan:
+    """How some weights step, valid while `fingerprint(weights)` stays what it was."""
+
+    def __init__(self, weights: list[Weight], *, by_kernels: bool = True) -> None:
+        self.scalings = {weight.scaling for weight in weights}
+        self.groups: list[Any] = []
+        """The `grouped.GroupedStep` of the weights of each constraint, dtype and device that kernels fit."""
+        self.rest: list[Weight] = []
+        """The weights that step in torch operations."""
+        self.graphs: dict[Hashable, Any] = {}
+        """The CUDA graphs of this step. They are kept here because they read and write the memory of `groups`."""
+        groups: dict[Hashable, list[Weight]] = defaultdict(list)
+        for weight in weights:
+            grouped = kernels_for(weight.parameter) if by_kernels else None
+            if grouped is not None and grouped.fits(weight):
+                groups[weight.scaling.constraint, weight.parameter.dtype, weight.parameter.device].append(weight)
+            else:
+                self.rest.append(weight)
+        if groups and is_capturing():
+            # Its memory would be the graph's, and each replay would copy from host memory that is someone else's.
+            raise Refusal(
+                "a CUDA graph is being captured, and the kernels' memory must be there before; take a step of these "
+                "weights, where they now are, before the capture",
+                RuntimeError,
+            )
+        for group in groups.values():
+            self.groups.append(_grouped().GroupedStep(group))  # type: ignore[union-attr]
+
+
+class Plans:
+    """The plans of a handle: the weights that step together may be others from step to step."""
+
+    MOST = 8
+    """How many plans may have the same weight: each has memory of its own."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, Plan] = {}
+        self._captured: set[Plan] = set()
+        """The plans that are in a user's graph: it is not known when that ends."""
+
+    def of(self, weights: list[Weight]) -> Plan:
+        """The plan of these weights, made anew if there is none for where they now are."""
+        now = fingerprint(weights)
+        plan = self._plans.pop(now, None)
+        if plan is None:
+            plan = Plan(weights)
+            for scaling in plan.scalings:
+                others = [key for key, other in self._plans.items() if scaling in other.scalings]
+                if len(others) >= self.MOST:
+                    del self._plans[others[0]]
+        # The one that was used last comes last.
+        self._plans[now] = plan
+        if is_capturing():
+            self._captured.add(plan)
+        return plan
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def fingerprint(weights: list[Weight]) -> Hashable:
+    """All that a plan depends on: a stale address would be written to after its memory has been freed.
+
+    A plan holds its scalings, so that an id is not used twice.
+    """
+    found: list[Hashable] = []
+    for weight in weights:
+        parameter, scaling = weight.parameter, weight.scaling
+        found += [id(scaling), *_place(parameter)]
+        for buffer in scaling._buffers.values():
+            assert buffer is not None
+            found += _place(buffer)
+    return tuple(found)
+
+
+def _place(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """`specscale.grouped`, where its kernels run on the tensor's device."""
+    return _grouped() if _has_kernels(tensor.device) else None
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the kernels run on the device: NVIDIA's, from compute capability 8.0, where Triton works."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    grouped = _grouped()
+    if grouped is None:
+        return False
+    try:
+        grouped.try_to_launch(device)
+    except Exception as error:
+        # Triton needs a C compiler, for one.
+        warnings.warn(
+            f"norm scaling steps without its kernels on {device}, many times as slowly: Triton cannot launch them "
+            f"({type(error).__name__}: {error})",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@functools.cache
+def _grouped() -> ModuleType | None:
+    """`specscale.grouped`, if Triton is there."""
+    try:
+        return importlib.import_module("specscale.grouped")
+    except ImportError:
+        return None
