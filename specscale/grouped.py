@@ -256,7 +256,7 @@ class GroupedStep:
             _launch(kernels.residuals, len(columns), self.table, columns, FIRST=first, LAST=last, TILE=TILE)
             _launch(kernels.orthogonalize, self.num_matrices, self.table, LAST=last, num_warps=1)
             _launch(kernels.images_of_rest, len(rows), self.table, rows, LAST=last, **products)
-            _launch(kernels.rayleigh_ritz, self.num_matrices, self.table, found_inf, LAST=last)
+            _launch(kernels.rayleigh_ritz, self.num_matrices, self.table, found_inf, FIRST=first, LAST=last)
             if not last:
                 _launch(kernels.combine, both, self.table, rows, columns, len(rows), TILE=TILE)
         count = len(on_weight) + len(columns)

@@ -386,6 +386,13 @@ def _trace_one(square, eye):
 
 
 @triton.jit
+def _fourth_squaring(power, eye):
+    for _ in range(4):
+        power = tl.dot(power, power, input_precision=PRECISION)
+    return _trace_one(power, eye)
+
+
+@triton.jit
 def _largest(square, eye):
     """The number of the largest diagonal element; of NaN, any."""
     diagonal = tl.sum(square * eye, axis=1)
@@ -393,7 +400,7 @@ def _largest(square, eye):
 
 
 @triton.jit
-def rayleigh_ritz(table, found_inf, LAST: tl.constexpr):
+def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
     """`block.rayleigh_ritz`; after the last iteration, the step's length and what is reported."""
     row = table + tl.program_id(0) * FIELDS
     is_exact = tl.load(row + IS_EXACT) != 0
@@ -415,8 +422,8 @@ def rayleigh_ritz(table, found_inf, LAST: tl.constexpr):
         # The first vector: a column of a high power. Between iterations it is one direction of the subspace among
         # others, and need not be exact.
         power = square
-        for _ in range(_SQUARINGS if LAST else 4):
-            power = _trace_one(tl.dot(power, power, input_precision=PRECISION), eye)
+        for _ in range(_SQUARINGS // 4 if LAST else 1):
+            power = _fourth_squaring(power, eye)
         largest = _largest(power, eye)
         first = tl.sum(tl.where(c[None, :] == largest, power, 0.0), axis=1)
         first = first / tl.sqrt(tl.maximum(tl.sum(first * first, axis=0), TINY))
@@ -474,8 +481,8 @@ def rayleigh_ritz(table, found_inf, LAST: tl.constexpr):
 
             rest = tl.where((q[:, None] == 0) | (d[None, :] == 0), 0.0, squares)
             power = _trace_one(rest, eye16)
-            for _ in range(8):
-                power = _trace_one(tl.dot(power, power, input_precision=PRECISION), eye16)
+            for _ in range(2):
+                power = _fourth_squaring(power, eye16)
             largest = _largest(power, eye16)
             second = tl.sum(tl.where(d[None, :] == largest, power, 0.0), axis=1)
             second = second / tl.sqrt(tl.maximum(tl.sum(second * second, axis=0), TINY))
