@@ -409,7 +409,9 @@ def second_value(squares: Tensor) -> Tensor:
     A Rayleigh quotient after power iteration with 2^8 steps.
     """
     rest = squares[:, 1:, 1:]
-    power = _trace_one(rest)
+    # Where there is no second value, the rest is rounding, and its trace may be negative.
+    rounding = 100 * torch.finfo(rest.dtype).eps * squares[:, :1, :1]
+    power = _trace_one(rest + rounding * torch.eye(rest.shape[-1], dtype=rest.dtype, device=rest.device))
     for _ in range(8):
         power = _trace_one(product(power, power))
     largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]

@@ -332,3 +332,12 @@ def test_steps_after_the_orthogonal_init_follow_a_drift_of_low_rank(drift, rank,
         triple, state = solve_on(solver, weight, state, num_iterations=num_iterations)
         assert ((triple.value / exact - 1).abs() <= max(2e-4, drift / 5)).all()
         weight = put_back(weight, triple, 1)
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (20, 300), (1, 7), (90, 80)], ids=str)
+def test_a_matrix_of_rank_one_has_a_second_value_of_rounding(shape):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(20, side, generator=generator) for side in shape)
+    triple, _ = solve(Block(), left[..., None] * right[:, None])
+    torch.testing.assert_close(triple.value, left.norm(dim=-1) * right.norm(dim=-1))
+    assert (triple.next_value <= 1e-3 * triple.value).all()
