@@ -156,7 +156,11 @@ class Block:
         while blocks:
             _iterate(blocks)
             number += 1
-            columns = [torch.stack([b.ritz.residual, b.ritz.error, b.ritz.rise]).amax(-1) for b in blocks]
+            # A matrix that is not finite has none of these, and nothing to wait for.
+            columns = [
+                torch.where(b.is_finite, torch.stack([b.ritz.residual, b.ritz.error, b.ritz.rise]), 0).amax(-1)
+                for b in blocks
+            ]
             active = []
             for block, (residual, error, rise) in zip(blocks, torch.stack(columns).tolist(), strict=True):
                 tolerance, limit, residual_limit = limits[block]
