@@ -103,7 +103,7 @@ class Block:
 
     def scratch_elements(self, m: int, n: int) -> int:
         if self.is_small(m, n):
-            return 2 * min(m, n) ** 2
+            return m * n + 2 * min(m, n) ** 2
         # The block, its residuals, their images and what they become.
         return 4 * self.width * (m + n)
 
