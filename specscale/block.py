@@ -50,6 +50,15 @@ A residual of `r` raises the value by at least `sqrt(1 + r^2) - 1`, and a jump t
 its residual at zero.
 """
 
+ROUNDING = 64
+"""Below so many units of rounding of the largest Ritz value, what is left of a residual may be rounding alone."""
+
+CANCELLATION = 1e-2
+"""Of a residual's square, the part that must be outside the block: the images' errors grow by what lies within it."""
+
+DEPENDENT = 1e-4
+"""Of a residual's square, the part that must be outside the residuals before it, for its direction to be known."""
+
 REFRESH = 16
 """Iterations after which images are computed from the matrix again, since rounding adds up in those carried along."""
 
@@ -95,7 +104,7 @@ class Block:
 
     def scratch_elements(self, m: int, n: int) -> int:
         if self.is_small(m, n):
-            return 2 * min(m, n) ** 2
+            return m * n + 2 * min(m, n) ** 2
         # The block, its residuals, their images and what they become.
         return 4 * self.width * (m + n)
 
@@ -151,7 +160,11 @@ class Block:
         while blocks:
             _iterate(blocks)
             number += 1
-            columns = [torch.stack([b.ritz.residual, b.ritz.error, b.ritz.rise]).amax(-1) for b in blocks]
+            # A matrix that is not finite has none of these, and nothing to wait for.
+            columns = [
+                torch.where(b.is_finite, torch.stack([b.ritz.residual, b.ritz.error, b.ritz.rise]), 0).amax(-1)
+                for b in blocks
+            ]
             active = []
             for block, (residual, error, rise) in zip(blocks, torch.stack(columns).tolist(), strict=True):
                 tolerance, limit, residual_limit = limits[block]
@@ -278,20 +291,21 @@ def orthogonalize(gram_s: Tensor, squares: Tensor) -> Frame:
     Cholesky QR for computing the QR factorization of ill-conditioned matrices", 2020).
     """
     width = squares.shape[-1]
-    identity = torch.eye(width, dtype=gram_s.dtype, device=gram_s.device)
     vv, vr, rr = gram_s[:, :width, :width], gram_s[:, :width, width:], gram_s[:, width:, width:]
     L = _inverse_factor(vv)
     overlap = product(L.mT, vr)
     rest = rr - gram(overlap)
     rest_squares = rest.diagonal(dim1=-2, dim2=-1)
-    eps = torch.finfo(gram_s.dtype).eps
     largest = squares.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
-    least = torch.maximum((32 * eps * largest).square(), 100 * eps * rr.diagonal(dim1=-2, dim2=-1))
-    exists = rest_squares > least
+    least = (ROUNDING * torch.finfo(gram_s.dtype).eps * largest).square()
+    exists = rest_squares > torch.maximum(least, CANCELLATION * rr.diagonal(dim1=-2, dim2=-1))
     inverse = torch.where(exists, rest_squares, 1).rsqrt() * exists
-    normalized = inverse[..., None] * rest * inverse[:, None] + torch.diag_embed((~exists).to(rest.dtype))
-    factor = torch.linalg.cholesky_ex(normalized + 1e-5 * identity).L
-    exists = exists & (factor.diagonal(dim1=-2, dim2=-1).square() > 1e-4)
+    normalized = inverse[..., None] * rest * inverse[:, None]
+    factor = _shifted_factor(normalized, exists)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    exists = exists & (pivots > DEPENDENT) & (pivots * rest_squares > least)
+    # Once more without the columns that were dropped: what they are is rounding, and would be taken off the others.
+    factor = _shifted_factor(normalized, exists)
     M = inverse[..., None] * _inverse_of_triangle(factor).mT * exists[:, None]
     return Frame(L, product(L, overlap, M), M, product(M.mT, rest, M), rest_squares.clamp_min(0).sqrt())
 
@@ -403,7 +417,9 @@ def second_value(squares: Tensor) -> Tensor:
     A Rayleigh quotient after power iteration with 2^8 steps.
     """
     rest = squares[:, 1:, 1:]
-    power = _trace_one(rest)
+    # Where there is no second value, the rest is rounding, and its trace may be negative.
+    rounding = 100 * torch.finfo(rest.dtype).eps * squares[:, :1, :1]
+    power = _trace_one(rest + rounding * torch.eye(rest.shape[-1], dtype=rest.dtype, device=rest.device))
     for _ in range(2):
         power = _fourth_squaring(power)
     largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
@@ -459,6 +475,13 @@ def _fourth_squaring(power: Tensor) -> Tensor:
     for _ in range(4):
         power = product(power, power)
     return _trace_one(power)
+
+
+def _shifted_factor(normalized: Tensor, exists: Tensor) -> Tensor:
+    """The Cholesky factor of a matrix with unit diagonal and a shift, and of the identity where nothing exists."""
+    both = exists[..., None] & exists[:, None]
+    diagonal = torch.diag_embed((~exists).to(normalized.dtype) + 1e-5)
+    return torch.linalg.cholesky_ex(torch.where(both, normalized, 0) + diagonal).L
 
 
 def _trace_one(square: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from specscale.block import NOISE, ROUNDS, SQUARINGS
+from specscale.block import CANCELLATION, DEPENDENT, NOISE, ROUNDING, ROUNDS, SQUARINGS
 
 # A row of the table, int64.
 FIELDS = tl.constexpr(40)
@@ -35,6 +35,7 @@ SIDE = 128
 """Rows and columns of a tile of the weight that one program updates, `STRIP` at a time."""
 _SIDE, STRIP = tl.constexpr(SIDE), tl.constexpr(16)
 _NOISE, _ROUNDS, _SQUARINGS = tl.constexpr(NOISE), tl.constexpr(ROUNDS), tl.constexpr(SQUARINGS)
+_ROUNDING, _CANCELLATION, _DEPENDENT = tl.constexpr(ROUNDING), tl.constexpr(CANCELLATION), tl.constexpr(DEPENDENT)
 PRECISION = tl.constexpr("tf32x3")
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -294,6 +295,13 @@ def _inverse_of_triangle(factor):
 
 
 @triton.jit
+def _shifted_factor(normalized, exists, exists_across, eye):
+    """`block._shifted_factor`."""
+    square = tl.where(exists[:, None] & exists_across[None, :], normalized, 0.0)
+    return _cholesky(square + tl.where(exists, 0.0, 1.0)[:, None] * eye, 1e-5)
+
+
+@triton.jit
 def orthogonalize(table, LAST: tl.constexpr):
     """The frame in which `[V, R]` is orthonormal: `block.orthogonalize`."""
     row = table + tl.program_id(0) * FIELDS
@@ -322,15 +330,19 @@ def orthogonalize(table, LAST: tl.constexpr):
         largest = tl.max(tl.max(_matrix(small + SQUARES, 16, 16) * eye, axis=1), axis=0)
         # The diagonals along both axes: one dimension of a tile cannot be used as the other.
         squares, squares_across = tl.sum(rest * eye, axis=1), tl.sum(rest * eye, axis=0)
-        floor = largest * (32 * EPS)
-        exists = squares > tl.maximum(floor * floor, tl.sum(rr * eye, axis=1) * (100 * EPS))
-        exists_across = squares_across > tl.maximum(floor * floor, tl.sum(rr * eye, axis=0) * (100 * EPS))
+        least = largest * (_ROUNDING * EPS)
+        least = least * least
+        exists = squares > tl.maximum(least, tl.sum(rr * eye, axis=1) * _CANCELLATION)
+        exists_across = squares_across > tl.maximum(least, tl.sum(rr * eye, axis=0) * _CANCELLATION)
         inverse = tl.where(exists, 1.0 / tl.sqrt(tl.where(exists, squares, 1.0)), 0.0)
         inverse_across = tl.where(exists_across, 1.0 / tl.sqrt(tl.where(exists_across, squares_across, 1.0)), 0.0)
-        normalized = inverse[:, None] * rest * inverse_across[None, :] + tl.where(exists, 0.0, 1.0)[:, None] * eye
-        factor = _cholesky(normalized, 1e-5)
-        pivots = tl.sum(factor * eye, axis=0)
-        exists_across = exists_across & (pivots * pivots > 1e-4)
+        normalized = inverse[:, None] * rest * inverse_across[None, :]
+        factor = _shifted_factor(normalized, exists, exists_across, eye)
+        pivots, pivots_across = tl.sum(factor * eye, axis=1), tl.sum(factor * eye, axis=0)
+        pivots, pivots_across = pivots * pivots, pivots_across * pivots_across
+        exists = exists & (pivots > _DEPENDENT) & (pivots * squares > least)
+        exists_across = exists_across & (pivots_across > _DEPENDENT) & (pivots_across * squares_across > least)
+        factor = _shifted_factor(normalized, exists, exists_across, eye)
         M = inverse[:, None] * tl.trans(_inverse_of_triangle(factor)) * tl.where(exists_across, 1.0, 0.0)[None, :]
         K = tl.dot(L, tl.dot(overlap, M, input_precision="ieee"), input_precision="ieee")
         gram = tl.dot(tl.trans(M), tl.dot(rest, M, input_precision="ieee"), input_precision="ieee")
@@ -480,7 +492,8 @@ def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
             residual = tl.sum(tl.where(d == 0, residuals, 0.0), axis=0) / before
 
             rest = tl.where((q[:, None] == 0) | (d[None, :] == 0), 0.0, squares)
-            power = _trace_one(rest, eye16)
+            rounding = tl.sum(tl.where(d == 0, tl.sum(squares * eye16, axis=0), 0.0), axis=0) * (100 * EPS)
+            power = _trace_one(rest + rounding * eye16, eye16)
             for _ in range(2):
                 power = _fourth_squaring(power, eye16)
             largest = _largest(power, eye16)

@@ -153,6 +153,9 @@ def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
     for weight in weights:
         constraint, parameter = weight.scaling.constraint, weight.parameter
         scratch = weight.view.count * constraint.norm.scratch_elements(*weight.view.matrix_shape(parameter))
+        if scratch and (parameter.dtype.itemsize < 4 or not parameter.is_contiguous()):
+            # It is read as a copy, which is held until the batch is measured.
+            scratch += parameter.numel()
         key = (constraint, parameter.dtype, parameter.device)
         batch, total = open_batches.get(key, ([], 0))
         if batch and total + scratch > largest:

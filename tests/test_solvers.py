@@ -123,6 +123,7 @@ def test_a_bad_matrix_says_so_and_leaves_its_neighbour_alone(solver, shape, bad)
     matrices[0, 1, 2] = bad
     triple, after = solve_on(solver, matrices, state, to_convergence=True)
     assert not triple.value[0].isfinite()
+    assert triple.num_iterations < 100, "there is nothing to wait for"
     torch.testing.assert_close(triple.value[1], expected, rtol=1e-6, atol=0)
     assert all(value.isfinite().all() for value in after.values())
 
@@ -294,3 +295,50 @@ def test_the_dominant_subspace_has_the_first_eigenvector_in_front(spread):
 def test_a_block_that_cannot_work_is_refused(bad):
     with pytest.raises(ValueError, match="width must be at least 2"):
         Block(**bad)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 200)], ids=str)
+@pytest.mark.parametrize("excess", [1e-4, 1e-3])
+def test_residuals_in_one_direction_are_no_breakdown(shape, excess):
+    # Equal singular values and one above them, as one step from the orthogonal init leaves: beside that direction, the
+    # residuals hold rounding alone.
+    generator = torch.Generator().manual_seed(0)
+    m, n = shape
+    values = torch.ones(n, dtype=torch.float64)
+    values[0] += excess
+    matrices = torch.stack([(orthonormal(m, n, generator) * values) @ orthonormal(n, n, generator) for _ in range(4)])
+    solver = Block()
+    state = solver.init_state(torch.arange(4), shape, torch.float32)
+    for num_iterations in (1, 3, None):
+        options = {"num_iterations": num_iterations} if num_iterations else {"to_convergence": True}
+        triple, after = solve_on(solver, matrices.float(), state, **options)
+        torch.testing.assert_close(triple.value, torch.full((4,), 1 + excess), rtol=1e-4, atol=0)
+        basis = after["basis"].double()[..., :-1]
+        expected = torch.eye(15, dtype=torch.float64).expand(4, -1, -1)
+        torch.testing.assert_close(basis.mT @ basis, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("drift", "rank"), [(1e-4, 1), (1e-4, 4), (0.1, 4)])
+@pytest.mark.parametrize("num_iterations", [None, 1])
+def test_steps_after_the_orthogonal_init_follow_a_drift_of_low_rank(drift, rank, num_iterations):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.stack([orthonormal(300, 200, generator) for _ in range(4)]).float()
+    solver = Block()
+    _, state = solve(solver, weight)
+    for _ in range(8):
+        a, b = torch.randn(4, 300, rank, generator=generator), torch.randn(4, rank, 200, generator=generator)
+        change = a @ b
+        weight = weight + drift * change / torch.linalg.matrix_norm(change, 2)[:, None, None]
+        exact = torch.linalg.svdvals(weight.double())[:, 0]
+        triple, state = solve_on(solver, weight, state, num_iterations=num_iterations)
+        assert ((triple.value / exact - 1).abs() <= max(2e-4, drift / 5)).all()
+        weight = put_back(weight, triple, 1)
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (20, 300), (1, 7), (90, 80)], ids=str)
+def test_a_matrix_of_rank_one_has_a_second_value_of_rounding(shape):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(20, side, generator=generator) for side in shape)
+    triple, _ = solve(Block(), left[..., None] * right[:, None])
+    torch.testing.assert_close(triple.value, left.norm(dim=-1) * right.norm(dim=-1))
+    assert (triple.next_value <= 1e-3 * triple.value).all()
