@@ -436,7 +436,7 @@ def estimated_error(rho: Tensor, gap: Tensor, is_first: bool) -> Tensor:
     column, which searches outside the block, counts in neither.
     """
     ratio = rho / gap.clamp_min(torch.finfo(gap.dtype).tiny)
-    return rho * ratio.square().div(8 if is_first else 32).clamp_max(1)
+    return rho * ratio.square().div(8 if is_first else 16).clamp_max(1)
 
 
 def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:
