@@ -53,7 +53,7 @@ its residual at zero.
 ROUNDING = 64
 """Below so many units of rounding of the largest Ritz value, what is left of a residual may be rounding alone."""
 
-CANCELLATION = 1e-2
+CANCELLATION = 0.1
 """Of a residual's square, the part that must be outside the block: the images' errors grow by what lies within it."""
 
 DEPENDENT = 1e-4
