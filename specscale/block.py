@@ -116,7 +116,7 @@ class Block:
             missing = math.log(error / self.tolerance, 8) if error < math.inf else self.max_iterations
             return min(num_iterations + 1 + int(missing), self.max_iterations)
         # The error of the next step may be larger: with fewer iterations only where there is a margin.
-        return max(num_iterations - 1, 1) if error <= self.tolerance / 30 else num_iterations
+        return max(num_iterations - 1, 1) if error <= self.tolerance / 16 else num_iterations
 
     def solve(
         self,
@@ -215,7 +215,8 @@ class _Iterate:
         """Refresh; whether the images that were carried along were wrong, so that no iteration may do that again."""
         carried = self.ritz.value
         self.refresh_after = 1
-        return bool((((carried / self.refresh() - 1).abs() > 1e-3) & self.is_finite).any())
+        is_right = (self.refresh() - carried).abs() <= 1e-3 * carried
+        return not bool((is_right | ~self.is_finite).all())
 
     def residuals(self) -> Tensor:
         """`A^T Y - V (Y^T Y)`, scaled, with noise in the last column in a step's first iteration."""
@@ -430,7 +431,7 @@ def second_value(squares: Tensor) -> Tensor:
 def estimated_error(rho: Tensor, gap: Tensor, is_first: bool) -> Tensor:
     """The relative error that an iteration leaves in the first singular value, `rho (rho / gap)^2 / 8`.
 
-    A quarter of it after a step's later iterations, which start from a block of the same weight. `rho (k,)` is the root
+    Half of it after a step's later iterations, which start from a block of the same weight. `rho (k,)` is the root
     mean square of the block's relative residuals before the iteration, and `gap (k,)` how far, relative, the block's
     last value lies below its first: in a crowded spectrum, a residual of the same length means a larger error. The last
     column, which searches outside the block, counts in neither.

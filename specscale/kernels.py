@@ -488,7 +488,7 @@ def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
             bottom = tl.maximum(tl.min(tl.where(d < 15, values, top), axis=0), 0.0)
             rho = tl.sqrt(tl.sum(tl.where(d < 15, residuals * residuals, 0.0), axis=0) / 15) / before
             gap = tl.maximum(1 - tl.sqrt(bottom) / tl.sqrt(tl.maximum(top, TINY)), TINY)
-            error = rho * tl.minimum((rho / gap) * (rho / gap) / (8 if FIRST else 32), 1.0)
+            error = rho * tl.minimum((rho / gap) * (rho / gap) / (8 if FIRST else 16), 1.0)
             residual = tl.sum(tl.where(d == 0, residuals, 0.0), axis=0) / before
 
             rest = tl.where((q[:, None] == 0) | (d[None, :] == 0), 0.0, squares)
