@@ -234,7 +234,8 @@ class _Iterate:
         value, next_value = (
             torch.where(self.is_finite, self.scale * x, torch.nan) for x in (self.ritz.value, self.ritz.next_value)
         )
-        keep = self.is_finite[:, None, None]
+        # Where rounding has won, which it must not, the next step starts from a block that is one.
+        keep = (self.is_finite & self.ritz.value.isfinite())[:, None, None]
         basis = torch.where(keep, self.V, self.state["basis"])
         # A vector that is not finite must not reach a weight that is skipped: zero times NaN is NaN.
         left = torch.where(keep[..., 0], unit(self.Y[..., 0]), 0)
@@ -249,8 +250,8 @@ def _iterate(blocks: list[_Iterate]) -> None:
     """One iteration of every batch; the small problems are one batch."""
     counts = [len(block.V) for block in blocks]
     is_finite = concat([block.is_finite for block in blocks])[:, None, None]
-    squares = concat([block.squares for block in blocks])
     bases = [torch.cat([block.V, block.residuals()], dim=-1) for block in blocks]
+    squares = concat([block.squares for block in blocks])
     gram_s = concat([gram(basis) for basis in bases])
     # A factorisation of what is not finite would raise.
     gram_s = torch.where(is_finite, gram_s, torch.eye(gram_s.shape[-1], dtype=gram_s.dtype, device=gram_s.device))
