@@ -55,7 +55,7 @@ def test_every_part_runs_on_a_cpu_with_torch_and_little_else(tmp_path):
         assert {row["norm"] for row in rows} == {"frobenius", "spectral"}
         assert all(row["met"] for row in rows), rows
     (rows,) = parts["errors"]["tables"].values()
-    assert [row["mean error"] < 2e-3 and row["switches kept"] for row in rows if row["switch"] == "none"] == [True] * 4
+    assert all(row["mean error"] < 2e-3 and row["switches kept"] for row in rows), rows
     assert {row["switch"] for row in rows} == set(switches(torch.device("cpu")))
     for name, part in parts.items():
         if name.startswith("step "):

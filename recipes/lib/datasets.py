@@ -81,16 +81,6 @@ def _cifar100(config: Config) -> Data:
     return Data(*splits, 100, mean, std, True)
 
 
-def random_data(count: int) -> Data:
-    """Random images in the shape of CIFAR-100, for timings."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, 100, (count,), generator=generator)
-    split = _limit(TensorDataset(images, labels), None)
-    half = torch.full((3, 1, 1), 0.5)
-    return Data(split, split, 100, half, half, True)
-
-
 class Loader(Sized, Protocol):
     """Batches of images, labels and indices."""
 
