@@ -116,7 +116,7 @@ class Block:
             missing = math.log(error / self.tolerance, 8) if error < math.inf else self.max_iterations
             return min(num_iterations + 1 + int(missing), self.max_iterations)
         # The error of the next step may be larger: with fewer iterations only where there is a margin.
-        return max(num_iterations - 1, 1) if error <= self.tolerance / 16 else num_iterations
+        return max(num_iterations - 1, 1) if error <= self.tolerance / 32 else num_iterations
 
     def solve(
         self,
