@@ -50,6 +50,12 @@ def set_precision(backend, value):
     module.fp32_precision = value
 
 
+def unset_precision():
+    torch.set_float32_matmul_precision("highest")
+    for backend in ("", "cuda.matmul", "mkldnn.matmul"):
+        set_precision(backend, "none")
+
+
 def cpu_rounds():
     return torch.backends.mkldnn.matmul.fp32_precision not in ("ieee", "none")
 
@@ -58,13 +64,13 @@ def cpu_rounds():
 def restored():
     """Leave every switch as it is without: the older setter writes the newer settings too, hence it comes first."""
     deterministic, dtype = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+    # Another test may have set what is the default.
+    unset_precision()
     before = switches()
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision("highest")
-        for backend in ("", "cuda.matmul", "mkldnn.matmul"):
-            set_precision(backend, "none")
+        unset_precision()
         torch.use_deterministic_algorithms(deterministic)
         torch.set_default_dtype(dtype)
         torch.set_default_device(None)
