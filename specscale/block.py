@@ -127,8 +127,10 @@ class Block:
         num_iterations: int | None = None,
     ) -> list[Solution]:
         oriented = [one if one.shape[1] >= one.shape[2] else one.mT for one in matrices]
-        small = [i for i, one in enumerate(oriented) if self.is_small(*one.shape[1:])]
-        large = [i for i in range(len(oriented)) if i not in small]
+        small: list[int] = []
+        large: list[int] = []
+        for i, one in enumerate(oriented):
+            (small if self.is_small(*one.shape[1:]) else large).append(i)
         found: dict[int, Solution] = {}
         if small:
             found.update(zip(small, _solve_small([oriented[i] for i in small], self.width), strict=True))
@@ -384,11 +386,7 @@ def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) ->
     square = product(root, H, root)
     # A matrix of zeros has the first coordinate for its first vector, so that a block stays what it is.
     square = _trace_one((square + square.mT) / 2 + torch.finfo(H.dtype).tiny * corner)
-    power = square
-    for _ in range(SQUARINGS // 4):
-        power = _fourth_squaring(power)
-    largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
-    first = unit(power.gather(-1, largest.expand(*power.shape[:-1], 1)), dim=-2)
+    first = _dominant_vector(square, SQUARINGS)
     square = square / product(first.mT, square, first).clamp_min(torch.finfo(H.dtype).tiny)
     # The shift keeps columns independent where there are fewer directions than columns.
     square = product(square, square) + 0.03 * identity
@@ -421,11 +419,8 @@ def second_value(squares: Tensor) -> Tensor:
     rest = squares[:, 1:, 1:]
     # Where there is no second value, the rest is rounding, and its trace may be negative.
     rounding = 100 * torch.finfo(rest.dtype).eps * squares[:, :1, :1]
-    power = _trace_one(rest + rounding * torch.eye(rest.shape[-1], dtype=rest.dtype, device=rest.device))
-    for _ in range(2):
-        power = _fourth_squaring(power)
-    largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
-    vector = unit(power.gather(-1, largest.expand(*power.shape[:-1], 1)), dim=-2)
+    shifted = rest + rounding * torch.eye(rest.shape[-1], dtype=rest.dtype, device=rest.device)
+    vector = _dominant_vector(_trace_one(shifted), 8)
     return product(vector.mT, rest, vector)[:, 0, 0].clamp_min(0).sqrt()
 
 
@@ -472,11 +467,17 @@ def _inverse_of_triangle(factor: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
 
 
-def _fourth_squaring(power: Tensor) -> Tensor:
-    """The 16th power of a matrix of trace one, at trace one again: rarely enough, and float32 does not underflow."""
-    for _ in range(4):
-        power = product(power, power)
-    return _trace_one(power)
+def _dominant_vector(power: Tensor, num_squarings: int) -> Tensor:
+    """A column of a high power of matrices `(k, w, w)` of trace one, `(k, w, 1)`, of unit length.
+
+    At every fourth squaring the trace is one again: rarely enough, and float32 does not underflow.
+    """
+    for _ in range(num_squarings // 4):
+        for _ in range(4):
+            power = product(power, power)
+        power = _trace_one(power)
+    largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    return unit(power.gather(-1, largest.expand(*power.shape[:-1], 1)), dim=-2)
 
 
 def _shifted_factor(normalized: Tensor, exists: Tensor) -> Tensor:

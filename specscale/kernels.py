@@ -144,6 +144,15 @@ def _store_gram(address, SIDE: tl.constexpr, values):
 
 
 @triton.jit
+def _store_frame(address, head, across, tail):
+    """The matrix `[[head, across], [0, tail]]`, `(32, 32)`."""
+    _store_gram(address, 32, head)
+    _store_gram(address + 16, 32, across)
+    _store_gram(address + 512, 32, tl.zeros((16, 16), tl.float32))
+    _store_gram(address + 528, 32, tail)
+
+
+@triton.jit
 def _matrix(address, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     r, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     return tl.load(address + r[:, None] * COLUMNS + c[None, :])
@@ -312,11 +321,7 @@ def orthogonalize(table, LAST: tl.constexpr):
     if tl.load(row + IS_EXACT) != 0:
         if LAST:
             for k in range(3):
-                frame = small + FRAME_Y + 1024 * k
-                _store_gram(frame, 32, eye)
-                _store_gram(frame + 16, 32, zero)
-                _store_gram(frame + 512, 32, zero)
-                _store_gram(frame + 528, 32, eye)
+                _store_frame(small + FRAME_Y + 1024 * k, eye, zero, eye)
             tl.store(small + LENGTHS + c, tl.zeros((16,), tl.float32))
     else:
         part = _floats(tl.load(row + GRAM_V))
@@ -346,18 +351,9 @@ def orthogonalize(table, LAST: tl.constexpr):
         M = inverse[:, None] * tl.trans(_inverse_of_triangle(factor)) * tl.where(exists_across, 1.0, 0.0)[None, :]
         K = tl.dot(L, tl.dot(overlap, M, input_precision="ieee"), input_precision="ieee")
         gram = tl.dot(tl.trans(M), tl.dot(rest, M, input_precision="ieee"), input_precision="ieee")
-        _store_gram(small + FRAME_Y, 32, L)
-        _store_gram(small + FRAME_Y + 16, 32, zero)
-        _store_gram(small + FRAME_Y + 512, 32, zero)
-        _store_gram(small + FRAME_Y + 528, 32, eye)
-        _store_gram(small + FRAME_S, 32, L)
-        _store_gram(small + FRAME_S + 16, 32, -K)
-        _store_gram(small + FRAME_S + 512, 32, zero)
-        _store_gram(small + FRAME_S + 528, 32, M)
-        _store_gram(small + GRAM, 32, eye)
-        _store_gram(small + GRAM + 16, 32, zero)
-        _store_gram(small + GRAM + 512, 32, zero)
-        _store_gram(small + GRAM + 528, 32, gram)
+        _store_frame(small + FRAME_Y, L, zero, eye)
+        _store_frame(small + FRAME_S, L, -K, M)
+        _store_frame(small + GRAM, eye, zero, gram)
         tl.store(small + LENGTHS + r, tl.sqrt(tl.maximum(squares, 0.0)))
 
 
@@ -398,17 +394,36 @@ def _trace_one(square, eye):
 
 
 @triton.jit
-def _fourth_squaring(power, eye):
-    for _ in range(4):
-        power = tl.dot(power, power, input_precision=PRECISION)
-    return _trace_one(power, eye)
+def _dominant_vector(power, eye, c, NUM_SQUARINGS: tl.constexpr):
+    """`block._dominant_vector`, along the rows; `c` numbers the columns."""
+    for _ in range(NUM_SQUARINGS // 4):
+        for _ in range(4):
+            power = tl.dot(power, power, input_precision=PRECISION)
+        power = _trace_one(power, eye)
+    # Of NaN, any column.
+    diagonal = tl.sum(power * eye, axis=1)
+    largest = tl.argmax(tl.where(diagonal == diagonal, diagonal, -1.0), axis=0)
+    vector = tl.sum(tl.where(c[None, :] == largest, power, 0.0), axis=1)
+    return vector / tl.sqrt(tl.maximum(tl.sum(vector * vector, axis=0), TINY))
 
 
 @triton.jit
-def _largest(square, eye):
-    """The number of the largest diagonal element; of NaN, any."""
-    diagonal = tl.sum(square * eye, axis=1)
-    return tl.argmax(tl.where(diagonal == diagonal, diagonal, -1.0), axis=0)
+def _is_skipped(row, value, found_inf):
+    """Whether a matrix of this norm must not change."""
+    is_finite = (value >= 0) & (value < float("inf"))
+    skip = (tl.load(_float(tl.load(row + SKIP_MASK))) > 0) | (tl.load(found_inf) > 0)
+    return skip | (value == 0) | (is_finite == 0)
+
+
+@triton.jit
+def _report(row, norm, residual, error):
+    """Write the buffers of a matrix, and its stats."""
+    tl.store(_float(tl.load(row + NORM)), norm)
+    tl.store(_float(tl.load(row + RESIDUAL)), residual)
+    tl.store(_float(tl.load(row + ERROR)), error)
+    stats = _float(tl.load(row + STATS))
+    tl.store(stats, norm)
+    tl.store(stats + tl.load(row + NUM_MATRICES), error)
 
 
 @triton.jit
@@ -433,12 +448,7 @@ def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
 
         # The first vector: a column of a high power. Between iterations it is one direction of the subspace among
         # others, and need not be exact.
-        power = square
-        for _ in range(_SQUARINGS // 4 if LAST else 1):
-            power = _fourth_squaring(power, eye)
-        largest = _largest(power, eye)
-        first = tl.sum(tl.where(c[None, :] == largest, power, 0.0), axis=1)
-        first = first / tl.sqrt(tl.maximum(tl.sum(first * first, axis=0), TINY))
+        first = _dominant_vector(square, eye, c, _SQUARINGS if LAST else 4)
 
         # The subspace: orthogonal iteration.
         along = tl.sum(square * first[:, None], axis=0)
@@ -493,12 +503,7 @@ def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
 
             rest = tl.where((q[:, None] == 0) | (d[None, :] == 0), 0.0, squares)
             rounding = tl.sum(tl.where(d == 0, tl.sum(squares * eye16, axis=0), 0.0), axis=0) * (100 * EPS)
-            power = _trace_one(rest + rounding * eye16, eye16)
-            for _ in range(2):
-                power = _fourth_squaring(power, eye16)
-            largest = _largest(power, eye16)
-            second = tl.sum(tl.where(d[None, :] == largest, power, 0.0), axis=1)
-            second = second / tl.sqrt(tl.maximum(tl.sum(second * second, axis=0), TINY))
+            second = _dominant_vector(_trace_one(rest + rounding * eye16, eye16), eye16, d, 8)
             image = tl.sum(rest * second[:, None], axis=0)
             image = tl.sum(tl.where(q[:, None] == d[None, :], image[None, :], 0.0), axis=1)
             scale = _scale(row)[0]
@@ -510,19 +515,12 @@ def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
             value = scale * scaled_value
             target = tl.load(_float(tl.load(row + TARGET)))
             is_finite = (value >= 0) & (value < float("inf"))
-            skip = (tl.load(_float(tl.load(row + SKIP_MASK))) > 0) | (tl.load(found_inf) > 0)
-            skip = skip | (value == 0) | (is_finite == 0)
+            skip = _is_skipped(row, value, found_inf)
             tl.store(small + STEP, tl.where(skip, 0.0, (target - value) / (scaled_value * length)))
             tl.store(small + STEP + 1, tl.where(is_finite, 1.0, 0.0))
             norm = tl.where(skip, value, tl.maximum(target, next_value))
             is_estimate = is_finite & (is_exact == 0)
-            error = tl.where(is_estimate, error, 0.0)
-            tl.store(_float(tl.load(row + NORM)), norm)
-            tl.store(_float(tl.load(row + RESIDUAL)), tl.where(is_estimate, residual, 0.0))
-            tl.store(_float(tl.load(row + ERROR)), error)
-            stats = _float(tl.load(row + STATS))
-            tl.store(stats, norm)
-            tl.store(stats + tl.load(row + NUM_MATRICES), error)
+            _report(row, norm, tl.where(is_estimate, residual, 0.0), tl.where(is_estimate, error, 0.0))
             if not is_exact:
                 age = tl.load(row + AGE).to(tl.pointer_type(tl.int64))
                 tl.store(age, tl.load(age) + 1)
@@ -686,9 +684,7 @@ def rescale(table, update_tiles, found_inf, DTYPE: tl.constexpr, VECTOR: tl.cons
         total += tl.load(partial + 1 + start + k, mask=start + k < count, other=0.0)
     norm = tl.load(partial) * tl.sqrt(tl.sum(total, axis=0))
     target = tl.load(_float(tl.load(row + TARGET)))
-    is_finite = (norm >= 0) & (norm < float("inf"))
-    skip = (tl.load(_float(tl.load(row + SKIP_MASK))) > 0) | (tl.load(found_inf) > 0)
-    skip = skip | (norm == 0) | (is_finite == 0)
+    skip = _is_skipped(row, norm, found_inf)
     if skip == 0:
         q = tl.load(update_tiles + 4 * pid + 2) * _SIDE + tl.arange(0, _SIDE)
         zero_p, zero_q = tl.zeros((STRIP,), tl.float32), tl.zeros((_SIDE,), tl.float32)
@@ -696,10 +692,4 @@ def rescale(table, update_tiles, found_inf, DTYPE: tl.constexpr, VECTOR: tl.cons
             p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
             _change_strip(row, p, q, target / norm, zero_p, zero_q, DTYPE, VECTOR)
     if number == 0:
-        norm = tl.where(skip, norm, target)
-        tl.store(_float(tl.load(row + NORM)), norm)
-        tl.store(_float(tl.load(row + RESIDUAL)), 0.0)
-        tl.store(_float(tl.load(row + ERROR)), 0.0)
-        stats = _float(tl.load(row + STATS))
-        tl.store(stats, norm)
-        tl.store(stats + tl.load(row + NUM_MATRICES), 0.0)
+        _report(row, tl.where(skip, norm, target), 0.0, 0.0)

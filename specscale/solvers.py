@@ -5,6 +5,7 @@ the caller stores; random numbers are a function of a key in that state, so that
 every rank and after every resume.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -145,8 +146,29 @@ class Solver(Protocol):
         """
 
 
+class _BatchByBatch(ABC):
+    """A solver that solves one batch of matrices after another, always in the same number of iterations."""
+
+    def solve(
+        self,
+        matrices: Sequence[Matrices],
+        states: Sequence[State],
+        *,
+        to_convergence: bool = False,
+        num_iterations: int | None = None,
+    ) -> list[Solution]:
+        return [self._solve(one, state) for one, state in zip(matrices, states, strict=True)]
+
+    @abstractmethod
+    def _solve(self, matrices: Matrices, state: State) -> Solution:
+        """The triples of `matrices (k, m, n)`, and the state after."""
+
+    def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
+        return None
+
+
 @dataclass(frozen=True)
-class Power:
+class Power(_BatchByBatch):
     """Power iteration on `W^T W` from fresh noise at every step, as in the Norm Scaling post: the reference, and slow.
 
     It runs on the matrix's shorter side. A second column, kept orthogonal to the first and without influence on it,
@@ -167,19 +189,6 @@ class Power:
 
     def scratch_elements(self, m: int, n: int) -> int:
         return m * n + n * n
-
-    def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
-        return None
-
-    def solve(
-        self,
-        matrices: Sequence[Matrices],
-        states: Sequence[State],
-        *,
-        to_convergence: bool = False,
-        num_iterations: int | None = None,
-    ) -> list[Solution]:
-        return [self._solve(one, state) for one, state in zip(matrices, states, strict=True)]
 
     def _solve(self, matrices: Matrices, state: State) -> Solution:
         _, m, n = matrices.shape
@@ -218,7 +227,7 @@ class Power:
 
 
 @dataclass(frozen=True)
-class SVD:
+class SVD(_BatchByBatch):
     """The exact singular value decomposition of every matrix: for checks, and for small models."""
 
     def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -227,25 +236,11 @@ class SVD:
     def scratch_elements(self, m: int, n: int) -> int:
         return 2 * m * n + min(m, n) ** 2
 
-    def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
-        return None
-
-    def solve(
-        self,
-        matrices: Sequence[Matrices],
-        states: Sequence[State],
-        *,
-        to_convergence: bool = False,
-        num_iterations: int | None = None,
-    ) -> list[Solution]:
-        return [_decompose(one) for one in matrices]
-
-
-def _decompose(matrices: Matrices) -> Solution:
-    scaled, scale = scaled_to_one(matrices.dense())
-    left, values, right = torch.linalg.svd(scaled, full_matrices=False)
-    values = values * scale[..., None]
-    next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
-    # The vectors of equal singular values are off by rounding, one part in 1e7; the first value is not.
-    zero = torch.zeros_like(next_value)
-    return Solution(Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, zero, zero, 0), {})
+    def _solve(self, matrices: Matrices, state: State) -> Solution:
+        scaled, scale = scaled_to_one(matrices.dense())
+        left, values, right = torch.linalg.svd(scaled, full_matrices=False)
+        values = values * scale[..., None]
+        next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
+        # The vectors of equal singular values are off by rounding, one part in 1e7; the first value is not.
+        zero = torch.zeros_like(next_value)
+        return Solution(Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, zero, zero, 0), {})

@@ -13,6 +13,7 @@ from held import off_target
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lib.scaling_checks import refuse_to_wait
 from specscale import LayerRule, MatrixView, NonFiniteWeightError, apply_norm_scaling, plans, step
 from specscale.block import Block
 from specscale.random import signs
@@ -465,11 +466,8 @@ def test_a_step_waits_for_nothing_and_weights_may_move(norm, captured):
     for number in range(12):
         drift_([stays, moves], 0.05, number)
         stays.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with refuse_to_wait(torch.device("cuda")):
             moves.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert_same(stays, moves, weight_tolerance=1e-4, residual_tolerance=0.4)
         for weight, (one, other) in zip(moves.weights, homes, strict=True):
             here, there = (one, other) if number % 2 == 0 else (other, one)

@@ -17,6 +17,7 @@ import torch
 from lib.checkpoint import CheckpointTimer
 from lib.clock import Clock
 from lib.presets import digits, mlp_5x2000
+from lib.scaling_checks import refuse_to_wait
 from specscale import NormScaler
 from train import find_problem, main
 
@@ -180,12 +181,8 @@ def test_on_a_gpu_no_step_waits_and_the_scaling_step_is_captured(norm, tmp_path,
 
     @contextmanager
     def guarded(clock):
-        with span(clock):
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                yield
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+        with span(clock), refuse_to_wait(torch.device("cuda")):
+            yield
 
     monkeypatch.setattr(Clock, "span", guarded)
     monkeypatch.setattr(NormScaler, "attach", lambda *both: attached.append(both) or attach(*both))
