@@ -30,15 +30,18 @@ from specscale.solvers import Matrices, Solution, State, Triple
 NOISE = 0.05
 """The length of the noise that is added to the residual of the last column, relative to the largest Ritz value."""
 
-ROUNDS = 6
-"""Rounds of orthogonal iteration in a Rayleigh-Ritz step.
+ROUNDS = 2
+"""Rounds of orthogonal iteration in a Rayleigh-Ritz step, each with the sixth power of the matrix.
 
 The dominant subspace is wanted approximately only: a restart from the exact one forgets older directions sooner, and
 its errors are up to six times as large.
 """
 
-SQUARINGS = 20
-"""Squarings for the first Ritz vector: power iteration with 2^20 steps, whose value is too low by 1e-6 at most."""
+SQUARINGS = 16
+"""Squarings for the first Ritz vector: power iteration with 2^16 steps, whose value is too low by 1e-5 at most."""
+
+CONTRACTION = 3
+"""An iteration divides the error by at least so much where singular values crowd, and by 10 to 100 elsewhere."""
 
 CONVERGED = 1e-5
 """The residual below which float32's rounding lets a block become no better."""
@@ -110,13 +113,13 @@ class Block:
 
     def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
         if num_iterations is None or error is None:
-            return 2
+            return min(2, self.max_iterations)
+        missing = 0.0
         if not error <= self.tolerance:
             # An iteration divides the error by about eight; NaN asks for all that there are.
             missing = math.log(error / self.tolerance, 8) if error < math.inf else self.max_iterations
-            return min(num_iterations + 1 + int(missing), self.max_iterations)
-        # The error of the next step may be larger: with fewer iterations only where there is a margin.
-        return max(num_iterations - 1, 1) if error <= self.tolerance / 32 else num_iterations
+        # One more than were needed: the next step may need more, and kernels leave out what is not needed.
+        return min(num_iterations + 1 + int(missing), self.max_iterations)
 
     def solve(
         self,
@@ -137,16 +140,30 @@ class Block:
         if large:
             blocks = [_Iterate(oriented[i], states[i]) for i in large]
             if num_iterations is not None:
-                for _ in range(num_iterations):
-                    _iterate(blocks)
+                self._iterate_so_often(blocks, num_iterations)
             else:
                 self._iterate_until_done(blocks, to_convergence)
                 if to_convergence and (drifted := [block for block in blocks if block.has_drifted()]):
                     self._iterate_until_done(drifted, to_convergence)
                     for block in drifted:
                         block.refresh()
-            found.update(zip(large, (block.solution(to_convergence) for block in blocks), strict=True))
+            next_values = second_value(concat([block.squares for block in blocks]))
+            next_values = next_values.split([len(block.V) for block in blocks])
+            found.update(
+                (i, block.solution(next_value, to_convergence))
+                for i, block, next_value in zip(large, blocks, next_values, strict=True)
+            )
         return [found[i] if one is oriented[i] else found[i].transposed() for i, one in enumerate(matrices)]
+
+    def _iterate_so_often(self, blocks: list["_Iterate"], num_iterations: int) -> None:
+        """Iterate, and count for each matrix how often until its error was small enough; the host reads nothing."""
+        error = _iterate(blocks)
+        needed = torch.ones_like(error)
+        for _ in range(num_iterations - 1):
+            needed = needed + ~(error <= self.tolerance)
+            error = _iterate(blocks)
+        for block, count in zip(blocks, needed.split([len(block.V) for block in blocks]), strict=True):
+            block.needed = count
 
     def _iterate_until_done(self, blocks: list["_Iterate"], to_convergence: bool) -> None:
         """Iterate, each batch until it is good enough, which the host reads after every iteration."""
@@ -198,6 +215,9 @@ class _Iterate:
         self.squares = gram(self.Y)
         """`Y^T Y`."""
         self.num_iterations = 0
+        """The iterations so far."""
+        self.needed: Tensor | None = None
+        """`(k,)`: how many of them each matrix needed, where that is known."""
         self.refresh_after = REFRESH
         self.ritz: Ritz
 
@@ -231,25 +251,24 @@ class _Iterate:
             R[..., -1] += length[:, None] * signs(key, R.shape[1:2])
         return R
 
-    def solution(self, to_convergence: bool) -> Solution:
-        """The triple, and the state to continue from."""
+    def solution(self, next_value: Tensor, to_convergence: bool) -> Solution:
+        """The triple, whose scaled next value is given, and the state to continue from."""
         value, next_value = (
-            torch.where(self.is_finite, self.scale * x, torch.nan) for x in (self.ritz.value, self.ritz.next_value)
+            torch.where(self.is_finite, self.scale * x, torch.nan) for x in (self.ritz.value, next_value)
         )
         # Where rounding has won, which it must not, the next step starts from a block that is one.
         keep = (self.is_finite & self.ritz.value.isfinite())[:, None, None]
         basis = torch.where(keep, self.V, self.state["basis"])
         # A vector that is not finite must not reach a weight that is skipped: zero times NaN is NaN.
         left = torch.where(keep[..., 0], unit(self.Y[..., 0]), 0)
-        triple = Triple(
-            value, left, unit(basis[..., 0]), next_value, self.ritz.residual, self.ritz.error, self.num_iterations
-        )
+        needed = torch.full_like(value, self.num_iterations) if self.needed is None else self.needed
+        triple = Triple(value, left, unit(basis[..., 0]), next_value, self.ritz.residual, self.ritz.error, needed)
         age = torch.zeros_like(self.state["age"]) if to_convergence else self.state["age"] + 1
         return Solution(triple, {"basis": basis, "key": self.state["key"], "age": age})
 
 
-def _iterate(blocks: list[_Iterate]) -> None:
-    """One iteration of every batch; the small problems are one batch."""
+def _iterate(blocks: list[_Iterate]) -> Tensor:
+    """One iteration of every batch; the small problems are one batch. Returns the estimated errors of all of them."""
     counts = [len(block.V) for block in blocks]
     is_finite = concat([block.is_finite for block in blocks])[:, None, None]
     bases = [torch.cat([block.V, block.residuals()], dim=-1) for block in blocks]
@@ -265,7 +284,8 @@ def _iterate(blocks: list[_Iterate]) -> None:
         T = add_product(product(block.image(R), M), block.Y, K, alpha=-1)
         images.append(torch.cat([block.Y, T], dim=-1))
     gram_w = torch.where(is_finite, concat([gram(image) for image in images]), 0)
-    ritz = rayleigh_ritz(gram_w, squares, frame, is_first=blocks[0].num_iterations == 0)
+    error_before = concat([block.ritz.error for block in blocks]) if blocks[0].num_iterations else None
+    ritz = rayleigh_ritz(gram_w, squares, frame, error_before)
     parts = (part.split(counts) for part in ritz)
     for block, basis, image, *own in zip(blocks, bases, images, *parts, strict=True):
         block.ritz = Ritz(*own)
@@ -273,6 +293,7 @@ def _iterate(blocks: list[_Iterate]) -> None:
         block.Y = product(image, block.ritz.of_images)
         block.squares = block.ritz.squares
         block.num_iterations += 1
+    return ritz.error
 
 
 class Frame(NamedTuple):
@@ -325,8 +346,6 @@ class Ritz(NamedTuple):
     """`(k, b, b)`: `Y^T Y` of the new images."""
     value: Tensor
     """`(k,)`: the largest Ritz value of `A`."""
-    next_value: Tensor
-    """`(k,)`: the second one, an estimate from below."""
     residual: Tensor
     """`(k,)`: `||A^T u - s v|| / s` before the step, less the part within the block."""
     error: Tensor
@@ -335,10 +354,11 @@ class Ritz(NamedTuple):
     """`(k,)`: how far, relative, the step has raised the largest value."""
 
 
-def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, is_first: bool) -> Ritz:
+def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, error_before: Tensor | None) -> Ritz:
     """The dominant subspace of `[Y L, T]^T [Y L, T]`, approximately, with the exact first vector in front.
 
-    From `gram_w (k, 2 b, 2 b)`, the Gram matrix of `[Y, T]`, and from `squares (k, b, b)`, `Y^T Y`.
+    From `gram_w (k, 2 b, 2 b)`, the Gram matrix of `[Y, T]`, and from `squares (k, b, b)`, `Y^T Y`. `error_before (k,)`
+    is the error of the step's iteration before, if this is not the first one.
     """
     width = squares.shape[-1]
     L, T = frame.L, frame.gram
@@ -360,14 +380,13 @@ def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, is_first: bool)
     top = values[:, :-1].amax(-1)
     residual = frame.lengths[:, 0] / before.clamp_min(tiny)
     rho = frame.lengths[:, :-1].square().mean(-1).sqrt() / before.clamp_min(tiny)
-    error = estimated_error(rho, 1 - values[:, :-1].amin(-1) / top.clamp_min(tiny), is_first)
+    error = estimated_error(rho, 1 - values[:, :-1].amin(-1) / top.clamp_min(tiny), error_before)
     rise = top.clamp_min(tiny) / before.sqrt().clamp_min(tiny) - 1
     head = product(L, X[:, :width])
     tail = X[:, width:]
     of_basis = torch.cat([head - product(frame.K, tail), product(frame.M, tail)], dim=-2)
     of_images = torch.cat([head, tail], dim=-2)
-    next_value = second_value(squares_after)
-    return Ritz(of_basis, of_images, squares_after, values[:, 0], next_value, residual, error, rise)
+    return Ritz(of_basis, of_images, squares_after, values[:, 0], residual, error, rise)
 
 
 def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor]:
@@ -389,13 +408,13 @@ def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) ->
     first = _dominant_vector(square, SQUARINGS)
     square = square / product(first.mT, square, first).clamp_min(torch.finfo(H.dtype).tiny)
     # The shift keeps columns independent where there are fewer directions than columns.
-    square = product(square, square) + 0.03 * identity
+    shifted = product(square, square) + 0.03 * identity
+    power = product(shifted, shifted, shifted)
     # Every coordinate beyond the leading ones has a small part in one of the columns, so that none is lost.
     start = identity[:, :count] + 0.05 * identity.roll(-count, 0)[:, :count] * (count < width)
     X = start.expand(*square.shape[:-1], count)
     for _ in range(rounds):
-        X = unit(product(square, X), dim=-2)
-        X = product(X, _inverse_factor(gram(X), 1e-6))
+        X = _orthonormal(product(power, X))
     X = X[..., : count - 1]
     # A reflection brings the projection of `first` to the front; the other columns are made orthogonal to `first`.
     projection = unit(product(X.mT, first), dim=-2)
@@ -424,16 +443,18 @@ def second_value(squares: Tensor) -> Tensor:
     return product(vector.mT, rest, vector)[:, 0, 0].clamp_min(0).sqrt()
 
 
-def estimated_error(rho: Tensor, gap: Tensor, is_first: bool) -> Tensor:
+def estimated_error(rho: Tensor, gap: Tensor, error_before: Tensor | None) -> Tensor:
     """The relative error that an iteration leaves in the first singular value, `rho (rho / gap)^2 / 8`.
 
-    Half of it after a step's later iterations, which start from a block of the same weight. `rho (k,)` is the root
-    mean square of the block's relative residuals before the iteration, and `gap (k,)` how far, relative, the block's
-    last value lies below its first: in a crowded spectrum, a residual of the same length means a larger error. The last
-    column, which searches outside the block, counts in neither.
+    Half of it after a step's later iterations, which start from a block of the same weight, and at most a third of
+    `error_before (k,)`, which the iteration before has left. `rho (k,)` is the root mean square of the block's relative
+    residuals before the iteration, and `gap (k,)` how far, relative, the block's last value lies below its first: in a
+    crowded spectrum, a residual of the same length means a larger error. The last column, which searches outside the
+    block, counts in neither.
     """
     ratio = rho / gap.clamp_min(torch.finfo(gap.dtype).tiny)
-    return rho * ratio.square().div(8 if is_first else 16).clamp_max(1)
+    error = rho * ratio.square().div(8 if error_before is None else 16).clamp_max(1)
+    return error if error_before is None else torch.minimum(error, error_before / CONTRACTION)
 
 
 def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:
@@ -451,9 +472,17 @@ def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:
         image = product(one, right[..., None])[..., 0]
         value = image.norm(dim=-1) / right.norm(dim=-1)
         zero = torch.zeros_like(value)
-        triple = Triple(value * scale, unit(image), unit(right), next_value * scale, zero, zero, 0)
+        triple = Triple(value * scale, unit(image), unit(right), next_value * scale, zero, zero, zero)
         solutions.append(Solution(triple, {}))
     return solutions
+
+
+def _orthonormal(X: Tensor) -> Tensor:
+    """The columns of `X (k, w, b)` made orthonormal from the first to the last, by Cholesky factors, twice."""
+    for _ in range(2):
+        X = unit(X, dim=-2)
+        X = product(X, _inverse_factor(gram(X), 1e-6))
+    return X
 
 
 def _inverse_factor(square: Tensor, shift: float = 0.0) -> Tensor:

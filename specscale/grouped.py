@@ -15,13 +15,15 @@ A spectral step is `specscale.block` with a block of 16 columns, kernel by kerne
     rayleigh_ritz   the dominant subspace, and what is reported              one program a matrix
     combine         the new V and Y; after the last iteration (update): the new V, and the weight itself
 
-A matrix of at most 32 columns is its own Gram matrix in the frame of unit vectors, in the last iteration's launches. A
-Frobenius step is two launches: sums of squares, and the weight itself.
+A matrix whose error is small enough is left out of the step's further iterations: their programs end at once. One of at
+most 32 columns is its own Gram matrix in the frame of unit vectors, in the first iteration's launches. A Frobenius step
+is two launches: sums of squares, and the weight itself.
 
 This module is imported only where there are CUDA weights, since it needs Triton.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -130,8 +132,8 @@ class GroupedStep:
         self.num_matrices = sum(weight.view.count for weight in weights)
         # The default dtype and the default device are the user's.
         own: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
-        self.stats = torch.zeros(2, self.num_matrices, **own)
-        """The norms, and the estimated errors, of the last step."""
+        self.stats = torch.zeros(3, self.num_matrices, **own)
+        """The norms, the estimated errors and the numbers of iterations of the last step."""
         self._unit_vectors = torch.eye(32, 16, **own)
         self._never = torch.zeros(1, **own)
         self._rows: list[list[int]] = []
@@ -145,6 +147,8 @@ class GroupedStep:
             self._rows[number][field] = self._scratch.data_ptr() + 4 * self._rows[number][field]
         self.table = _to_device(self._rows, torch.int64, self.device)
         self.tiles = {name: _to_device(tiles, torch.int32, self.device) for name, tiles in self._tiles.items()}
+        self._prepared: dict[int | None, list[Callable[[Tensor], None]]] = {}
+        """The launches of a step, by its number of iterations."""
 
     def _add(self, weight: Weight) -> None:
         """A row of the table, and tiles, for each matrix of a weight."""
@@ -211,8 +215,8 @@ class GroupedStep:
                     kernels.R_: 16 * n,
                     kernels.T_: 16 * m,
                     kernels.PRODUCTS: 16 * n * num_chunks,
-                    kernels.GRAM_V: 768 * num_j,
-                    kernels.GRAM_Y: 1024 * num_i,
+                    kernels.GRAM_V: kernels.GRAM_V_SIZE * num_j,
+                    kernels.GRAM_Y: kernels.GRAM_Y_SIZE * num_i,
                     kernels.SMALL: SMALL_SIZE,
                 }
             for field, value in values.items():
@@ -230,48 +234,76 @@ class GroupedStep:
             self._tiles["weight"] += [[number, a, b, i] for i, (a, b) in enumerate(weight_tiles)]
 
     def take(self, num_iterations: int | None, skip: Tensor | None) -> None:
-        """Take the step; where the one-element tensor `skip` is positive, no weight changes."""
+        """Take the step, in so many iterations at most; where the one-element tensor `skip` is positive, no weight
+        changes."""
         found_inf = self._never if skip is None else skip.to(self.device, torch.float32, non_blocking=True)
         # Triton launches on the current device.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            self._launch_all(num_iterations, found_inf)
+            if num_iterations not in self._prepared:
+                self._prepared[num_iterations] = [_prepare(*launch) for launch in self.launches(num_iterations)]
+            for launch in self._prepared[num_iterations]:
+                launch(found_inf)
         torch.autograd.graph.increment_version([weight.parameter for weight in self.weights])
 
-    def _launch_all(self, num_iterations: int | None, found_inf: Tensor) -> None:
+    def launches(self, num_iterations: int | None) -> Iterator["Launch"]:
+        """The launches of a step, in order."""
         typed: dict[str, Any] = {"DTYPE": self.dtype, "VECTOR": self.vector}
         on_weight = self.tiles["weight"]
         if not self.is_spectral:
-            _launch(kernels.squares, len(on_weight), self.table, on_weight, **typed)
-            _launch(kernels.rescale, len(on_weight), self.table, on_weight, found_inf, **typed)
+            yield Launch(kernels.squares, len(on_weight), (self.table, on_weight), typed)
+            yield Launch(kernels.rescale, len(on_weight), (self.table, on_weight, FOUND_INF), typed)
             return
         assert num_iterations is not None
         rows, columns, chunks = self.tiles["rows"], self.tiles["columns"], self.tiles["chunks"]
         products = typed | {"TILE": TILE, "DEPTH": DEPTH, "num_warps": 4, "num_stages": 4}
-        both = len(rows) + len(columns)
-        _launch(kernels.images, both, self.table, rows, columns, len(rows), **products)
+        both = (len(rows) + len(columns), (self.table, rows, columns, len(rows)))
+        tolerance = self.weights[0].scaling.constraint.norm.solver.tolerance
+        yield Launch(kernels.images, *both, products)
         for number in range(num_iterations):
-            first, last = number == 0, number == num_iterations - 1
+            first = {"FIRST": number == 0}
+            is_last = number == num_iterations - 1
             if len(chunks):
-                _launch(kernels.products, len(chunks), self.table, chunks, CHUNK=CHUNK, **products)
-            _launch(kernels.residuals, len(columns), self.table, columns, FIRST=first, LAST=last, TILE=TILE)
-            _launch(kernels.orthogonalize, self.num_matrices, self.table, LAST=last, num_warps=1)
-            _launch(kernels.images_of_rest, len(rows), self.table, rows, LAST=last, **products)
-            _launch(kernels.rayleigh_ritz, self.num_matrices, self.table, found_inf, FIRST=first, LAST=last)
-            if not last:
-                _launch(kernels.combine, both, self.table, rows, columns, len(rows), TILE=TILE)
+                yield Launch(kernels.products, len(chunks), (self.table, chunks), products | first | {"CHUNK": CHUNK})
+            yield Launch(kernels.residuals, len(columns), (self.table, columns), first | {"TILE": TILE})
+            yield Launch(kernels.orthogonalize, self.num_matrices, (self.table,), first)
+            yield Launch(kernels.images_of_rest, len(rows), (self.table, rows), products | first)
+            small = first | {"LAST": is_last, "TOLERANCE": tolerance}
+            yield Launch(kernels.rayleigh_ritz, self.num_matrices, (self.table, FOUND_INF), small)
+            if not is_last:
+                yield Launch(kernels.combine, *both, {"TILE": TILE})
         count = len(on_weight) + len(columns)
-        _launch(kernels.update, count, self.table, on_weight, columns, len(on_weight), TILE=TILE, **typed)
+        args = (self.table, on_weight, columns, len(on_weight))
+        yield Launch(kernels.update, count, args, typed | {"TILE": TILE})
+
+
+FOUND_INF: Any = object()
+"""In place of the argument that is another tensor at every step."""
+
+
+class Launch(NamedTuple):
+    """A launch of a kernel."""
+
+    kernel: Any
+    num_programs: int
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    """Arguments that are compiled in, and options of the compiler."""
+
+
+def _prepare(kernel: Any, num_programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """The launch, compiled, for any `found_inf`: Triton's own way to it takes the host several times as long."""
+    grid = (num_programs, 1, 1)
+    compiled = kernel.warmup(*(torch.float32 if arg is FOUND_INF else arg for arg in args), grid=grid, **constants)
+    run = compiled[grid]
+    args = (*args, *(constants[name] for name in kernel.arg_names[len(args) :]))
+    return lambda found_inf: run(*(found_inf if arg is FOUND_INF else arg for arg in args))
 
 
 def try_to_launch(device: torch.device) -> None:
     """Compile a kernel and load it onto the device, without running it; raises where that does not work."""
     with torch.cuda.device(device):
-        table, tiles = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
-        _launch(kernels.squares, 0, table, tiles, DTYPE=tl.float32, VECTOR=4)
-
-
-def _launch(kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:
-    kernel[(num_programs,)](*args, **constants)
+        tensors = tuple(torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+        _prepare(kernels.squares, 0, tensors, {"DTYPE": tl.float32, "VECTOR": 4})(FOUND_INF)
 
 
 def _to_device(values: list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from specscale.block import CANCELLATION, DEPENDENT, NOISE, ROUNDING, ROUNDS, SQUARINGS
+from specscale.block import CANCELLATION, CONTRACTION, DEPENDENT, NOISE, ROUNDING, ROUNDS, SQUARINGS
 
 # A row of the table, int64.
 FIELDS = tl.constexpr(40)
@@ -26,16 +26,23 @@ TARGET, SKIP_MASK, NORM, RESIDUAL, ERROR, KEY, AGE, STATS, NUM_MATRICES = (tl.co
 NUM_TILES, PARTIAL_SQUARES = (tl.constexpr(i) for i in range(34, 36))
 
 # Offsets in a matrix's small scratch.
-SQUARES, FRAME_Y, FRAME_S, GRAM, LENGTHS, OF_BASIS, OF_IMAGES, STEP = (
-    tl.constexpr(i) for i in (0, 256, 1280, 2304, 3328, 3344, 3856, 4368)
+SQUARES, FRAME_Y, FRAME_S, GRAM, LENGTHS, OF_BASIS, OF_IMAGES = (
+    tl.constexpr(i) for i in (0, 256, 1280, 2304, 3328, 3344, 3856)
 )
-SMALL_SIZE = 4372
+STEP, IS_FINITE, IS_DONE, LAST_ERROR, COUNT = (tl.constexpr(i) for i in range(4368, 4373))
+"""The length of the update, and whether it is known; whether the matrix needs no further iteration in this step, the
+error after its last one, and how many it has taken."""
+SMALL_SIZE = 4376
+GRAM_V_SIZE, GRAM_Y_SIZE = 768, 512
+"""A tile's part of the Gram matrices: of `[V, R]`, and of `Y` and then of `[Y, T]` with `T`."""
+_GRAM_V_SIZE, _GRAM_Y_SIZE = tl.constexpr(GRAM_V_SIZE), tl.constexpr(GRAM_Y_SIZE)
 
 SIDE = 128
 """Rows and columns of a tile of the weight that one program updates, `STRIP` at a time."""
 _SIDE, STRIP = tl.constexpr(SIDE), tl.constexpr(16)
 _NOISE, _ROUNDS, _SQUARINGS = tl.constexpr(NOISE), tl.constexpr(ROUNDS), tl.constexpr(SQUARINGS)
 _ROUNDING, _CANCELLATION, _DEPENDENT = tl.constexpr(ROUNDING), tl.constexpr(CANCELLATION), tl.constexpr(DEPENDENT)
+_CONTRACTION = tl.constexpr(CONTRACTION)
 PRECISION = tl.constexpr("tf32x3")
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -159,15 +166,30 @@ def _matrix(address, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_parts(address, count, SIDE: tl.constexpr, STRIDE: tl.constexpr, AT_ONCE: tl.constexpr):
-    """The sum of `count` matrices `(SIDE, SIDE)`, `STRIDE` apart, in a fixed order."""
-    p, r, c = tl.arange(0, AT_ONCE), tl.arange(0, SIDE), tl.arange(0, SIDE)
-    at = p[:, None, None] * STRIDE + r[None, :, None] * SIDE + c[None, None, :]
-    total = tl.zeros((SIDE, SIDE), tl.float32)
-    for first in range(0, count, AT_ONCE):
+def _sum_of_parts(address, count, ROWS: tl.constexpr, STRIDE: tl.constexpr):
+    """The sum of `count` matrices `(ROWS, 16)`, `STRIDE` apart, in a fixed order."""
+    p, r, c = tl.arange(0, 8), tl.arange(0, ROWS), tl.arange(0, 16)
+    at = p[:, None, None] * STRIDE + r[None, :, None] * 16 + c[None, None, :]
+    total = tl.zeros((8, ROWS, 16), tl.float32)
+    for first in range(0, count, 8):
         mask = (first + p < count)[:, None, None]
-        total += tl.sum(tl.load(address + first * STRIDE + at, mask=mask, other=0.0), axis=0)
-    return total
+        total += tl.load(address + first * STRIDE + at, mask=mask, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _sums_of_three_parts(address, count, STRIDE: tl.constexpr):
+    """The sums of `count` times three matrices `(16, 16)`, one behind another: loads of all three are under way."""
+    p, r, c = tl.arange(0, 8), tl.arange(0, 16), tl.arange(0, 16)
+    at = p[:, None, None] * STRIDE + r[None, :, None] * 16 + c[None, None, :]
+    one, two, three = tl.zeros((8, 16, 16), tl.float32), tl.zeros((8, 16, 16), tl.float32), tl.zeros((8, 16, 16), tl.float32)
+    for first in range(0, count, 8):
+        mask = (first + p < count)[:, None, None]
+        part = address + first * STRIDE + at
+        one += tl.load(part, mask=mask, other=0.0)
+        two += tl.load(part + 256, mask=mask, other=0.0)
+        three += tl.load(part + 512, mask=mask, other=0.0)
+    return tl.sum(one, axis=0), tl.sum(two, axis=0), tl.sum(three, axis=0)
 
 
 @triton.jit
@@ -197,7 +219,7 @@ def images(table, row_tiles, column_tiles, num_row_tiles, DTYPE: tl.constexpr, V
         )  # fmt: skip
         y = y * _scale(row)[1]
         _store_columns(tl.load(row + Y_), i, tl.load(row + M_), y)
-        part = _floats(tl.load(row + GRAM_Y)) + t * 1024
+        part = _floats(tl.load(row + GRAM_Y)) + t * _GRAM_Y_SIZE
         _store_gram(part, 16, tl.dot(tl.trans(y), y, input_precision=PRECISION))
     else:
         pid -= num_row_tiles
@@ -212,158 +234,145 @@ def images(table, row_tiles, column_tiles, num_row_tiles, DTYPE: tl.constexpr, V
 
 
 @triton.jit
-def products(table, chunks, DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-              CHUNK: tl.constexpr):  # fmt: skip
+def products(table, chunks, FIRST: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr,
+              DEPTH: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """`A^T Y`, in parts of `CHUNK` rows each."""
     pid = tl.program_id(0)
     row = table + tl.load(chunks + 3 * pid) * FIELDS
-    j = tl.load(chunks + 3 * pid + 1) * TILE + tl.arange(0, TILE)
-    chunk = tl.load(chunks + 3 * pid + 2)
-    m, n = tl.load(row + M_).to(tl.int32), tl.load(row + N_)
-    stop = tl.minimum(m, (chunk + 1) * CHUNK)
-    product = _product(
-        row, j, chunk * CHUNK, stop, _floats(tl.load(row + Y_)), m, 1,
-        N_, J_LENGTH, J_OUTER, J_INNER, M_, I_LENGTH, I_OUTER, I_INNER, COLUMNS_CONTIGUOUS, ROWS_CONTIGUOUS,
-        DTYPE, VECTOR, TILE, DEPTH,
-    )  # fmt: skip
-    _store_columns(tl.load(row + PRODUCTS) + chunk * n * 64, j, n, product * _scale(row)[1])
+    if FIRST or tl.load(_floats(tl.load(row + SMALL)) + IS_DONE) == 0:
+        j = tl.load(chunks + 3 * pid + 1) * TILE + tl.arange(0, TILE)
+        chunk = tl.load(chunks + 3 * pid + 2)
+        m, n = tl.load(row + M_).to(tl.int32), tl.load(row + N_)
+        stop = tl.minimum(m, (chunk + 1) * CHUNK)
+        product = _product(
+            row, j, chunk * CHUNK, stop, _floats(tl.load(row + Y_)), m, 1,
+            N_, J_LENGTH, J_OUTER, J_INNER, M_, I_LENGTH, I_OUTER, I_INNER, COLUMNS_CONTIGUOUS, ROWS_CONTIGUOUS,
+            DTYPE, VECTOR, TILE, DEPTH,
+        )  # fmt: skip
+        _store_columns(tl.load(row + PRODUCTS) + chunk * n * 64, j, n, product * _scale(row)[1])
 
 
 @triton.jit
-def residuals(table, column_tiles, FIRST: tl.constexpr, LAST: tl.constexpr, TILE: tl.constexpr):
+def residuals(table, column_tiles, FIRST: tl.constexpr, TILE: tl.constexpr):
     """`R = A^T Y - V (Y^T Y)`, with noise in its last column once, and parts of the Gram matrix of `[V, R]`."""
     pid = tl.program_id(0)
     row = table + tl.load(column_tiles + 2 * pid) * FIELDS
-    t = tl.load(column_tiles + 2 * pid + 1)
-    j = t * TILE + tl.arange(0, TILE)
-    n = tl.load(row + N_)
-    c = tl.arange(0, 16)
-    if tl.load(row + IS_EXACT) != 0:
-        if LAST:
-            _store_columns(tl.load(row + R_), j, n, tl.where(j[:, None] == c[None, :] + 16, 1.0, 0.0))
-    else:
-        small = _floats(tl.load(row + SMALL))
+    small = _floats(tl.load(row + SMALL))
+    if FIRST or tl.load(small + IS_DONE) == 0:
+        t = tl.load(column_tiles + 2 * pid + 1)
+        j = t * TILE + tl.arange(0, TILE)
+        n = tl.load(row + N_)
+        c = tl.arange(0, 16)
         if FIRST:
-            squares = _sum_of_parts(_floats(tl.load(row + GRAM_Y)), tl.load(row + NUM_I), 16, 1024, 8)
+            squares = _sum_of_parts(_floats(tl.load(row + GRAM_Y)), tl.load(row + NUM_I), 16, _GRAM_Y_SIZE)
             if t == 0:
                 _store_gram(small + SQUARES, 16, squares)
         else:
             squares = _matrix(small + SQUARES, 16, 16)
-        v = _columns(tl.load(row + V_), j, n)
-        r = tl.zeros((TILE, 16), tl.float32)
-        for chunk in range(0, tl.load(row + NUM_CHUNKS)):
-            r += _columns(tl.load(row + PRODUCTS) + chunk * n * 64, j, n)
-        r -= tl.dot(v, squares, input_precision=PRECISION)
-        if FIRST:
-            q = tl.arange(0, 16)
-            largest = tl.max(tl.max(tl.where(q[:, None] == c[None, :], squares, 0.0), axis=1), axis=0)
-            length = largest * _NOISE / tl.sqrt(n.to(tl.float32))
-            key = tl.load(tl.load(row + KEY).to(tl.pointer_type(tl.int64)))
-            age = tl.load(tl.load(row + AGE).to(tl.pointer_type(tl.int64)))
-            order = tl.load(row + ORDER_LENGTH)
-            at = (j % order) * tl.load(row + ORDER_STRIDE) + j // order
-            sign = 1 - (_hash32(_hash32(key + (age << 32)) + at) & 1) * 2
-            r += tl.where((c[None, :] == 15) & (j[:, None] < n), length * sign.to(tl.float32)[:, None], 0.0)
-        _store_columns(tl.load(row + R_), j, n, r)
-        part = _floats(tl.load(row + GRAM_V)) + t * 768
-        _store_gram(part, 16, tl.dot(tl.trans(v), v, input_precision=PRECISION))
-        _store_gram(part + 256, 16, tl.dot(tl.trans(v), r, input_precision=PRECISION))
-        _store_gram(part + 512, 16, tl.dot(tl.trans(r), r, input_precision=PRECISION))
+        if tl.load(row + IS_EXACT) != 0:
+            _store_columns(tl.load(row + R_), j, n, tl.where(j[:, None] == c[None, :] + 16, 1.0, 0.0))
+        else:
+            v = _columns(tl.load(row + V_), j, n)
+            r = tl.zeros((TILE, 16), tl.float32)
+            for chunk in range(0, tl.load(row + NUM_CHUNKS)):
+                r += _columns(tl.load(row + PRODUCTS) + chunk * n * 64, j, n)
+            r -= tl.dot(v, squares, input_precision=PRECISION)
+            if FIRST:
+                q = tl.arange(0, 16)
+                largest = tl.max(tl.max(tl.where(q[:, None] == c[None, :], squares, 0.0), axis=1), axis=0)
+                length = largest * _NOISE / tl.sqrt(n.to(tl.float32))
+                key = tl.load(tl.load(row + KEY).to(tl.pointer_type(tl.int64)))
+                age = tl.load(tl.load(row + AGE).to(tl.pointer_type(tl.int64)))
+                order = tl.load(row + ORDER_LENGTH)
+                at = (j % order) * tl.load(row + ORDER_STRIDE) + j // order
+                sign = 1 - (_hash32(_hash32(key + (age << 32)) + at) & 1) * 2
+                r += tl.where((c[None, :] == 15) & (j[:, None] < n), length * sign.to(tl.float32)[:, None], 0.0)
+            _store_columns(tl.load(row + R_), j, n, r)
+            part = _floats(tl.load(row + GRAM_V)) + t * _GRAM_V_SIZE
+            _store_gram(part, 16, tl.dot(tl.trans(v), v, input_precision=PRECISION))
+            _store_gram(part + 256, 16, tl.dot(tl.trans(v), r, input_precision=PRECISION))
+            _store_gram(part + 512, 16, tl.dot(tl.trans(r), r, input_precision=PRECISION))
 
 
 @triton.jit
-def _cholesky(square, shift):
-    """The lower factor of `square + shift`, `(16, 16)`."""
+def _eliminated(square, shift):
+    """`L^-1` of the Cholesky factor `L` of `square + shift`, `(16, 16)`, and the squares of `L`'s diagonal.
+
+    By elimination in `[square, 1]`. The diagonal comes along both axes: one dimension of a tile cannot be used as the
+    other.
+    """
     r, c = tl.arange(0, 16), tl.arange(0, 16)
-    square = square + tl.where(r[:, None] == c[None, :], shift, 0.0)
-    factor = tl.zeros((16, 16), tl.float32)
+    inverse = tl.where(r[:, None] == c[None, :], 1.0, 0.0)
+    square = square + shift * inverse
+    pivots, pivots_across = tl.zeros((16,), tl.float32), tl.zeros((16,), tl.float32)
     for k in range(16):
+        line = tl.sum(tl.where(r[:, None] == k, square, 0.0), axis=0)
+        own = tl.sum(tl.where(r[:, None] == k, inverse, 0.0), axis=0)
         column = tl.sum(tl.where(c[None, :] == k, square, 0.0), axis=1)
-        pivot = tl.sum(tl.where(r == k, column, 0.0), axis=0)
-        column = tl.where(r >= k, column / tl.sqrt(tl.maximum(pivot, 1e-12)), 0.0)
-        factor = tl.where(c[None, :] == k, column[:, None], factor)
-        across = tl.sum(tl.where(r[:, None] == c[None, :], column[:, None], 0.0), axis=0)
-        square = square - column[:, None] * across[None, :]
-    return factor
+        pivot = tl.maximum(tl.sum(tl.where(c == k, line, 0.0), axis=0), 1e-12)
+        factors = tl.where(r > k, column / pivot, 0.0)
+        square -= factors[:, None] * line[None, :]
+        inverse = tl.where(r[:, None] == k, own[None, :] / tl.sqrt(pivot), inverse - factors[:, None] * own[None, :])
+        pivots, pivots_across = tl.where(r == k, pivot, pivots), tl.where(c == k, pivot, pivots_across)
+    return inverse, pivots, pivots_across
 
 
 @triton.jit
-def _inverse_of_triangle(factor):
-    """The inverse of a lower triangle, `(16, 16)`."""
-    r, c = tl.arange(0, 16), tl.arange(0, 16)
-    inverse = tl.zeros((16, 16), tl.float32)
-    for k in range(16):
-        line = tl.sum(tl.where(c[None, :] == k, tl.trans(factor), 0.0), axis=1)
-        pivot = tl.sum(tl.where(r == k, line, 0.0), axis=0)
-        line = tl.where(r < k, line, 0.0)
-        unit = tl.where(c == k, 1.0, 0.0)
-        inverse = tl.where(
-            r[:, None] == k, ((unit - tl.sum(line[:, None] * inverse, axis=0)) / pivot)[None, :], inverse
-        )
-    return inverse
-
-
-@triton.jit
-def _shifted_factor(normalized, exists, exists_across, eye):
-    """`block._shifted_factor`."""
+def _eliminated_where(normalized, exists, exists_across, eye):
+    """`_eliminated` for `block._shifted_factor`."""
     square = tl.where(exists[:, None] & exists_across[None, :], normalized, 0.0)
-    return _cholesky(square + tl.where(exists, 0.0, 1.0)[:, None] * eye, 1e-5)
+    return _eliminated(square + tl.where(exists, 0.0, 1.0)[:, None] * eye, 1e-5)
 
 
 @triton.jit
-def orthogonalize(table, LAST: tl.constexpr):
+def orthogonalize(table, FIRST: tl.constexpr):
     """The frame in which `[V, R]` is orthonormal: `block.orthogonalize`."""
     row = table + tl.program_id(0) * FIELDS
     small = _floats(tl.load(row + SMALL))
-    r, c = tl.arange(0, 16), tl.arange(0, 16)
-    eye = tl.where(r[:, None] == c[None, :], 1.0, 0.0)
-    zero = tl.zeros((16, 16), tl.float32)
-    if tl.load(row + IS_EXACT) != 0:
-        if LAST:
+    if FIRST or tl.load(small + IS_DONE) == 0:
+        r, c = tl.arange(0, 16), tl.arange(0, 16)
+        eye = tl.where(r[:, None] == c[None, :], 1.0, 0.0)
+        zero = tl.zeros((16, 16), tl.float32)
+        if tl.load(row + IS_EXACT) != 0:
             for k in range(3):
                 _store_frame(small + FRAME_Y + 1024 * k, eye, zero, eye)
             tl.store(small + LENGTHS + c, tl.zeros((16,), tl.float32))
-    else:
-        part = _floats(tl.load(row + GRAM_V))
-        count = tl.load(row + NUM_J)
-        vv = _sum_of_parts(part, count, 16, 768, 8)
-        vr = _sum_of_parts(part + 256, count, 16, 768, 8)
-        rr = _sum_of_parts(part + 512, count, 16, 768, 8)
-        L = tl.trans(_inverse_of_triangle(_cholesky(vv, 0.0)))
-        overlap = tl.dot(tl.trans(L), vr, input_precision="ieee")
-        rest = rr - tl.dot(tl.trans(overlap), overlap, input_precision="ieee")
-        largest = tl.max(tl.max(_matrix(small + SQUARES, 16, 16) * eye, axis=1), axis=0)
-        # The diagonals along both axes: one dimension of a tile cannot be used as the other.
-        squares, squares_across = tl.sum(rest * eye, axis=1), tl.sum(rest * eye, axis=0)
-        least = largest * (_ROUNDING * EPS)
-        least = least * least
-        exists = squares > tl.maximum(least, tl.sum(rr * eye, axis=1) * _CANCELLATION)
-        exists_across = squares_across > tl.maximum(least, tl.sum(rr * eye, axis=0) * _CANCELLATION)
-        inverse = tl.where(exists, 1.0 / tl.sqrt(tl.where(exists, squares, 1.0)), 0.0)
-        inverse_across = tl.where(exists_across, 1.0 / tl.sqrt(tl.where(exists_across, squares_across, 1.0)), 0.0)
-        normalized = inverse[:, None] * rest * inverse_across[None, :]
-        factor = _shifted_factor(normalized, exists, exists_across, eye)
-        pivots, pivots_across = tl.sum(factor * eye, axis=1), tl.sum(factor * eye, axis=0)
-        pivots, pivots_across = pivots * pivots, pivots_across * pivots_across
-        exists = exists & (pivots > _DEPENDENT) & (pivots * squares > least)
-        exists_across = exists_across & (pivots_across > _DEPENDENT) & (pivots_across * squares_across > least)
-        factor = _shifted_factor(normalized, exists, exists_across, eye)
-        M = inverse[:, None] * tl.trans(_inverse_of_triangle(factor)) * tl.where(exists_across, 1.0, 0.0)[None, :]
-        K = tl.dot(L, tl.dot(overlap, M, input_precision="ieee"), input_precision="ieee")
-        gram = tl.dot(tl.trans(M), tl.dot(rest, M, input_precision="ieee"), input_precision="ieee")
-        _store_frame(small + FRAME_Y, L, zero, eye)
-        _store_frame(small + FRAME_S, L, -K, M)
-        _store_frame(small + GRAM, eye, zero, gram)
-        tl.store(small + LENGTHS + r, tl.sqrt(tl.maximum(squares, 0.0)))
+        else:
+            vv, vr, rr = _sums_of_three_parts(_floats(tl.load(row + GRAM_V)), tl.load(row + NUM_J), _GRAM_V_SIZE)
+            inverse, _, _ = _eliminated(vv, 0.0)
+            overlap = tl.dot(inverse, vr, input_precision="ieee")
+            L = tl.trans(inverse)
+            rest = rr - tl.dot(tl.trans(overlap), overlap, input_precision="ieee")
+            largest = tl.max(tl.max(_matrix(small + SQUARES, 16, 16) * eye, axis=1), axis=0)
+            squares, squares_across = tl.sum(rest * eye, axis=1), tl.sum(rest * eye, axis=0)
+            least = largest * (_ROUNDING * EPS)
+            least = least * least
+            exists = squares > tl.maximum(least, tl.sum(rr * eye, axis=1) * _CANCELLATION)
+            exists_across = squares_across > tl.maximum(least, tl.sum(rr * eye, axis=0) * _CANCELLATION)
+            scales = tl.where(exists, 1.0 / tl.sqrt(tl.where(exists, squares, 1.0)), 0.0)
+            scales_across = tl.where(exists_across, 1.0 / tl.sqrt(tl.where(exists_across, squares_across, 1.0)), 0.0)
+            normalized = scales[:, None] * rest * scales_across[None, :]
+            _, pivots, pivots_across = _eliminated_where(normalized, exists, exists_across, eye)
+            exists = exists & (pivots > _DEPENDENT) & (pivots * squares > least)
+            exists_across = exists_across & (pivots_across > _DEPENDENT) & (pivots_across * squares_across > least)
+            inverse, _, _ = _eliminated_where(normalized, exists, exists_across, eye)
+            M = scales[:, None] * tl.trans(inverse) * tl.where(exists_across, 1.0, 0.0)[None, :]
+            K = tl.dot(L, tl.dot(overlap, M, input_precision="ieee"), input_precision="ieee")
+            gram = tl.dot(tl.trans(M), tl.dot(rest, M, input_precision="ieee"), input_precision="ieee")
+            _store_frame(small + FRAME_Y, L, zero, eye)
+            _store_frame(small + FRAME_S, L, -K, M)
+            _store_frame(small + GRAM, eye, zero, gram)
+            tl.store(small + LENGTHS + r, tl.sqrt(tl.maximum(squares, 0.0)))
 
 
 @triton.jit
-def images_of_rest(table, row_tiles, LAST: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
+def images_of_rest(table, row_tiles, FIRST: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
                     TILE: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
-    """`T = (A R) M - Y K`, and parts of the Gram matrix of `[Y, T]`."""
+    """`T = (A R) M - Y K`, and parts of `[Y, T]^T T`."""
     pid = tl.program_id(0)
     row = table + tl.load(row_tiles + 2 * pid) * FIELDS
-    if LAST or tl.load(row + IS_EXACT) == 0:
+    small = _floats(tl.load(row + SMALL))
+    if FIRST or tl.load(small + IS_DONE) == 0:
         t = tl.load(row_tiles + 2 * pid + 1)
         i = t * TILE + tl.arange(0, TILE)
         m, n = tl.load(row + M_), tl.load(row + N_).to(tl.int32)
@@ -372,20 +381,16 @@ def images_of_rest(table, row_tiles, LAST: tl.constexpr, DTYPE: tl.constexpr, VE
             M_, I_LENGTH, I_OUTER, I_INNER, N_, J_LENGTH, J_OUTER, J_INNER, ROWS_CONTIGUOUS, COLUMNS_CONTIGUOUS,
             DTYPE, VECTOR, TILE, DEPTH,
         )  # fmt: skip
-        frame = _floats(tl.load(row + SMALL)) + FRAME_S
         r, c = tl.arange(0, 16), tl.arange(0, 16)
-        minus_K = tl.load(frame + r[:, None] * 32 + c[None, :] + 16)
-        M = tl.load(frame + r[:, None] * 32 + c[None, :] + 528)
+        minus_K = tl.load(small + FRAME_S + r[:, None] * 32 + c[None, :] + 16)
+        M = tl.load(small + FRAME_S + r[:, None] * 32 + c[None, :] + 528)
         y = _columns(tl.load(row + Y_), i, m)
         image = tl.dot(image * _scale(row)[1], M, input_precision=PRECISION)
         image += tl.dot(y, minus_K, input_precision=PRECISION)
         _store_columns(tl.load(row + T_), i, m, image)
-        part = _floats(tl.load(row + GRAM_Y)) + t * 1024
-        across = tl.dot(tl.trans(y), image, input_precision=PRECISION)
-        _store_gram(part, 32, tl.dot(tl.trans(y), y, input_precision=PRECISION))
-        _store_gram(part + 16, 32, across)
-        _store_gram(part + 512, 32, tl.trans(across))
-        _store_gram(part + 528, 32, tl.dot(tl.trans(image), image, input_precision=PRECISION))
+        part = _floats(tl.load(row + GRAM_Y)) + t * _GRAM_Y_SIZE
+        _store_gram(part, 16, tl.dot(tl.trans(y), image, input_precision=PRECISION))
+        _store_gram(part + 256, 16, tl.dot(tl.trans(image), image, input_precision=PRECISION))
 
 
 @triton.jit
@@ -416,7 +421,7 @@ def _is_skipped(row, value, found_inf):
 
 
 @triton.jit
-def _report(row, norm, residual, error):
+def _report(row, norm, residual, error, count):
     """Write the buffers of a matrix, and its stats."""
     tl.store(_float(tl.load(row + NORM)), norm)
     tl.store(_float(tl.load(row + RESIDUAL)), residual)
@@ -424,43 +429,57 @@ def _report(row, norm, residual, error):
     stats = _float(tl.load(row + STATS))
     tl.store(stats, norm)
     tl.store(stats + tl.load(row + NUM_MATRICES), error)
+    tl.store(stats + 2 * tl.load(row + NUM_MATRICES), count)
 
 
 @triton.jit
-def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """`block.rayleigh_ritz`; after the last iteration, the step's length and what is reported."""
+def _orthonormal(X, d):
+    """The columns of `X (32, 16)`, which `d` numbers, made orthonormal from the first to the last."""
+    for k in range(16):
+        column = tl.sum(tl.where(d[None, :] == k, X, 0.0), axis=1)
+        along = tl.sum(X * column[:, None], axis=0)
+        square = tl.maximum(tl.sum(tl.where(d == k, along, 0.0), axis=0), TINY)
+        X -= tl.where(d[None, :] > k, column[:, None] * (along / square)[None, :], 0.0)
+    return X / tl.sqrt(tl.maximum(tl.sum(X * X, axis=0), TINY))[None, :]
+
+
+@triton.jit(do_not_specialize_on_alignment=["found_inf"])
+def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr, TOLERANCE: tl.constexpr):
+    """`block.rayleigh_ritz`; where the error is small enough, the length of the update and what is reported."""
     row = table + tl.program_id(0) * FIELDS
-    is_exact = tl.load(row + IS_EXACT) != 0
-    if LAST or not is_exact:
-        small = _floats(tl.load(row + SMALL))
+    small = _floats(tl.load(row + SMALL))
+    if FIRST or tl.load(small + IS_DONE) == 0:
+        is_exact = tl.load(row + IS_EXACT) != 0
         r, c = tl.arange(0, 32), tl.arange(0, 32)
         q, d = tl.arange(0, 16), tl.arange(0, 16)
         eye = tl.where(r[:, None] == c[None, :], 1.0, 0.0)
         eye16 = tl.where(q[:, None] == d[None, :], 1.0, 0.0)
         frame = _matrix(small + FRAME_Y, 32, 32)
         G = _matrix(small + GRAM, 32, 32)
-        H = _sum_of_parts(_floats(tl.load(row + GRAM_Y)), tl.load(row + NUM_I), 32, 1024, 4)
+        # [Y, T]^T [Y, T]: the right half is a sum of parts, the upper left corner is known.
+        right = _sum_of_parts(_floats(tl.load(row + GRAM_Y)), tl.load(row + NUM_I), 32, _GRAM_Y_SIZE)
+        to_the_right = tl.where(c[None, :] == q[:, None] + 16, 1.0, 0.0)
+        H = tl.dot(right, to_the_right, input_precision="ieee")
+        corner = tl.load(small + SQUARES + r[:, None] * 16 + c[None, :], mask=(r[:, None] < 16) & (c[None, :] < 16), other=0.0)
+        H = H + tl.where(c[None, :] < 16, tl.trans(H), 0.0) + corner
         H = tl.dot(tl.trans(frame), tl.dot(H, frame, input_precision=PRECISION), input_precision=PRECISION)
         root = 1.5 * eye - 0.5 * G
         square = tl.dot(root, tl.dot(H, root, input_precision=PRECISION), input_precision=PRECISION)
         square = 0.5 * (square + tl.trans(square))
         square = _trace_one(square + tl.where((r[:, None] == 0) & (c[None, :] == 0), TINY, 0.0), eye)
 
-        # The first vector: a column of a high power. Between iterations it is one direction of the subspace among
-        # others, and need not be exact.
-        first = _dominant_vector(square, eye, c, _SQUARINGS if LAST else 4)
+        # The first vector: a column of a high power.
+        first = _dominant_vector(square, eye, c, _SQUARINGS)
 
         # The subspace: orthogonal iteration.
         along = tl.sum(square * first[:, None], axis=0)
         rayleigh = tl.sum(tl.sum(tl.where(r[:, None] == c[None, :], along[None, :], 0.0), axis=1) * first, axis=0)
         square = square / tl.maximum(rayleigh, TINY)
-        square = tl.dot(square, square, input_precision=PRECISION) + 0.03 * eye
+        shifted = tl.dot(square, square, input_precision=PRECISION) + 0.03 * eye
+        power = tl.dot(tl.dot(shifted, shifted, input_precision=PRECISION), shifted, input_precision=PRECISION)
         X = tl.where(r[:, None] == d[None, :], 1.0, 0.0) + tl.where(r[:, None] == d[None, :] + 16, 0.05, 0.0)
         for _ in range(tl.where(is_exact, 2 * _ROUNDS, _ROUNDS)):
-            X = tl.dot(square, X, input_precision=PRECISION)
-            X = X / tl.sqrt(tl.maximum(tl.sum(X * X, axis=0), TINY))[None, :]
-            factor = _cholesky(tl.dot(tl.trans(X), X, input_precision=PRECISION), 1e-6)
-            X = tl.dot(X, tl.trans(_inverse_of_triangle(factor)), input_precision=PRECISION)
+            X = _orthonormal(tl.dot(power, X, input_precision=PRECISION), d)
         X = tl.where(d[None, :] == 15, 0.0, X)
 
         # The first vector to the front, by a reflection of the columns; the column that searches to the end.
@@ -489,42 +508,56 @@ def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr):
         basis_frame = _matrix(small + FRAME_S, 32, 32)
         tl.store(small + OF_BASIS + o, tl.dot(basis_frame, X, input_precision=PRECISION))
 
-        if LAST:
-            before = tl.max(tl.max(_matrix(small + SQUARES, 16, 16) * eye16, axis=1), axis=0)
-            residuals = tl.load(small + LENGTHS + d)
-            before = tl.maximum(before, TINY)
-            values = tl.sum(squares * eye16, axis=0) / lengths
-            top = tl.max(tl.where(d < 15, values, 0.0), axis=0)
-            bottom = tl.maximum(tl.min(tl.where(d < 15, values, top), axis=0), 0.0)
-            rho = tl.sqrt(tl.sum(tl.where(d < 15, residuals * residuals, 0.0), axis=0) / 15) / before
-            gap = tl.maximum(1 - tl.sqrt(bottom) / tl.sqrt(tl.maximum(top, TINY)), TINY)
-            error = rho * tl.minimum((rho / gap) * (rho / gap) / (8 if FIRST else 16), 1.0)
-            residual = tl.sum(tl.where(d == 0, residuals, 0.0), axis=0) / before
-
+        # How good it is.
+        before = tl.maximum(tl.max(tl.max(_matrix(small + SQUARES, 16, 16) * eye16, axis=1), axis=0), TINY)
+        residuals = tl.load(small + LENGTHS + d)
+        diagonal = tl.sum(squares * eye16, axis=0)
+        values = diagonal / lengths
+        top = tl.max(tl.where(d < 15, values, 0.0), axis=0)
+        bottom = tl.maximum(tl.min(tl.where(d < 15, values, top), axis=0), 0.0)
+        rho = tl.sqrt(tl.sum(tl.where(d < 15, residuals * residuals, 0.0), axis=0) / 15) / before
+        gap = tl.maximum(1 - tl.sqrt(bottom) / tl.sqrt(tl.maximum(top, TINY)), TINY)
+        error = rho * tl.minimum((rho / gap) * (rho / gap) / (8 if FIRST else 16), 1.0)
+        count = 1.0
+        if not FIRST:
+            error = tl.minimum(error, tl.load(small + LAST_ERROR) / _CONTRACTION)
+            count += tl.load(small + COUNT)
+        of_first = tl.sum(tl.where(d == 0, diagonal, 0.0), axis=0)
+        length = tl.sum(tl.where(d == 0, lengths, 0.0), axis=0)
+        scaled_value = tl.sqrt(of_first / length)
+        scale = _scale(row)[0]
+        value = scale * scaled_value
+        is_finite = (value >= 0) & (value < float("inf"))
+        if LAST | is_exact | (error <= TOLERANCE) | (is_finite == 0):
+            tl.store(small + IS_DONE, 1.0)
             rest = tl.where((q[:, None] == 0) | (d[None, :] == 0), 0.0, squares)
-            rounding = tl.sum(tl.where(d == 0, tl.sum(squares * eye16, axis=0), 0.0), axis=0) * (100 * EPS)
+            rounding = of_first * (100 * EPS)
             second = _dominant_vector(_trace_one(rest + rounding * eye16, eye16), eye16, d, 8)
             image = tl.sum(rest * second[:, None], axis=0)
             image = tl.sum(tl.where(q[:, None] == d[None, :], image[None, :], 0.0), axis=1)
-            scale = _scale(row)[0]
             next_value = scale * tl.sqrt(tl.maximum(tl.sum(image * second, axis=0), 0.0))
 
-            of_first = tl.sum(tl.where(d == 0, tl.sum(squares * eye16, axis=0), 0.0), axis=0)
-            length = tl.sum(tl.where(d == 0, lengths, 0.0), axis=0)
-            scaled_value = tl.sqrt(of_first / length)
-            value = scale * scaled_value
             target = tl.load(_float(tl.load(row + TARGET)))
-            is_finite = (value >= 0) & (value < float("inf"))
             skip = _is_skipped(row, value, found_inf)
             tl.store(small + STEP, tl.where(skip, 0.0, (target - value) / (scaled_value * length)))
-            tl.store(small + STEP + 1, tl.where(is_finite, 1.0, 0.0))
+            tl.store(small + IS_FINITE, tl.where(is_finite, 1.0, 0.0))
             norm = tl.where(skip, value, tl.maximum(target, next_value))
             is_estimate = is_finite & (is_exact == 0)
-            _report(row, norm, tl.where(is_estimate, residual, 0.0), tl.where(is_estimate, error, 0.0))
+            residual = tl.sum(tl.where(d == 0, residuals, 0.0), axis=0) / before
+            _report(
+                row,
+                norm,
+                tl.where(is_estimate, residual, 0.0),
+                tl.where(is_estimate, error, 0.0),
+                tl.where(is_exact, 0.0, count),
+            )
             if not is_exact:
                 age = tl.load(row + AGE).to(tl.pointer_type(tl.int64))
                 tl.store(age, tl.load(age) + 1)
         else:
+            tl.store(small + IS_DONE, 0.0)
+            tl.store(small + LAST_ERROR, error)
+            tl.store(small + COUNT, count)
             tl.store(small + SQUARES + q[:, None] * 16 + d[None, :], squares)
 
 
@@ -543,19 +576,19 @@ def combine(table, row_tiles, column_tiles, num_row_tiles, TILE: tl.constexpr):
     pid = tl.program_id(0)
     if pid < num_row_tiles:
         row = table + tl.load(row_tiles + 2 * pid) * FIELDS
-        if tl.load(row + IS_EXACT) == 0:
+        small = _floats(tl.load(row + SMALL))
+        if tl.load(small + IS_DONE) == 0:
             i = tl.load(row_tiles + 2 * pid + 1) * TILE + tl.arange(0, TILE)
             m = tl.load(row + M_)
-            small = _floats(tl.load(row + SMALL))
             y = _combined(tl.load(row + Y_), tl.load(row + T_), i, m, small + OF_IMAGES)
             _store_columns(tl.load(row + Y_), i, m, y)
     else:
         pid -= num_row_tiles
         row = table + tl.load(column_tiles + 2 * pid) * FIELDS
-        if tl.load(row + IS_EXACT) == 0:
+        small = _floats(tl.load(row + SMALL))
+        if tl.load(small + IS_DONE) == 0:
             j = tl.load(column_tiles + 2 * pid + 1) * TILE + tl.arange(0, TILE)
             n = tl.load(row + N_)
-            small = _floats(tl.load(row + SMALL))
             v = _combined(tl.load(row + V_), tl.load(row + R_), j, n, small + OF_BASIS)
             _store_columns(tl.load(row + V_), j, n, v)
 
@@ -641,7 +674,7 @@ def update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.conste
         pid -= num_update_tiles
         row = table + tl.load(column_tiles + 2 * pid) * FIELDS
         small = _floats(tl.load(row + SMALL))
-        if (tl.load(row + IS_EXACT) == 0) & (tl.load(small + STEP + 1) > 0):
+        if (tl.load(row + IS_EXACT) == 0) & (tl.load(small + IS_FINITE) > 0):
             j = tl.load(column_tiles + 2 * pid + 1) * TILE + tl.arange(0, TILE)
             n = tl.load(row + N_)
             v = _combined(tl.load(row + V_), tl.load(row + R_), j, n, small + OF_BASIS)
@@ -670,7 +703,7 @@ def squares(table, update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
         tl.store(partial, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["found_inf"])
 def rescale(table, update_tiles, found_inf, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     """`A <- A t / ||A||_F`; every program adds the squares of its matrix up, in the same order."""
     pid = tl.program_id(0)
@@ -692,4 +725,4 @@ def rescale(table, update_tiles, found_inf, DTYPE: tl.constexpr, VECTOR: tl.cons
             p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
             _change_strip(row, p, q, target / norm, zero_p, zero_q, DTYPE, VECTOR)
     if number == 0:
-        _report(row, tl.where(skip, norm, target), 0.0, 0.0)
+        _report(row, tl.where(skip, norm, target), 0.0, 0.0, 0.0)

@@ -26,8 +26,8 @@ class Measurement(NamedTuple):
     """`(k,)`: the solver's residual; zero where the norm is exact."""
     error: Tensor
     """`(k,)`: the solver's own estimate of the relative error of `norm`; zero where it is exact."""
-    num_iterations: list[int]
-    """The solver's iterations, by weight; zero where there are none."""
+    num_iterations: Tensor
+    """`(k,)`: the solver's iterations, see `Triple`; zero where there are none."""
     factors: list[Any]
     """What a constraint needs beside the norm, by weight: see each norm."""
     states: list[dict[str, Tensor]]
@@ -37,7 +37,7 @@ class Measurement(NamedTuple):
 def _exactly(norm: Tensor, factors: list[Any]) -> Measurement:
     """A measurement without a solver."""
     zero = torch.zeros_like(norm)
-    return Measurement(norm, zero, zero, [0] * len(factors), factors, [{} for _ in factors])
+    return Measurement(norm, zero, zero, zero, factors, [{} for _ in factors])
 
 
 class Norm(ABC):
@@ -59,7 +59,7 @@ class Norm(ABC):
         return {}
 
     def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
-        """The iterations of a step that reads nothing back, after one that took so many and left `error`."""
+        """The iterations of a step that reads nothing back, after one that needed so many and left `error`."""
         return None
 
     @abstractmethod
@@ -151,11 +151,11 @@ class SpectralNormBySolver(SpectralNorm):
         dense = [DenseMatrices(one) for one in matrices]
         solutions = self.solver.solve(dense, states, to_convergence=to_convergence, num_iterations=num_iterations)
         triples = [solution.triple for solution in solutions]
-        value, residual, error = (
-            concat([getattr(triple, name) for triple in triples]) for name in ("value", "residual", "error")
+        numbers = (
+            concat([getattr(triple, name) for triple in triples])
+            for name in ("value", "residual", "error", "num_iterations")
         )
-        iterations = [triple.num_iterations for triple in triples]
-        return Measurement(value, residual, error, iterations, triples, [solution.state for solution in solutions])
+        return Measurement(*numbers, triples, [solution.state for solution in solutions])
 
 
 @dataclass(frozen=True)

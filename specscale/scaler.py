@@ -148,8 +148,12 @@ class NormScaler:
 
     @property
     def num_iterations(self) -> dict[str, int]:
-        """The solver's iterations in the last step, by layer; zero where the norm is exact. No host sync."""
-        return dict(self._step.num_iterations)
+        """The solver's iterations in a step, by layer: the most that any of its matrices needed. No host sync.
+
+        Zero where the norm is exact. Of the last step, or on an accelerator, which may not have ended that one yet, of
+        the step before it.
+        """
+        return {} if self._step.known is None else self._step.known.num_iterations()
 
     @public_call()
     def metrics(self) -> dict[str, float]:

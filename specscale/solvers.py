@@ -92,8 +92,9 @@ class Triple(NamedTuple):
     that lies within the block. Zero where the solver is exact."""
     error: Tensor
     """`(k,)`: the solver's own estimate of how far, relative, `value` is too low. Zero where the solver is exact."""
-    num_iterations: int
-    """Iterations that were taken, the same for all matrices; zero where the solver is exact."""
+    num_iterations: Tensor
+    """`(k,)`, in the dtype of the values: the iterations until the error was small enough, or all that were taken. Zero
+    where the solver is exact."""
 
     def transposed(self) -> "Triple":
         """The triple of the transposed matrices."""
@@ -140,7 +141,7 @@ class Solver(Protocol):
         """How many elements a solve of one matrix `(m, n)` allocates beside it, in the matrix's dtype."""
 
     def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
-        """The `num_iterations` of the next solve, after one that took so many and left `error` (None before the first).
+        """The `num_iterations` of the next solve, after one that needed so many and left `error` (None at the first).
 
         None where the solver takes no such number.
         """
@@ -216,8 +217,9 @@ class Power(_BatchByBatch):
         values = image.norm(dim=-2) * scale[..., None]
         # Half of it bounds the distance from some singular value, though it need not be the first.
         error = residual / 2
+        count = torch.full_like(error, self.num_iterations)
         triple = Triple(
-            values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, self.num_iterations
+            values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, count
         )
         # Keep the old vectors if the matrix is zero: its product with them is zero too.
         kept = torch.where(values[:, None] > 0, columns, start)
@@ -243,4 +245,4 @@ class SVD(_BatchByBatch):
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
         # The vectors of equal singular values are off by rounding, one part in 1e7; the first value is not.
         zero = torch.zeros_like(next_value)
-        return Solution(Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, zero, zero, 0), {})
+        return Solution(Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, zero, zero, zero), {})

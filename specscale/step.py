@@ -36,10 +36,11 @@ class ScalingStep:
     """Takes scaling steps, and keeps between them what the host may not wait for."""
 
     def __init__(self) -> None:
-        self.num_iterations: dict[str, int] = {}
-        """The solver's iterations in the last step, by the weight's name."""
-        self._planned: NumIterations = {}
-        self._pending: PendingStats | None = None
+        self.known: PendingStats | None = None
+        """What the host knows: of the last step, or on an accelerator of the one before."""
+        self._last: PendingStats | None = None
+        self._is_checked = True
+        """Whether the last step's weights are known to be finite."""
         self._plans = Plans()
         self._graphs: CapturedSteps | None = None
 
@@ -61,37 +62,34 @@ class ScalingStep:
 
     def _take_with_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
         batches = measure_weights(weights)
-        if bad := PendingStats([Result.of(batch) for batch in batches]).non_finite():
+        stats = PendingStats([Result.of(batch) for batch in batches])
+        if bad := stats.non_finite():
             raise non_finite(bad, f"no weight was scaled. {ADVICE}")
-        self.num_iterations = {}
         project_weights_(batches, skip)
-        for batch in batches:
-            for weight, count in zip(batch.weights, batch.measurement.num_iterations, strict=True):
-                self.num_iterations[weight.name] = count
-                weight.scaling.mark_current(weight.parameter)
+        self.known = self._last = stats
+        for weight in weights:
+            weight.scaling.mark_current(weight.parameter)
 
     def _take_without_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
         constraints = dict.fromkeys(weight.scaling.constraint for weight in weights)
-        planned = {constraint: self._next_num_iterations(constraint) for constraint in constraints}
+        is_compiling = torch.compiler.is_compiling()
+        # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
+        last = None if is_compiling else self._last
+        planned = {constraint: next_num_iterations(constraint, last) for constraint in constraints}
         # The step before has ended, unless the host is a whole step ahead. Its error is raised once, so that training
         # can go on from good weights.
-        pending, self._pending = self._pending, None
-        if pending is not None and (bad := pending.non_finite()):
+        is_checked, self._is_checked = self._is_checked, True
+        if not is_checked and last is not None and (bad := last.non_finite()):
             raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
-        is_compiling = torch.compiler.is_compiling()
+        if last is not None:
+            self.known = last
         # Before any capture of ours: what a plan allocates and copies must not become part of a graph.
         plan = Plan(weights, by_kernels=False) if is_compiling else self._plans.of(weights)
         results = scale(plan, planned, skip) if self._graphs is None else self._graphs.take(scale, plan, planned, skip)
-        # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
         if not is_compiling:
-            self._planned, self._pending = planned, PendingStats(results)
-            self.num_iterations = {w.name: n for r in results for w, n in zip(r.weights, r.num_iterations, strict=True)}
+            self._last, self._is_checked = PendingStats(results), False
         for weight in weights:
             weight.scaling.mark_current(None if is_compiling else weight.parameter)
-
-    def _next_num_iterations(self, constraint: Constraint) -> int | None:
-        error = None if self._pending is None else self._pending.worst_error(constraint)
-        return constraint.norm.next_num_iterations(self._planned.get(constraint), error)
 
     def capture(self, weights: Iterable[Weight]) -> None:
         """Replay steps from CUDA graphs from now on, where these weights allow it; else a warning says why not."""
@@ -101,29 +99,32 @@ class ScalingStep:
         self._graphs = CapturedSteps() if blocker is None else None
 
 
+def next_num_iterations(constraint: Constraint, last: "PendingStats | None") -> int | None:
+    """The solver's iterations in a step after the last one."""
+    return constraint.norm.next_num_iterations(*((None, None) if last is None else last.worst(constraint)))
+
+
 def scale(plan: Plan, num_iterations: NumIterations, skip: Tensor | None) -> list["Result"]:
     """A step that reads nothing back: by kernels where they fit, else in torch operations."""
     results = []
     for group in plan.groups:
-        count = num_iterations[group.weights[0].scaling.constraint]
-        group.take(count, skip)
-        results.append(Result(group.weights, group.stats, [count or 0] * len(group.weights)))
+        group.take(num_iterations[group.weights[0].scaling.constraint], skip)
+        results.append(Result(group.weights, group.stats))
     batches = measure_and_project_(plan.rest, num_iterations, skip) if plan.rest else []
     return results + [Result.of(batch) for batch in batches]
 
 
 class Result(NamedTuple):
-    """What a step leaves to be read by the host: for some weights, the norms and errors of all their matrices."""
+    """What a step leaves to be read by the host about all matrices of some weights."""
 
     weights: list[Weight]
     stats: Tensor
-    """`(2, k)`: norms and errors."""
-    num_iterations: list[int]
+    """`(3, k)`: norms, errors and numbers of iterations."""
 
     @classmethod
     def of(cls, batch: "Batch") -> "Result":
-        measurement = batch.measurement
-        return cls(batch.weights, torch.stack([measurement.norm, measurement.error]), measurement.num_iterations)
+        found = batch.measurement
+        return cls(batch.weights, torch.stack([found.norm, found.error, found.num_iterations]))
 
 
 class Batch(NamedTuple):
@@ -217,7 +218,7 @@ def _collect(
 
 
 class PendingStats:
-    """The norms and errors of a step on their way to the host, which waits for them only when it reads them."""
+    """The results of a step on their way to the host, which waits for them only when it reads them."""
 
     def __init__(self, results: list[Result]) -> None:
         self._weights = [result.weights for result in results]
@@ -229,28 +230,44 @@ class PendingStats:
             # Without a stream, it would be the one of the current device, which may be another.
             event.record(torch.accelerator.current_stream(device))
             self._copied.append(event)
+        self._numbers: list[list[list[float]]] | None = None
 
-    def _read(self, row: int) -> Iterator[tuple[list[Weight], list[list[float]]]]:
-        """Some weights at a time, and the numbers of each weight's matrices."""
-        for event in self._copied:
-            event.synchronize()
-        for weights, stats in zip(self._weights, self._stats, strict=True):
-            numbers = iter(stats[row].tolist())
-            yield weights, [list(itertools.islice(numbers, weight.view.count)) for weight in weights]
+    def _read(self) -> list[tuple[list[Weight], list[list[float]]]]:
+        """Weights, and the norms, errors and numbers of iterations of all their matrices."""
+        if self._numbers is None:
+            for event in self._copied:
+                event.synchronize()
+            # Not by operations of torch, which take longer on so few numbers.
+            self._numbers = [stats.tolist() for stats in self._stats]
+        return list(zip(self._weights, self._numbers, strict=True))
+
+    def _of_weights(self, row: int) -> Iterator[tuple[Weight, list[float]]]:
+        """The numbers of each weight's matrices."""
+        for weights, stats in self._read():
+            numbers = iter(stats[row])
+            for weight in weights:
+                yield weight, list(itertools.islice(numbers, weight.view.count))
 
     def non_finite(self) -> list[str]:
         """The weights that held NaN or infinity."""
-        return [
-            weight.name
-            for weights, norms in self._read(0)
-            for weight, own in zip(weights, norms, strict=True)
-            if not all(map(math.isfinite, own))
-        ]
+        if all(math.isfinite(norm) for _, (norms, _, _) in self._read() for norm in norms):
+            return []
+        return [weight.name for weight, norms in self._of_weights(0) if not all(map(math.isfinite, norms))]
 
-    def worst_error(self, constraint: Constraint) -> float | None:
-        """The largest error of the weights under a constraint; None if the step had none of them."""
-        errors = [own for weights, own in self._read(1) if weights[0].scaling.constraint == constraint]
-        return max((error for batch in errors for own in batch for error in own), default=None)
+    def num_iterations(self) -> dict[str, int]:
+        """The solver's iterations by the weight's name: the most of its matrices."""
+        return {weight.name: int(max(counts)) for weight, counts in self._of_weights(2)}
+
+    def worst(self, constraint: Constraint) -> tuple[int, float] | tuple[None, None]:
+        """The most iterations and the largest error of the weights under a constraint; None if the step had none.
+
+        A weight that is not finite, which was left alone, has no error.
+        """
+        own = [stats for weights, stats in self._read() if weights[0].scaling.constraint == constraint]
+        if not own:
+            return None, None
+        errors = (error for _, errors, _ in own for error in errors if not math.isnan(error))
+        return int(max(count for _, _, counts in own for count in counts)), max(errors, default=0.0)
 
 
 def capture_blocker(parameters: Iterable[Tensor]) -> str | None:

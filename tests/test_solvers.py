@@ -123,7 +123,7 @@ def test_a_bad_matrix_says_so_and_leaves_its_neighbour_alone(solver, shape, bad)
     matrices[0, 1, 2] = bad
     triple, after = solve_on(solver, matrices, state, to_convergence=True)
     assert not triple.value[0].isfinite()
-    assert triple.num_iterations < 100, "there is nothing to wait for"
+    assert triple.num_iterations.max() < 100, "there is nothing to wait for"
     torch.testing.assert_close(triple.value[1], expected, rtol=1e-6, atol=0)
     assert all(value.isfinite().all() for value in after.values())
 
@@ -131,7 +131,7 @@ def test_a_bad_matrix_says_so_and_leaves_its_neighbour_alone(solver, shape, bad)
 def test_a_cold_block_converges_in_float32_without_running_to_its_limit():
     matrices = random_matrices(300, 200, seed=7, dtype=torch.float32)
     triple, _ = solve(Block(), matrices)
-    assert triple.num_iterations < 60
+    assert triple.num_iterations.max() < 60
     torch.testing.assert_close(triple.value, torch.linalg.svdvals(matrices)[:, 0], rtol=1e-5, atol=0)
 
 
@@ -181,7 +181,7 @@ def test_a_jump_of_the_weight_is_solved_as_from_a_cold_start():
     # A first solve is thorough in any case: here it is over.
     _, state = solve_on(solver, before, state)
     triple, _ = solve_on(solver, after, state)
-    assert triple.num_iterations > solver.max_iterations
+    assert triple.num_iterations.max() > solver.max_iterations
     torch.testing.assert_close(triple.value, torch.linalg.svdvals(after)[:, 0], rtol=1e-5, atol=0)
 
 

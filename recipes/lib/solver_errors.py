@@ -44,7 +44,7 @@ def solve_(candidate: Any, matrices: Tensor, state: dict[str, Any]) -> tuple[Ten
         return candidate.value(matrices, state)
     ((triple, new_state),) = candidate.solve([DenseMatrices(matrices)], [state])
     state.update(new_state)
-    return triple.value, triple.num_iterations
+    return triple.value, int(triple.num_iterations.max())
 
 
 def weight_reads(candidate: Any, num_iterations: float) -> float | None:

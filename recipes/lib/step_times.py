@@ -50,7 +50,7 @@ class Condition:
     launched: list[Launch] = field(default_factory=list)
     """The launches of one scaling step."""
     launched_iterations: int = 0
-    """The most iterations that a layer took in that step."""
+    """The iterations that the step had launches for: a layer may have needed fewer."""
 
     @contextmanager
     def attached(self, clock: Clock) -> Iterator[None]:
@@ -96,7 +96,7 @@ class Condition:
             self.workload.train_step(self.model, self.optimizer, batch)
             synchronize(self.device)
             self.launched = launches(self.scaling.step, self.device)
-            self.launched_iterations = max(self.scaling.num_iterations.values(), default=0)
+            self.launched_iterations = sum(one.count for one in self.launched if one.name.startswith("rayleigh_ritz"))
             self.optimizer.zero_grad()
 
     def mean_iterations(self) -> float | None:
