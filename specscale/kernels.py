@@ -79,6 +79,24 @@ def _offset(index, length, outer, inner):
 
 
 @triton.jit
+def _parts(x):
+    """`x` as a sum of two numbers that tensor cores take without loss: the nearest one of TF32's 11 digits, and the
+    rest."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _add_product(acc, tile, columns):
+    """`acc + tile columns`, as `PRECISION` has it, which moves the parts of the tile through shared memory once more."""
+    tile_high, tile_low = _parts(tile)
+    high, low = _parts(columns)
+    acc = tl.dot(tile_low, high, acc, input_precision="tf32")
+    acc = tl.dot(tile_high, low, acc, input_precision="tf32")
+    return tl.dot(tile_high, high, acc, input_precision="tf32")
+
+
+@triton.jit
 def _product(
     row, out, start, stop, x, x_length, x_stride,
     OUT_SIZE: tl.constexpr, OUT_LENGTH: tl.constexpr, OUT_OUTER: tl.constexpr, OUT_INNER: tl.constexpr,
@@ -89,44 +107,44 @@ def _product(
     """`sum over start <= s < stop of A[out, s] X[s]`, unscaled, `(TILE, 16)`; for `A^T`, the sides change places."""
     # Hints go on values in the function that loads: on what a helper returns they are lost.
     a = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
+    a16 = tl.multiple_of(a, 16)
     mode = tl.load(row + MODE)
     out_size = tl.load(row + OUT_SIZE)
     c = tl.arange(0, 16)
     acc = tl.zeros((TILE, 16), tl.float32)
-    if mode == SUM_CONTIGUOUS:
-        a16 = tl.multiple_of(a, 16)
-        stride = tl.multiple_of(tl.load(row + OUT_INNER), VECTOR)
-        # A multiple of VECTOR that the compiler can see: a hint on an argument is lost.
-        end = (stop // VECTOR) * VECTOR
-        for first in range(start, stop, DEPTH):
-            s = first + tl.arange(0, DEPTH)
-            mask = (out[:, None] < out_size) & (s[None, :] < end)
-            tile = tl.load(a16 + out[:, None] * stride + s[None, :], mask=mask, other=0.0).to(tl.float32)
-            at = (s % x_length) * x_stride + s // x_length
-            columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
-            acc = tl.dot(tile, columns, acc, input_precision=PRECISION)
-    elif mode == OUT_CONTIGUOUS:
-        a16 = tl.multiple_of(a, 16)
-        stride = tl.multiple_of(tl.load(row + SUM_INNER), VECTOR)
-        end = tl.multiple_of(out_size, VECTOR)
-        for first in range(start, stop, DEPTH):
-            s = first + tl.arange(0, DEPTH)
-            mask = (out[None, :] < end) & (s[:, None] < stop)
-            tile = tl.load(a16 + s[:, None] * stride + out[None, :], mask=mask, other=0.0).to(tl.float32)
-            at = (s % x_length) * x_stride + s // x_length
-            columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
-            acc = tl.dot(tl.trans(tile), columns, acc, input_precision=PRECISION)
-    else:
-        out_at = _offset(out, tl.load(row + OUT_LENGTH), tl.load(row + OUT_OUTER), tl.load(row + OUT_INNER))
-        length, outer, inner = tl.load(row + SUM_LENGTH), tl.load(row + SUM_OUTER), tl.load(row + SUM_INNER)
-        for first in range(start, stop, DEPTH):
-            s = first + tl.arange(0, DEPTH)
-            sum_at = _offset(s, length, outer, inner)
-            mask = (out[:, None] < out_size) & (s[None, :] < stop)
-            tile = tl.load(a + out_at[:, None] + sum_at[None, :], mask=mask, other=0.0).to(tl.float32)
-            at = (s % x_length) * x_stride + s // x_length
-            columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
-            acc = tl.dot(tile, columns, acc, input_precision=PRECISION)
+
+    # One of three loops runs. In branches of an `if`, they would not share their memory.
+    stride = tl.multiple_of(tl.load(row + OUT_INNER), VECTOR)
+    # A multiple of VECTOR that the compiler can see: a hint on an argument is lost.
+    end = (stop // VECTOR) * VECTOR
+    for first in range(start, tl.where(mode == SUM_CONTIGUOUS, stop, start), DEPTH):
+        s = first + tl.arange(0, DEPTH)
+        mask = (out[:, None] < out_size) & (s[None, :] < end)
+        tile = tl.load(a16 + out[:, None] * stride + s[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = (s % x_length) * x_stride + s // x_length
+        columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
+        acc = _add_product(acc, tile, columns)
+
+    stride = tl.multiple_of(tl.load(row + SUM_INNER), VECTOR)
+    end = tl.multiple_of(out_size, VECTOR)
+    for first in range(start, tl.where(mode == OUT_CONTIGUOUS, stop, start), DEPTH):
+        s = first + tl.arange(0, DEPTH)
+        mask = (out[None, :] < end) & (s[:, None] < stop)
+        tile = tl.load(a16 + s[:, None] * stride + out[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = (s % x_length) * x_stride + s // x_length
+        columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
+        acc = _add_product(acc, tl.trans(tile), columns)
+
+    out_at = _offset(out, tl.load(row + OUT_LENGTH), tl.load(row + OUT_OUTER), tl.load(row + OUT_INNER))
+    length, outer, inner = tl.load(row + SUM_LENGTH), tl.load(row + SUM_OUTER), tl.load(row + SUM_INNER)
+    for first in range(start, tl.where(mode == STRIDED, stop, start), DEPTH):
+        s = first + tl.arange(0, DEPTH)
+        sum_at = _offset(s, length, outer, inner)
+        mask = (out[:, None] < out_size) & (s[None, :] < stop)
+        tile = tl.load(a + out_at[:, None] + sum_at[None, :], mask=mask, other=0.0).to(tl.float32)
+        at = (s % x_length) * x_stride + s // x_length
+        columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
+        acc = _add_product(acc, tile, columns)
     return acc
 
 

@@ -2,9 +2,10 @@
 
 import functools
 import importlib
+import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,17 @@ from torch import Tensor
 
 from specscale.errors import Refusal
 from specscale.weights import Weight
+
+
+Fingerprint = tuple[tuple[Hashable, ...], ...]
+
+_LOOKS: tuple[Callable[[Tensor], Hashable], ...] = (
+    Tensor.data_ptr,
+    Tensor.stride,
+    Tensor.size,
+    operator.attrgetter("dtype"),
+    operator.attrgetter("device"),
+)
 
 
 class Plan:
@@ -51,25 +63,29 @@ class Plans:
     """How many plans may have the same weight: each has memory of its own."""
 
     def __init__(self) -> None:
-        self._plans: dict[Hashable, Plan] = {}
+        self._plans: list[tuple[Fingerprint, Plan]] = []
+        """The one that was used last comes last."""
         self._captured: set[Plan] = set()
         """The plans that are in a user's graph: it is not known when that ends."""
 
     def of(self, weights: list[Weight]) -> Plan:
         """The plan of these weights, made anew if there is none for where they now are."""
         now = fingerprint(weights)
-        plan = self._plans.pop(now, None)
-        if plan is None:
-            plan = Plan(weights)
-            for scaling in plan.scalings:
-                others = [key for key, other in self._plans.items() if scaling in other.scalings]
+        # Comparisons end at the first difference, and a hash of so much takes longer than all of them.
+        found = next((one for one in reversed(self._plans) if one[0] == now), None)
+        if found is None:
+            found = now, Plan(weights)
+            for scaling in found[1].scalings:
+                others = [one for one in self._plans if scaling in one[1].scalings]
                 if len(others) >= self.MOST:
-                    del self._plans[others[0]]
-        # The one that was used last comes last.
-        self._plans[now] = plan
+                    self._plans.remove(others[0])
+            self._plans.append(found)
+        elif found is not self._plans[-1]:
+            self._plans.remove(found)
+            self._plans.append(found)
         if is_capturing():
-            self._captured.add(plan)
-        return plan
+            self._captured.add(found[1])
+        return found[1]
 
 
 def is_capturing() -> bool:
@@ -77,23 +93,17 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def fingerprint(weights: list[Weight]) -> Hashable:
+def fingerprint(weights: list[Weight]) -> Fingerprint:
     """All that a plan depends on: a stale address would be written to after its memory has been freed.
 
     A plan holds its scalings, so that an id is not used twice.
     """
-    found: list[Hashable] = []
-    for weight in weights:
-        parameter, scaling = weight.parameter, weight.scaling
-        found += [id(scaling), *_place(parameter)]
-        for buffer in scaling._buffers.values():
-            assert buffer is not None
-            found += _place(buffer)
-    return tuple(found)
-
-
-def _place(tensor: Tensor) -> tuple[Hashable, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    scalings = [weight.scaling for weight in weights]
+    tensors = [weight.parameter for weight in weights]
+    for scaling in scalings:
+        tensors += scaling._buffers.values()  # type: ignore[arg-type]
+    # All tensors at once: at every step, this is the most of the host's work.
+    return (tuple(map(id, scalings)), *(tuple(map(look, tensors)) for look in _LOOKS))
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:

@@ -114,7 +114,8 @@ class NormScaling(nn.Module):
 
     def mark_current(self, weight: Tensor | None) -> None:
         """Record the weight's version as the one that the buffers describe; None clears it."""
-        self._recorded = None if weight is None else (weakref.ref(weight), weight._version)
+        # The module's own way takes ten times as long, for each weight at each step.
+        self.__dict__["_recorded"] = None if weight is None else (weakref.ref(weight), weight._version)
 
     def is_stale(self, weight: Tensor) -> bool:
         """Whether the weight is known to have been written to since `mark_current`."""
@@ -146,12 +147,24 @@ def scalings_of(module: nn.Module) -> Iterator[tuple[str, NormScaling]]:
 
 def scaling_of(module: nn.Module, tensor: str) -> NormScaling | None:
     """The scaling of a layer's tensor, or None where it has none."""
-    if not parametrize.is_parametrized(module, tensor):
+    parametrizations = _parametrizations(module, tensor)
+    if parametrizations is None:
         return None
-    scalings = [p for p in module.parametrizations[tensor] if isinstance(p, NormScaling)]  # type: ignore[union-attr, index]
-    return scalings[0] if scalings else None
+    return next((one for one in parametrizations._modules.values() if isinstance(one, NormScaling)), None)
 
 
 def original(module: nn.Module, tensor: str) -> nn.Parameter:
     """The parameter behind a parametrized tensor."""
-    return module.parametrizations[tensor].original  # type: ignore[union-attr, index, return-value]
+    parametrizations = _parametrizations(module, tensor)
+    assert parametrizations is not None
+    parameter = parametrizations._parameters.get("original")
+    return parametrizations.original if parameter is None else parameter  # type: ignore[return-value]
+
+
+def _parametrizations(module: nn.Module, tensor: str) -> nn.Module | None:
+    """torch's list of a tensor's parametrizations; None where it has none.
+
+    Looked up as a module's attribute, it takes ten times as long, several times for each weight at each step.
+    """
+    own = module._modules.get("parametrizations")
+    return own._modules.get(tensor) if isinstance(own, nn.ModuleDict) else None

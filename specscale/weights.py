@@ -110,8 +110,22 @@ def scaled_weights(model: nn.Module) -> Iterator[Weight]:
 
 def current_weights(model: nn.Module, weights: Iterable[Weight]) -> list[Weight]:
     """Those of the weights that are still under their scaling, in layers that the model still has."""
+    scaled = [weight for weight in weights if weight.is_scaled]
+    # At every step: to follow the names takes a tenth of the time of a walk over the model.
+    if all(_module_at(model, weight.layer) is weight.module for weight in scaled):
+        return scaled
     present = set(model.modules())
-    return [weight for weight in weights if weight.is_scaled and weight.module in present]
+    return [weight for weight in scaled if weight.module in present]
+
+
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that name, if there is one."""
+    module: nn.Module | None = model
+    for part in name.split(".") if name else ():
+        if module is None:
+            return None
+        module = module._modules.get(part)
+    return module
 
 
 def find_weights(model: nn.Module, rules: Iterable[LayerRule] = ()) -> list[Weight]:

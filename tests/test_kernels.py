@@ -437,8 +437,8 @@ def test_a_training_step_goes_by_kernels_and_says_what_it_found(way, norm, monke
             optimizer.step()
             assert parameter._version > version + 1, "autograd knows that the weight was written to"
             assert off_by(handle) <= 1e-3
-    assert [bool(plan.groups) for plan in handle._step._plans._plans.values()] == [True, True]
-    assert not any(plan.rest for plan in handle._step._plans._plans.values())
+    assert [bool(plan.groups) for _, plan in handle._step._plans._plans] == [True, True]
+    assert not any(plan.rest for _, plan in handle._step._plans._plans)
     metrics = handle.metrics()
     assert metrics["norm/odd"] == pytest.approx(metrics["target/odd"], rel=1e-3)
     small.grad[0, 0] = float("nan")
@@ -650,7 +650,7 @@ def test_plans_for_many_selections_are_bounded(on_cpu, unsolved):
     assert len(known) == 12
     for last in range(2, 12):
         handle._step.take(weights[:last])
-    assert sum(weights[0].scaling in plan.scalings for plan in known.values()) == plans.Plans.MOST
+    assert sum(weights[0].scaling in plan.scalings for _, plan in known) == plans.Plans.MOST
     on_cpu.clear()
     handle._step.take(weights[:2])
     assert addresses(on_cpu) == {weight.parameter.data_ptr() for weight in weights[:2]}
@@ -705,7 +705,7 @@ def test_a_plan_is_not_made_while_a_graph_is_captured(on_cpu, unsolved, monkeypa
     with monkeypatch.context() as capturing:
         capturing.setattr(plans, "is_capturing", lambda: True)
         handle.step()
-    assert handle._step._plans._captured == set(handle._step._plans._plans.values())
+    assert handle._step._plans._captured == {plan for _, plan in handle._step._plans._plans}
 
 
 def test_where_triton_cannot_launch_a_warning_says_so(monkeypatch):
