@@ -74,7 +74,8 @@ def _scale(row):
 
 @triton.jit
 def _offset(index, length, outer, inner):
-    """Where an index of two levels lies."""
+    """Where an index of two levels lies. Divisions are of 32 bits: those of 64 are calls of a function."""
+    length = length.to(tl.int32)
     return (index // length) * outer + (index % length) * inner
 
 
@@ -87,13 +88,13 @@ def _parts(x):
 
 
 @triton.jit
-def _add_product(acc, tile, columns):
-    """`acc + tile columns`, as `PRECISION` has it, which moves the parts of the tile through shared memory once more."""
-    tile_high, tile_low = _parts(tile)
-    high, low = _parts(columns)
-    acc = tl.dot(tile_low, high, acc, input_precision="tf32")
-    acc = tl.dot(tile_high, low, acc, input_precision="tf32")
-    return tl.dot(tile_high, high, acc, input_precision="tf32")
+def _add_product(acc, a, b):
+    """`acc + a b`, as accurate as `PRECISION`, which moves more through shared memory."""
+    a_high, a_low = _parts(a)
+    b_high, b_low = _parts(b)
+    acc = tl.dot(a_low, b_high, acc, input_precision="tf32")
+    acc = tl.dot(a_high, b_low, acc, input_precision="tf32")
+    return tl.dot(a_high, b_high, acc, input_precision="tf32")
 
 
 @triton.jit
@@ -125,15 +126,16 @@ def _product(
         columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
         acc = _add_product(acc, tile, columns)
 
+    across = tl.zeros((16, TILE), tl.float32)
     stride = tl.multiple_of(tl.load(row + SUM_INNER), VECTOR)
-    end = tl.multiple_of(out_size, VECTOR)
+    end = (out_size // VECTOR) * VECTOR
     for first in range(start, tl.where(mode == OUT_CONTIGUOUS, stop, start), DEPTH):
         s = first + tl.arange(0, DEPTH)
         mask = (out[None, :] < end) & (s[:, None] < stop)
         tile = tl.load(a16 + s[:, None] * stride + out[None, :], mask=mask, other=0.0).to(tl.float32)
         at = (s % x_length) * x_stride + s // x_length
         columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
-        acc = _add_product(acc, tl.trans(tile), columns)
+        across = _add_product(across, tl.trans(columns), tile)
 
     out_at = _offset(out, tl.load(row + OUT_LENGTH), tl.load(row + OUT_OUTER), tl.load(row + OUT_INNER))
     length, outer, inner = tl.load(row + SUM_LENGTH), tl.load(row + SUM_OUTER), tl.load(row + SUM_INNER)
@@ -145,7 +147,7 @@ def _product(
         at = (s % x_length) * x_stride + s // x_length
         columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
         acc = _add_product(acc, tile, columns)
-    return acc
+    return acc + tl.trans(across)
 
 
 @triton.jit

@@ -790,9 +790,11 @@ def test_a_weight_is_read_and_written_16_bytes_at_a_time(name, monkeypatch):
         if kernel.__name__ == name:
             code = check_compiled(kernel, options, 90)
             if name == "products":
-                # Of each factor's high and low part, for each of the three layouts, 8 rows at a time.
-                products = re.findall(r"wgmma[\w.]*\.f32\.tf32\.tf32", code)
-                assert len(products) == 3 * 3 * grouped.DEPTH // 8
+                # Of each factor's high and low part, 8 rows at a time: for two of the three layouts, and for the other
+                # one transposed, 8 of its columns at a time, each warp its own.
+                depth = 3 * grouped.DEPTH // 8
+                assert len(re.findall(r"wgmma[\w.]*\.f32\.tf32\.tf32", code)) == 2 * depth
+                assert len(re.findall(r"mma\.sync[\w.]*\.f32\.tf32\.tf32", code)) == depth * grouped.TILE // 8 // 4
 
 
 @pytest.mark.slow
