@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from specscale.linalg import add_product, concat, gram, product, scaled_to_one, unit
+from specscale.linalg import add_product, concat, gram, multiplier, product, scaled_to_one, unit
 from specscale.random import normal, signs
 from specscale.solvers import Matrices, Solution, State, Triple
 
@@ -81,7 +81,7 @@ class Block:
 
     width: int = 16
     """Columns of the block; products with multiples of 16 are the fastest, and CUDA kernels exist for 16."""
-    tolerance: float = 2e-4
+    tolerance: float = 1e-4
     """Iterate until the estimated relative error of the singular value is at most this."""
     max_iterations: int = 8
     """The most iterations of one step; a thorough solve takes up to 60."""
@@ -478,7 +478,12 @@ def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:
 
 
 def _orthonormal(X: Tensor) -> Tensor:
-    """The columns of `X (k, w, b)` made orthonormal from the first to the last, by Cholesky factors, twice."""
+    """The columns of `X (k, w, b)` made orthonormal from the first to the last.
+
+    On an accelerator by Cholesky factors, twice: a factorisation by reflections is many small launches there.
+    """
+    if X.is_cpu:
+        return torch.linalg.qr(X).Q
     for _ in range(2):
         X = unit(X, dim=-2)
         X = product(X, _inverse_factor(gram(X), 1e-6))
@@ -501,9 +506,10 @@ def _dominant_vector(power: Tensor, num_squarings: int) -> Tensor:
 
     At every fourth squaring the trace is one again: rarely enough, and float32 does not underflow.
     """
+    multiply = multiplier(power)
     for _ in range(num_squarings // 4):
         for _ in range(4):
-            power = product(power, power)
+            power = multiply(power, power)
         power = _trace_one(power)
     largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
     return unit(power.gather(-1, largest.expand(*power.shape[:-1], 1)), dim=-2)

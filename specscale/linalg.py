@@ -82,14 +82,26 @@ def unit(x: Tensor, dim: int = -1) -> Tensor:
 
 def product(first: Tensor, *factors: Tensor) -> Tensor:
     """`a @ b @ ...` to the accuracy of its dtype, float32 or wider, whatever torch's switches for products say."""
+    multiply = multiplier(first)
     for factor in factors:
-        if not _may_be_rounded(first):
-            first = first @ factor
-        elif _has_fast_float64(first):
-            first = (first.double() @ factor.double()).to(first.dtype)
-        else:
-            first = product_of_parts(first, factor)
+        first = multiply(first, factor)
     return first
+
+
+def multiplier(factor: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """How `product` multiplies factors of that dtype and device: for many small products in a row, decided once."""
+    if not _may_be_rounded(factor):
+        return _product_as_torch_does
+    return _product_in_float64 if _has_fast_float64(factor) else product_of_parts
+
+
+def _product_as_torch_does(a: Tensor, b: Tensor) -> Tensor:
+    # Batches of one size need none of the views that `matmul` makes.
+    return torch.bmm(a, b) if a.dim() == b.dim() == 3 and len(a) == len(b) else a @ b
+
+
+def _product_in_float64(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() @ b.double()).to(a.dtype)
 
 
 def add_product(summand: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
