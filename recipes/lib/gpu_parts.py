@@ -75,7 +75,9 @@ def run_tests(context: Context) -> Results:
     files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.cuda" in path.read_text()]
     if not files:
         raise Skipped("no test is marked cuda")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda and not slow", "-p", "no:cacheprovider"]
+    # The project's filters of warnings name packages that may be missing.
+    options = ["-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda and not slow", *options]
     limit = context.deadline - time.monotonic()
     # Plugins that happen to be installed are not needed.
     env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
