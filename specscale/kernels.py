@@ -99,13 +99,16 @@ def _add_product(acc, a, b):
 
 @triton.jit
 def _product(
-    row, out, start, stop, x, x_length, x_stride,
+    row, out, start, stop, x, x_length, x_stride, IS_ORDERED: tl.constexpr,
     OUT_SIZE: tl.constexpr, OUT_LENGTH: tl.constexpr, OUT_OUTER: tl.constexpr, OUT_INNER: tl.constexpr,
     SUM_SIZE: tl.constexpr, SUM_LENGTH: tl.constexpr, SUM_OUTER: tl.constexpr, SUM_INNER: tl.constexpr,
     OUT_CONTIGUOUS: tl.constexpr, SUM_CONTIGUOUS: tl.constexpr,
     DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """`sum over start <= s < stop of A[out, s] X[s]`, unscaled, `(TILE, 16)`; for `A^T`, the sides change places."""
+    """`sum over start <= s < stop of A[out, s] X[s]`, unscaled, `(TILE, 16)`; for `A^T`, the sides change places.
+
+    Row `s` of `X` is the one that the weight's own order has there, unless `IS_ORDERED`.
+    """
     # Hints go on values in the function that loads: on what a helper returns they are lost.
     a = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
     a16 = tl.multiple_of(a, 16)
@@ -118,33 +121,34 @@ def _product(
     stride = tl.multiple_of(tl.load(row + OUT_INNER), VECTOR)
     # A multiple of VECTOR that the compiler can see: a hint on an argument is lost.
     end = (stop // VECTOR) * VECTOR
+    rows, has_row = a16 + out[:, None] * stride, out[:, None] < out_size
     for first in range(start, tl.where(mode == SUM_CONTIGUOUS, stop, start), DEPTH):
         s = first + tl.arange(0, DEPTH)
-        mask = (out[:, None] < out_size) & (s[None, :] < end)
-        tile = tl.load(a16 + out[:, None] * stride + s[None, :], mask=mask, other=0.0).to(tl.float32)
-        at = (s % x_length) * x_stride + s // x_length
+        tile = tl.load(rows + s[None, :], mask=has_row & (s[None, :] < end), other=0.0).to(tl.float32)
+        at = s if IS_ORDERED else (s % x_length) * x_stride + s // x_length
         columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
         acc = _add_product(acc, tile, columns)
 
+    # Transposed: of a tile whose other side is contiguous, older compilers make copies of 4 bytes.
     across = tl.zeros((16, TILE), tl.float32)
     stride = tl.multiple_of(tl.load(row + SUM_INNER), VECTOR)
     end = (out_size // VECTOR) * VECTOR
+    rows, has_row = a16 + out[None, :], out[None, :] < end
     for first in range(start, tl.where(mode == OUT_CONTIGUOUS, stop, start), DEPTH):
         s = first + tl.arange(0, DEPTH)
-        mask = (out[None, :] < end) & (s[:, None] < stop)
-        tile = tl.load(a16 + s[:, None] * stride + out[None, :], mask=mask, other=0.0).to(tl.float32)
-        at = (s % x_length) * x_stride + s // x_length
+        tile = tl.load(rows + s[:, None] * stride, mask=has_row & (s[:, None] < stop), other=0.0).to(tl.float32)
+        at = s if IS_ORDERED else (s % x_length) * x_stride + s // x_length
         columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
         across = _add_product(across, tl.trans(columns), tile)
 
     out_at = _offset(out, tl.load(row + OUT_LENGTH), tl.load(row + OUT_OUTER), tl.load(row + OUT_INNER))
     length, outer, inner = tl.load(row + SUM_LENGTH), tl.load(row + SUM_OUTER), tl.load(row + SUM_INNER)
+    rows, has_row = a + out_at[:, None], out[:, None] < out_size
     for first in range(start, tl.where(mode == STRIDED, stop, start), DEPTH):
         s = first + tl.arange(0, DEPTH)
         sum_at = _offset(s, length, outer, inner)
-        mask = (out[:, None] < out_size) & (s[None, :] < stop)
-        tile = tl.load(a + out_at[:, None] + sum_at[None, :], mask=mask, other=0.0).to(tl.float32)
-        at = (s % x_length) * x_stride + s // x_length
+        tile = tl.load(rows + sum_at[None, :], mask=has_row & (s[None, :] < stop), other=0.0).to(tl.float32)
+        at = s if IS_ORDERED else (s % x_length) * x_stride + s // x_length
         columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
         acc = _add_product(acc, tile, columns)
     return acc + tl.trans(across)
@@ -233,7 +237,7 @@ def images(table, row_tiles, column_tiles, num_row_tiles, DTYPE: tl.constexpr, V
         n = tl.load(row + N_).to(tl.int32)
         length, stride = tl.load(row + ORDER_LENGTH).to(tl.int32), tl.load(row + ORDER_STRIDE).to(tl.int32)
         y = _product(
-            row, i, 0, n, _floats(tl.load(row + BASIS)), length, stride,
+            row, i, 0, n, _floats(tl.load(row + BASIS)), length, stride, False,
             M_, I_LENGTH, I_OUTER, I_INNER, N_, J_LENGTH, J_OUTER, J_INNER, ROWS_CONTIGUOUS, COLUMNS_CONTIGUOUS,
             DTYPE, VECTOR, TILE, DEPTH,
         )  # fmt: skip
@@ -265,7 +269,7 @@ def products(table, chunks, FIRST: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl
         m, n = tl.load(row + M_).to(tl.int32), tl.load(row + N_)
         stop = tl.minimum(m, (chunk + 1) * CHUNK)
         product = _product(
-            row, j, chunk * CHUNK, stop, _floats(tl.load(row + Y_)), m, 1,
+            row, j, chunk * CHUNK, stop, _floats(tl.load(row + Y_)), 0, 0, True,
             N_, J_LENGTH, J_OUTER, J_INNER, M_, I_LENGTH, I_OUTER, I_INNER, COLUMNS_CONTIGUOUS, ROWS_CONTIGUOUS,
             DTYPE, VECTOR, TILE, DEPTH,
         )  # fmt: skip
@@ -397,7 +401,7 @@ def images_of_rest(table, row_tiles, FIRST: tl.constexpr, DTYPE: tl.constexpr, V
         i = t * TILE + tl.arange(0, TILE)
         m, n = tl.load(row + M_), tl.load(row + N_).to(tl.int32)
         image = _product(
-            row, i, 0, n, _floats(tl.load(row + R_)), n, 1,
+            row, i, 0, n, _floats(tl.load(row + R_)), 0, 0, True,
             M_, I_LENGTH, I_OUTER, I_INNER, N_, J_LENGTH, J_OUTER, J_INNER, ROWS_CONTIGUOUS, COLUMNS_CONTIGUOUS,
             DTYPE, VECTOR, TILE, DEPTH,
         )  # fmt: skip
