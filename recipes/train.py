@@ -237,8 +237,9 @@ class StepCosts:
 
     def count_iterations(self, *_: Any) -> None:
         """Add up the iterations by layer; the host knows them without synchronizing with the device."""
-        self.num_steps += 1
-        self.iterations.update(self.scaling.num_iterations)
+        if counts := self.scaling.num_iterations:
+            self.num_steps += 1
+            self.iterations.update(counts)
 
     def take(self) -> dict[str, float]:
         """Mean iterations and median times since the last call."""

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from specscale import linalg
 from specscale.linalg import add_product, concat, gram, multiplier, product, scaled_to_one, unit
 from specscale.random import normal, signs
 from specscale.solvers import Matrices, Solution, State, Triple
@@ -39,9 +40,6 @@ its errors are up to six times as large.
 
 SQUARINGS = 16
 """Squarings for the first Ritz vector: power iteration with 2^16 steps, whose value is too low by 1e-5 at most."""
-
-CONTRACTION = 3
-"""An iteration divides the error by at least so much where singular values crowd, and by 10 to 100 elsewhere."""
 
 CONVERGED = 1e-5
 """The residual below which float32's rounding lets a block become no better."""
@@ -62,7 +60,7 @@ CANCELLATION = 0.1
 DEPENDENT = 1e-4
 """Of a residual's square, the part that must be outside the residuals before it, for its direction to be known."""
 
-REFRESH = 16
+REFRESH = 4
 """Iterations after which images are computed from the matrix again, since rounding adds up in those carried along."""
 
 
@@ -114,12 +112,10 @@ class Block:
     def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
         if num_iterations is None or error is None:
             return min(2, self.max_iterations)
-        missing = 0.0
-        if not error <= self.tolerance:
-            # An iteration divides the error by about eight; NaN asks for all that there are.
-            missing = math.log(error / self.tolerance, 8) if error < math.inf else self.max_iterations
-        # One more than were needed: the next step may need more, and kernels leave out what is not needed.
-        return min(num_iterations + 1 + int(missing), self.max_iterations)
+        # An iteration divides the error by about eight.
+        missing = int(math.log(error / self.tolerance, 8)) if error > self.tolerance else 0
+        # One more than were needed, since steps differ; the kernels leave out those that are not needed.
+        return min(num_iterations + 1 + missing, self.max_iterations)
 
     def solve(
         self,
@@ -157,11 +153,11 @@ class Block:
 
     def _iterate_so_often(self, blocks: list["_Iterate"], num_iterations: int) -> None:
         """Iterate, and count for each matrix how often until its error was small enough; the host reads nothing."""
-        error = _iterate(blocks)
-        needed = torch.ones_like(error)
+        is_missing = _iterate(blocks) > self.tolerance
+        needed = torch.ones_like(is_missing, dtype=blocks[0].V.dtype)
         for _ in range(num_iterations - 1):
-            needed = needed + ~(error <= self.tolerance)
-            error = _iterate(blocks)
+            needed = needed + is_missing
+            is_missing = is_missing & (_iterate(blocks) > self.tolerance)
         for block, count in zip(blocks, needed.split([len(block.V) for block in blocks]), strict=True):
             block.needed = count
 
@@ -171,7 +167,8 @@ class Block:
         for block in blocks:
             tolerance, limit, residual_limit = self.tolerance, self.max_iterations, float("inf")
             if to_convergence:
-                tolerance, limit = 0.0, 300
+                # No error is small enough.
+                tolerance, limit = -1.0, 300
             elif not bool(block.state["age"].all()):
                 tolerance, limit = self._thorough(tolerance, limit)
             limits[block] = tolerance, limit, residual_limit
@@ -262,7 +259,9 @@ class _Iterate:
         # A vector that is not finite must not reach a weight that is skipped: zero times NaN is NaN.
         left = torch.where(keep[..., 0], unit(self.Y[..., 0]), 0)
         needed = torch.full_like(value, self.num_iterations) if self.needed is None else self.needed
-        triple = Triple(value, left, unit(basis[..., 0]), next_value, self.ritz.residual, self.ritz.error, needed)
+        residual, error = (torch.where(self.is_finite, x, 0) for x in (self.ritz.residual, self.ritz.error))
+        needed = torch.where(self.is_finite, needed, 1)
+        triple = Triple(value, left, unit(basis[..., 0]), next_value, residual, error, needed)
         age = torch.zeros_like(self.state["age"]) if to_convergence else self.state["age"] + 1
         return Solution(triple, {"basis": basis, "key": self.state["key"], "age": age})
 
@@ -284,8 +283,7 @@ def _iterate(blocks: list[_Iterate]) -> Tensor:
         T = add_product(product(block.image(R), M), block.Y, K, alpha=-1)
         images.append(torch.cat([block.Y, T], dim=-1))
     gram_w = torch.where(is_finite, concat([gram(image) for image in images]), 0)
-    error_before = concat([block.ritz.error for block in blocks]) if blocks[0].num_iterations else None
-    ritz = rayleigh_ritz(gram_w, squares, frame, error_before)
+    ritz = rayleigh_ritz(gram_w, squares, frame, blocks[0].num_iterations + 1)
     parts = (part.split(counts) for part in ritz)
     for block, basis, image, *own in zip(blocks, bases, images, *parts, strict=True):
         block.ritz = Ritz(*own)
@@ -354,11 +352,11 @@ class Ritz(NamedTuple):
     """`(k,)`: how far, relative, the step has raised the largest value."""
 
 
-def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, error_before: Tensor | None) -> Ritz:
+def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, number: int) -> Ritz:
     """The dominant subspace of `[Y L, T]^T [Y L, T]`, approximately, with the exact first vector in front.
 
-    From `gram_w (k, 2 b, 2 b)`, the Gram matrix of `[Y, T]`, and from `squares (k, b, b)`, `Y^T Y`. `error_before (k,)`
-    is the error of the step's iteration before, if this is not the first one.
+    From `gram_w (k, 2 b, 2 b)`, the Gram matrix of `[Y, T]`, and from `squares (k, b, b)`, `Y^T Y`. `number` counts
+    the iterations of the step from 1.
     """
     width = squares.shape[-1]
     L, T = frame.L, frame.gram
@@ -380,8 +378,8 @@ def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, error_before: T
     top = values[:, :-1].amax(-1)
     residual = frame.lengths[:, 0] / before.clamp_min(tiny)
     rho = frame.lengths[:, :-1].square().mean(-1).sqrt() / before.clamp_min(tiny)
-    error = estimated_error(rho, 1 - values[:, :-1].amin(-1) / top.clamp_min(tiny), error_before)
     rise = top.clamp_min(tiny) / before.sqrt().clamp_min(tiny) - 1
+    error = estimated_error(rho, 1 - values[:, :-1].amin(-1) / top.clamp_min(tiny), rise, number)
     head = product(L, X[:, :width])
     tail = X[:, width:]
     of_basis = torch.cat([head - product(frame.K, tail), product(frame.M, tail)], dim=-2)
@@ -443,18 +441,22 @@ def second_value(squares: Tensor) -> Tensor:
     return product(vector.mT, rest, vector)[:, 0, 0].clamp_min(0).sqrt()
 
 
-def estimated_error(rho: Tensor, gap: Tensor, error_before: Tensor | None) -> Tensor:
-    """The relative error that an iteration leaves in the first singular value, `rho (rho / gap)^2 / 8`.
+def estimated_error(rho: Tensor, gap: Tensor, rise: Tensor, number: int) -> Tensor:
+    """The relative error that a step's iteration of that number leaves in the first singular value.
 
-    Half of it after a step's later iterations, which start from a block of the same weight, and at most a third of
-    `error_before (k,)`, which the iteration before has left. `rho (k,)` is the root mean square of the block's relative
+    After the first one it is `rho (rho / gap)^2 / 8`. `rho (k,)` is the root mean square of the block's relative
     residuals before the iteration, and `gap (k,)` how far, relative, the block's last value lies below its first: in a
     crowded spectrum, a residual of the same length means a larger error. The last column, which searches outside the
     block, counts in neither.
+
+    The later ones start from a block of the same weight. After them it is half of that, or less where the iteration
+    has raised the value but little: an error that falls as `1 / number^2`, as it does at least in a spectrum without
+    gaps, has left `number / 2` times the `rise (k,)`.
     """
     ratio = rho / gap.clamp_min(torch.finfo(gap.dtype).tiny)
-    error = rho * ratio.square().div(8 if error_before is None else 16).clamp_max(1)
-    return error if error_before is None else torch.minimum(error, error_before / CONTRACTION)
+    if number == 1:
+        return rho * ratio.square().div(8).clamp_max(1)
+    return torch.minimum(rho * ratio.square().div(16).clamp_max(1), rise.clamp_min(0) * (number / 2))
 
 
 def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:
@@ -482,7 +484,8 @@ def _orthonormal(X: Tensor) -> Tensor:
 
     On an accelerator by Cholesky factors, twice: a factorisation by reflections is many small launches there.
     """
-    if X.is_cpu:
+    # Through the module, so that a test can run an accelerator's step on a CPU.
+    if linalg.can_sync(X):
         return torch.linalg.qr(X).Q
     for _ in range(2):
         X = unit(X, dim=-2)

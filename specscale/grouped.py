@@ -11,7 +11,7 @@ A spectral step is `specscale.block` with a block of 16 columns, kernel by kerne
     products        A^T Y, in parts                                          every iteration
     residuals       R = A^T Y - V (Y^T Y), parts of the Gram matrix of [V, R]
     orthogonalize   the frame in which [V, R] is orthonormal                 one program a matrix
-    images_of_rest  T = (A R) M - Y K, parts of the Gram matrix of [Y, T]
+    images_of_rest  T = (A R) M - Y K, parts of [Y, T]^T T
     rayleigh_ritz   the dominant subspace, and what is reported              one program a matrix
     combine         the new V and Y; after the last iteration (update): the new V, and the weight itself
 
@@ -234,8 +234,10 @@ class GroupedStep:
             self._tiles["weight"] += [[number, a, b, i] for i, (a, b) in enumerate(weight_tiles)]
 
     def take(self, num_iterations: int | None, skip: Tensor | None) -> None:
-        """Take the step, in so many iterations at most; where the one-element tensor `skip` is positive, no weight
-        changes."""
+        """Take the step, each matrix in as many iterations as it needs, and in `num_iterations` at most.
+
+        Where the one-element tensor `skip` is positive, no weight changes.
+        """
         found_inf = self._never if skip is None else skip.to(self.device, torch.float32, non_blocking=True)
         # Triton launches on the current device.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
@@ -267,8 +269,8 @@ class GroupedStep:
             yield Launch(kernels.residuals, len(columns), (self.table, columns), first | {"TILE": TILE})
             yield Launch(kernels.orthogonalize, self.num_matrices, (self.table,), first)
             yield Launch(kernels.images_of_rest, len(rows), (self.table, rows), products | first)
-            small = first | {"LAST": is_last, "TOLERANCE": tolerance}
-            yield Launch(kernels.rayleigh_ritz, self.num_matrices, (self.table, FOUND_INF), small)
+            small = (self.table, FOUND_INF, tolerance)
+            yield Launch(kernels.rayleigh_ritz, self.num_matrices, small, first | {"LAST": is_last})
             if not is_last:
                 yield Launch(kernels.combine, *both, {"TILE": TILE})
         count = len(on_weight) + len(columns)

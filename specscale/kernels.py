@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from specscale.block import CANCELLATION, CONTRACTION, DEPENDENT, NOISE, ROUNDING, ROUNDS, SQUARINGS
+from specscale.block import CANCELLATION, DEPENDENT, NOISE, ROUNDING, ROUNDS, SQUARINGS
 
 # A row of the table, int64.
 FIELDS = tl.constexpr(40)
@@ -29,12 +29,12 @@ NUM_TILES, PARTIAL_SQUARES = (tl.constexpr(i) for i in range(34, 36))
 SQUARES, FRAME_Y, FRAME_S, GRAM, LENGTHS, OF_BASIS, OF_IMAGES = (
     tl.constexpr(i) for i in (0, 256, 1280, 2304, 3328, 3344, 3856)
 )
-STEP, IS_FINITE, IS_DONE, LAST_ERROR, COUNT = (tl.constexpr(i) for i in range(4368, 4373))
-"""The length of the update, and whether it is known; whether the matrix needs no further iteration in this step, the
-error after its last one, and how many it has taken."""
-SMALL_SIZE = 4376
+STEP, IS_FINITE, IS_DONE, COUNT = (tl.constexpr(i) for i in range(4368, 4372))
+"""The length of the update; whether the norm is finite; whether the matrix needs no further iteration in this step, and
+how many it has taken."""
+SMALL_SIZE = 4372
 GRAM_V_SIZE, GRAM_Y_SIZE = 768, 512
-"""A tile's part of the Gram matrices: of `[V, R]`, and of `Y` and then of `[Y, T]` with `T`."""
+"""A tile's part of Gram matrices: that of `[V, R]`; and first `Y^T Y`, later `[Y, T]^T T`."""
 _GRAM_V_SIZE, _GRAM_Y_SIZE = tl.constexpr(GRAM_V_SIZE), tl.constexpr(GRAM_Y_SIZE)
 
 SIDE = 128
@@ -42,7 +42,6 @@ SIDE = 128
 _SIDE, STRIP = tl.constexpr(SIDE), tl.constexpr(16)
 _NOISE, _ROUNDS, _SQUARINGS = tl.constexpr(NOISE), tl.constexpr(ROUNDS), tl.constexpr(SQUARINGS)
 _ROUNDING, _CANCELLATION, _DEPENDENT = tl.constexpr(ROUNDING), tl.constexpr(CANCELLATION), tl.constexpr(DEPENDENT)
-_CONTRACTION = tl.constexpr(CONTRACTION)
 PRECISION = tl.constexpr("tf32x3")
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -81,20 +80,23 @@ def _offset(index, length, outer, inner):
 
 @triton.jit
 def _parts(x):
-    """`x` as a sum of two numbers that tensor cores take without loss: the nearest one of TF32's 11 digits, and the
-    rest."""
+    """`x` as a sum of two numbers for tensor cores: the nearest one of TF32's 11 binary digits, and the rest."""
     high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return high, x - high
 
 
 @triton.jit
 def _add_product(acc, a, b):
-    """`acc + a b`, as accurate as `PRECISION`, which moves more through shared memory."""
+    """`acc + a b` by three products, as `tf32x3` does it, but with fewer passes of `a` through shared memory.
+
+    Tensor cores cut off what they add up, so the sum over blocks must not be theirs (Ootomo & Yokota, "Recovering
+    single precision accuracy from tensor cores while surpassing the FP32 theoretical peak performance", 2022).
+    """
     a_high, a_low = _parts(a)
     b_high, b_low = _parts(b)
-    acc = tl.dot(a_low, b_high, acc, input_precision="tf32")
-    acc = tl.dot(a_high, b_low, acc, input_precision="tf32")
-    return tl.dot(a_high, b_high, acc, input_precision="tf32")
+    product = tl.dot(a_low, b_high, input_precision="tf32")
+    product = tl.dot(a_high, b_low, product, input_precision="tf32")
+    return acc + tl.dot(a_high, b_high, product, input_precision="tf32")
 
 
 @triton.jit
@@ -468,12 +470,14 @@ def _orthonormal(X, d):
 
 
 @triton.jit(do_not_specialize_on_alignment=["found_inf"])
-def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr, TOLERANCE: tl.constexpr):
+def rayleigh_ritz(table, found_inf, tolerance, FIRST: tl.constexpr, LAST: tl.constexpr):
     """`block.rayleigh_ritz`; where the error is small enough, the length of the update and what is reported."""
     row = table + tl.program_id(0) * FIELDS
     small = _floats(tl.load(row + SMALL))
     if FIRST or tl.load(small + IS_DONE) == 0:
         is_exact = tl.load(row + IS_EXACT) != 0
+        # Early: other warps must have read it before one of them writes it.
+        count = 1.0 if FIRST else tl.load(small + COUNT) + 1
         r, c = tl.arange(0, 32), tl.arange(0, 32)
         q, d = tl.arange(0, 16), tl.arange(0, 16)
         eye = tl.where(r[:, None] == c[None, :], 1.0, 0.0)
@@ -542,17 +546,16 @@ def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr, TOL
         rho = tl.sqrt(tl.sum(tl.where(d < 15, residuals * residuals, 0.0), axis=0) / 15) / before
         gap = tl.maximum(1 - tl.sqrt(bottom) / tl.sqrt(tl.maximum(top, TINY)), TINY)
         error = rho * tl.minimum((rho / gap) * (rho / gap) / (8 if FIRST else 16), 1.0)
-        count = 1.0
         if not FIRST:
-            error = tl.minimum(error, tl.load(small + LAST_ERROR) / _CONTRACTION)
-            count += tl.load(small + COUNT)
+            rise = tl.sqrt(tl.maximum(top, TINY)) / tl.sqrt(before) - 1
+            error = tl.minimum(error, tl.maximum(rise, 0.0) * (count / 2))
         of_first = tl.sum(tl.where(d == 0, diagonal, 0.0), axis=0)
         length = tl.sum(tl.where(d == 0, lengths, 0.0), axis=0)
         scaled_value = tl.sqrt(of_first / length)
         scale = _scale(row)[0]
         value = scale * scaled_value
         is_finite = (value >= 0) & (value < float("inf"))
-        if LAST | is_exact | (error <= TOLERANCE) | (is_finite == 0):
+        if LAST | is_exact | (error <= tolerance) | (is_finite == 0):
             tl.store(small + IS_DONE, 1.0)
             rest = tl.where((q[:, None] == 0) | (d[None, :] == 0), 0.0, squares)
             rounding = of_first * (100 * EPS)
@@ -580,7 +583,6 @@ def rayleigh_ritz(table, found_inf, FIRST: tl.constexpr, LAST: tl.constexpr, TOL
                 tl.store(age, tl.load(age) + 1)
         else:
             tl.store(small + IS_DONE, 0.0)
-            tl.store(small + LAST_ERROR, error)
             tl.store(small + COUNT, count)
             tl.store(small + SQUARES + q[:, None] * 16 + d[None, :], squares)
 

@@ -151,9 +151,10 @@ class NormScaler:
         """The solver's iterations in a step, by layer: the most that any of its matrices needed. No host sync.
 
         Zero where the norm is exact. Of the last step, or on an accelerator, which may not have ended that one yet, of
-        the step before it.
+        the step before it; a layer that has not been reported yet is not in it.
         """
-        return {} if self._step.known is None else self._step.known.num_iterations()
+        found = self._step.found
+        return {one.name: found[one.scaling].num_iterations for one in self.weights if one.scaling in found}
 
     @public_call()
     def metrics(self) -> dict[str, float]:

@@ -7,7 +7,6 @@ few launches; the others go the way that is written here, in torch operations, a
 in a CUDA graph and replayed.
 """
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,11 +35,9 @@ class ScalingStep:
     """Takes scaling steps, and keeps between them what the host may not wait for."""
 
     def __init__(self) -> None:
-        self.known: PendingStats | None = None
-        """What the host knows: of the last step, or on an accelerator of the one before."""
-        self._last: PendingStats | None = None
-        self._is_checked = True
-        """Whether the last step's weights are known to be finite."""
+        self.found: dict[NormScaling, Found] = {}
+        """What the host knows: of a weight's last step, or on an accelerator of the one before."""
+        self._pending: PendingStats | None = None
         self._plans = Plans()
         self._graphs: CapturedSteps | None = None
 
@@ -62,34 +59,35 @@ class ScalingStep:
 
     def _take_with_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
         batches = measure_weights(weights)
-        stats = PendingStats([Result.of(batch) for batch in batches])
-        if bad := stats.non_finite():
+        if bad := self._read(PendingStats([Result.of(batch) for batch in batches])):
             raise non_finite(bad, f"no weight was scaled. {ADVICE}")
         project_weights_(batches, skip)
-        self.known = self._last = stats
         for weight in weights:
             weight.scaling.mark_current(weight.parameter)
 
     def _take_without_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
-        constraints = dict.fromkeys(weight.scaling.constraint for weight in weights)
         is_compiling = torch.compiler.is_compiling()
-        # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
-        last = None if is_compiling else self._last
-        planned = {constraint: next_num_iterations(constraint, last) for constraint in constraints}
         # The step before has ended, unless the host is a whole step ahead. Its error is raised once, so that training
         # can go on from good weights.
-        is_checked, self._is_checked = self._is_checked, True
-        if not is_checked and last is not None and (bad := last.non_finite()):
-            raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
-        if last is not None:
-            self.known = last
+        if not is_compiling and self._pending is not None:
+            pending, self._pending = self._pending, None
+            if bad := self._read(pending):
+                raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
+        # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
+        planned = next_num_iterations(weights, {} if is_compiling else self.found)
         # Before any capture of ours: what a plan allocates and copies must not become part of a graph.
         plan = Plan(weights, by_kernels=False) if is_compiling else self._plans.of(weights)
         results = scale(plan, planned, skip) if self._graphs is None else self._graphs.take(scale, plan, planned, skip)
         if not is_compiling:
-            self._last, self._is_checked = PendingStats(results), False
+            self._pending = PendingStats(results)
         for weight in weights:
             weight.scaling.mark_current(None if is_compiling else weight.parameter)
+
+    def _read(self, stats: "PendingStats") -> list[str]:
+        """Keep what a step has found; returns the names of the weights that held NaN or infinity."""
+        found = list(stats.read())
+        self.found |= {one.weight.scaling: one for one in found}
+        return [one.weight.name for one in found if not one.is_finite]
 
     def capture(self, weights: Iterable[Weight]) -> None:
         """Replay steps from CUDA graphs from now on, where these weights allow it; else a warning says why not."""
@@ -99,9 +97,23 @@ class ScalingStep:
         self._graphs = CapturedSteps() if blocker is None else None
 
 
-def next_num_iterations(constraint: Constraint, last: "PendingStats | None") -> int | None:
-    """The solver's iterations in a step after the last one."""
-    return constraint.norm.next_num_iterations(*((None, None) if last is None else last.worst(constraint)))
+def next_num_iterations(weights: list[Weight], found: Mapping[NormScaling, "Found"]) -> NumIterations:
+    """The solver's iterations, by constraint, in the step after the ones that have found this."""
+    known: dict[Constraint, list[Found]] = {}
+    # Weights mostly have one constraint among them, whose hash takes longer than all else here.
+    known_by_id: dict[int, list[Found]] = {}
+    for weight in weights:
+        constraint = weight.scaling.constraint
+        if id(constraint) not in known_by_id:
+            known_by_id[id(constraint)] = known.setdefault(constraint, [])
+        if weight.scaling in found:
+            known_by_id[id(constraint)].append(found[weight.scaling])
+    return {
+        constraint: constraint.norm.next_num_iterations(
+            max((one.num_iterations for one in own), default=None), max((one.error for one in own), default=None)
+        )
+        for constraint, own in known.items()
+    }
 
 
 def scale(plan: Plan, num_iterations: NumIterations, skip: Tensor | None) -> list["Result"]:
@@ -230,44 +242,30 @@ class PendingStats:
             # Without a stream, it would be the one of the current device, which may be another.
             event.record(torch.accelerator.current_stream(device))
             self._copied.append(event)
-        self._numbers: list[list[list[float]]] | None = None
 
-    def _read(self) -> list[tuple[list[Weight], list[list[float]]]]:
-        """Weights, and the norms, errors and numbers of iterations of all their matrices."""
-        if self._numbers is None:
-            for event in self._copied:
-                event.synchronize()
+    def read(self) -> Iterator["Found"]:
+        """What was found of each weight."""
+        for event in self._copied:
+            event.synchronize()
+        for weights, stats in zip(self._weights, self._stats, strict=True):
             # Not by operations of torch, which take longer on so few numbers.
-            self._numbers = [stats.tolist() for stats in self._stats]
-        return list(zip(self._weights, self._numbers, strict=True))
-
-    def _of_weights(self, row: int) -> Iterator[tuple[Weight, list[float]]]:
-        """The numbers of each weight's matrices."""
-        for weights, stats in self._read():
-            numbers = iter(stats[row])
+            norms, errors, counts = stats.tolist()
+            end = 0
             for weight in weights:
-                yield weight, list(itertools.islice(numbers, weight.view.count))
+                start, end = end, end + weight.view.count
+                is_finite = all(map(math.isfinite, norms[start:end]))
+                yield Found(weight, is_finite, max(errors[start:end]), int(max(counts[start:end])))
 
-    def non_finite(self) -> list[str]:
-        """The weights that held NaN or infinity."""
-        if all(math.isfinite(norm) for _, (norms, _, _) in self._read() for norm in norms):
-            return []
-        return [weight.name for weight, norms in self._of_weights(0) if not all(map(math.isfinite, norms))]
 
-    def num_iterations(self) -> dict[str, int]:
-        """The solver's iterations by the weight's name: the most of its matrices."""
-        return {weight.name: int(max(counts)) for weight, counts in self._of_weights(2)}
+class Found(NamedTuple):
+    """What a step has found of a weight."""
 
-    def worst(self, constraint: Constraint) -> tuple[int, float] | tuple[None, None]:
-        """The most iterations and the largest error of the weights under a constraint; None if the step had none.
-
-        A weight that is not finite, which was left alone, has no error.
-        """
-        own = [stats for weights, stats in self._read() if weights[0].scaling.constraint == constraint]
-        if not own:
-            return None, None
-        errors = (error for _, errors, _ in own for error in errors if not math.isnan(error))
-        return int(max(count for _, _, counts in own for count in counts)), max(errors, default=0.0)
+    weight: Weight
+    is_finite: bool
+    error: float
+    """The largest error of its matrices."""
+    num_iterations: int
+    """The most that any of its matrices needed."""
 
 
 def capture_blocker(parameters: Iterable[Tensor]) -> str | None:

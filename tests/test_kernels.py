@@ -449,7 +449,39 @@ def test_a_training_step_goes_by_kernels_and_says_what_it_found(way, norm, monke
         handle.step()
 
 
+def test_a_launch_is_compiled_once_and_takes_another_found_inf_each_time():
+    class Kernel:
+        arg_names = ["table", "found_inf", "tolerance", "FIRST", "LAST"]
+        compiled = []
+        launched = []
+
+        def warmup(self, *args, grid, **constants):
+            self.compiled.append((args, grid, constants))
+            return {grid: lambda *args: self.launched.append(args)}
+
+    constants = {"LAST": False, "FIRST": True, "num_warps": 4}
+    launch = grouped._prepare(Kernel(), 7, ("table", grouped.FOUND_INF, 0.5), constants)
+    launch("this")
+    launch("that")
+    assert Kernel.compiled == [(("table", torch.float32, 0.5), (7, 1, 1), constants)]
+    assert Kernel.launched == [("table", found, 0.5, True, False) for found in ("this", "that")]
+
+
 # What only a device can show.
+
+
+@cuda
+@no_cuda
+def test_long_sums_are_as_accurate_as_float32():
+    """Tensor cores cut off what they add up, which lowers a norm the more, the longer the sum."""
+    layer = nn.Linear(4096, 4096, bias=False, device="cuda")
+    handle = apply_norm_scaling(layer, init=None)
+    square = layer.weight.detach().double()
+    exact = torch.linalg.eigvalsh(square.T @ square)[-1].sqrt().item()
+    taken = grouped.GroupedStep(handle.weights)
+    # A skipped step reports the first singular value.
+    taken.take(8, torch.ones(1, device="cuda"))
+    assert taken.stats[0, 0].item() == pytest.approx(exact, rel=2e-6)
 
 
 @cuda
@@ -743,7 +775,7 @@ def source_and_options(kernel, options):
             return "constexpr"
         if name.startswith("num_"):
             return "i32"
-        return {"table": "*i64", "found_inf": "*fp32"}.get(name, "*i32")
+        return {"table": "*i64", "found_inf": "*fp32", "tolerance": "fp32"}.get(name, "*i32")
 
     return ASTSource(kernel, {name: type_of(name) for name in names}, constants), options
 

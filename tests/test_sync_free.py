@@ -14,6 +14,7 @@ from lib.datasets import Preprocessing, load_data
 from lib.distributed import Processes
 from lib.presets import digits
 from specscale import NonFiniteWeightError, NormScaler, apply_norm_scaling
+from specscale.block import Block
 from train import train_epoch
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
@@ -142,18 +143,41 @@ def test_two_optimizers_of_two_norms_share_a_handle(accelerator):
         assert (held / handle.target - 1).abs().min() < 1e-3
 
 
-def test_the_pace_follows_the_error_of_the_step_before(accelerator):
+def test_the_pace_follows_the_step_before(accelerator, monkeypatch):
     model = net()
     scaling = apply_norm_scaling(model, init="orthogonal")
-    paces = []
+    planned, needed = [], []
+    choose = Block.next_num_iterations
+    monkeypatch.setattr(Block, "next_num_iterations", lambda *known: planned.append(choose(*known)) or planned[-1])
     for size in (0.0, 0.0, 0.3, 0.3, 0.3, *[0.0] * 8):
         for weight in scaling.weights:
             with torch.no_grad():
                 weight.parameter.add_(size * torch.randn_like(weight.parameter) / weight.parameter.shape[0] ** 0.5)
         scaling.step()
-        paces.append(max(scaling.num_iterations.values(), default=0))
-    assert max(paces) > 2, "an error that is too large asks for more"
-    assert paces[-1] == 1, "and one that is small for fewer"
+        needed.append(max(scaling.num_iterations.values(), default=0))
+    assert planned[0] == 2
+    assert max(planned) > max(needed), "an error that is too large asks for more than one further iteration"
+    assert max(planned) > 3
+    # `needed` is of the step before.
+    assert planned[-1] == needed[-1] + 1 < max(planned), "and a small one for one more than was needed"
+
+
+def test_the_pace_is_that_of_the_weights_that_step(accelerator):
+    """Optimizers that share a handle step in turn."""
+    model = net()
+    scaling = apply_norm_scaling(model, init="orthogonal")
+    fast, *slow = sorted(scaling.weights, key=lambda weight: -min(weight.view.matrix_shape(weight.parameter)))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for weights, size in (([fast], 0.2), (slow, 1e-4)):
+            for weight in weights:
+                noise = torch.randn(weight.parameter.shape, generator=generator)
+                with torch.no_grad():
+                    weight.parameter.add_(size * noise / noise.shape[0] ** 0.5)
+            scaling._step.take(weights)
+    counts = scaling.num_iterations
+    assert len(counts) == len(scaling.weights)
+    assert counts[fast.name] > 2 >= max(counts[weight.name] for weight in slow)
 
 
 def test_the_training_loop_of_the_recipe_waits_once_an_epoch(monkeypatch):

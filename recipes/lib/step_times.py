@@ -4,6 +4,7 @@ import copy
 import itertools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,7 +97,11 @@ class Condition:
             self.workload.train_step(self.model, self.optimizer, batch)
             synchronize(self.device)
             self.launched = launches(self.scaling.step, self.device)
-            self.launched_iterations = sum(one.count for one in self.launched if one.name.startswith("rayleigh_ritz"))
+            counts = Counter({one.name: one.count for one in self.launched})
+            # Each group of weights has its own launches.
+            groups = counts["images"]
+            planned = counts["rayleigh_ritz"] // groups if groups else max(self.scaling.num_iterations.values(), default=0)
+            self.launched_iterations = planned
             self.optimizer.zero_grad()
 
     def mean_iterations(self) -> float | None:
