@@ -41,6 +41,7 @@ def gpu(folder, *options, missing=()):
     return code, json.loads((folder / "out" / "gpu.json").read_text()), said
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_cpu_with_torch_and_little_else(tmp_path):
     code, found, said = gpu(tmp_path, missing=MAY_BE_MISSING)
     assert code == 0, said

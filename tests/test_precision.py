@@ -128,6 +128,8 @@ PLACES = [
     *((name, "a CPU that rounds") for name in ROUNDING_ON_CPU),
     ("medium", "an accelerator that rounds"),
 ]
+SLOW = [("all bf16", "a CPU that rounds"), ("mkldnn bf16", "a CPU that rounds"), PLACES[-1]]
+"""Those that show little more than others."""
 
 
 @pytest.fixture
@@ -150,6 +152,12 @@ def switched(request, monkeypatch):
 
 
 every_setting = pytest.mark.parametrize("switched", PLACES, indirect=True, ids=lambda pair: "-".join(pair))
+most_settings = pytest.mark.parametrize(
+    "switched",
+    [pytest.param(pair, marks=pytest.mark.slow) if pair in SLOW else pair for pair in PLACES],
+    indirect=True,
+    ids=lambda pair: "-".join(pair),
+)
 
 
 def net(seed=0):
@@ -249,7 +257,7 @@ def test_frobenius_norms_are_on_target(switched):
         assert max(map(off_target, scaling.weights)) <= 1e-6
 
 
-@every_setting
+@most_settings
 def test_every_call_that_computes_is_as_right(switched):
     model = orthogonal_init_(net(), gain=2.0)
     for weight in (model[0].weight.reshape(2, 3, 18), model[2].weight[None], model[4].weight[None]):
