@@ -497,3 +497,26 @@ def test_a_row_can_be_a_matrix_of_its_own(norm):
         optimizer.step()
         for layer, lengths in zip((model[0], model[2]), before, strict=True):
             torch.testing.assert_close(layer.weight.detach().norm(dim=1), lengths, rtol=1e-5, atol=0)
+
+
+def test_a_weight_is_found_without_a_call_unless_something_is_on_top(monkeypatch):
+    layer = nn.Linear(40, 50)
+    apply_norm_scaling(layer, init=None)
+
+    def refuse(*_):
+        raise AssertionError("called at every look")
+
+    scaling = layer.parametrizations.weight[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(scaling), "forward", refuse)
+        assert layer.weight is layer.parametrizations.weight.original
+        assert copy.deepcopy(layer).weight.shape == (50, 40)
+    parametrize.register_parametrization(layer, "weight", Double())
+    torch.testing.assert_close(layer.weight, 2 * layer.parametrizations.weight.original)
+    remove_norm_scaling(layer)
+    torch.testing.assert_close(layer.weight, 2 * layer.parametrizations.weight.original)
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
