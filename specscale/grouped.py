@@ -259,7 +259,9 @@ class GroupedStep:
         rows, columns, chunks = self.tiles["rows"], self.tiles["columns"], self.tiles["chunks"]
         products = typed | {"TILE": TILE, "DEPTH": DEPTH, "num_warps": 4, "num_stages": 4}
         both = (len(rows) + len(columns), (self.table, rows, columns, len(rows)))
-        tolerance = self.weights[0].scaling.constraint.norm.solver.tolerance
+        norm = self.weights[0].scaling.constraint.norm
+        assert isinstance(norm, SpectralNormBySolver)
+        assert isinstance(norm.solver, Block)
         yield Launch(kernels.images, *both, products)
         for number in range(num_iterations):
             first = {"FIRST": number == 0}
@@ -269,13 +271,12 @@ class GroupedStep:
             yield Launch(kernels.residuals, len(columns), (self.table, columns), first | {"TILE": TILE})
             yield Launch(kernels.orthogonalize, self.num_matrices, (self.table,), first)
             yield Launch(kernels.images_of_rest, len(rows), (self.table, rows), products | first)
-            small = (self.table, FOUND_INF, tolerance)
-            yield Launch(kernels.rayleigh_ritz, self.num_matrices, small, first | {"LAST": is_last})
+            args = (self.table, FOUND_INF, norm.solver.tolerance)
+            yield Launch(kernels.rayleigh_ritz, self.num_matrices, args, first | {"LAST": is_last})
             if not is_last:
                 yield Launch(kernels.combine, *both, {"TILE": TILE})
-        count = len(on_weight) + len(columns)
-        args = (self.table, on_weight, columns, len(on_weight))
-        yield Launch(kernels.update, count, args, typed | {"TILE": TILE})
+        both = (len(on_weight) + len(columns), (self.table, on_weight, columns, len(on_weight)))
+        yield Launch(kernels.update, *both, typed | {"TILE": TILE})
 
 
 FOUND_INF: Any = object()

@@ -208,7 +208,8 @@ def _sums_of_three_parts(address, count, STRIDE: tl.constexpr):
     """The sums of `count` times three matrices `(16, 16)`, one behind another: loads of all three are under way."""
     p, r, c = tl.arange(0, 8), tl.arange(0, 16), tl.arange(0, 16)
     at = p[:, None, None] * STRIDE + r[None, :, None] * 16 + c[None, None, :]
-    one, two, three = tl.zeros((8, 16, 16), tl.float32), tl.zeros((8, 16, 16), tl.float32), tl.zeros((8, 16, 16), tl.float32)
+    one = tl.zeros((8, 16, 16), tl.float32)
+    two, three = one, one
     for first in range(0, count, 8):
         mask = (first + p < count)[:, None, None]
         part = address + first * STRIDE + at
@@ -488,7 +489,8 @@ def rayleigh_ritz(table, found_inf, tolerance, FIRST: tl.constexpr, LAST: tl.con
         right = _sum_of_parts(_floats(tl.load(row + GRAM_Y)), tl.load(row + NUM_I), 32, _GRAM_Y_SIZE)
         to_the_right = tl.where(c[None, :] == q[:, None] + 16, 1.0, 0.0)
         H = tl.dot(right, to_the_right, input_precision="ieee")
-        corner = tl.load(small + SQUARES + r[:, None] * 16 + c[None, :], mask=(r[:, None] < 16) & (c[None, :] < 16), other=0.0)
+        is_corner = (r[:, None] < 16) & (c[None, :] < 16)
+        corner = tl.load(small + SQUARES + r[:, None] * 16 + c[None, :], mask=is_corner, other=0.0)
         H = H + tl.where(c[None, :] < 16, tl.trans(H), 0.0) + corner
         H = tl.dot(tl.trans(frame), tl.dot(H, frame, input_precision=PRECISION), input_precision=PRECISION)
         root = 1.5 * eye - 0.5 * G

@@ -151,11 +151,11 @@ class SpectralNormBySolver(SpectralNorm):
         dense = [DenseMatrices(one) for one in matrices]
         solutions = self.solver.solve(dense, states, to_convergence=to_convergence, num_iterations=num_iterations)
         triples = [solution.triple for solution in solutions]
-        numbers = (
+        value, residual, error, count = (
             concat([getattr(triple, name) for triple in triples])
             for name in ("value", "residual", "error", "num_iterations")
         )
-        return Measurement(*numbers, triples, [solution.state for solution in solutions])
+        return Measurement(value, residual, error, count, triples, [solution.state for solution in solutions])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from torch import Tensor
 from specscale.errors import Refusal
 from specscale.weights import Weight
 
-
 Fingerprint = tuple[tuple[Hashable, ...], ...]
 
 _LOOKS: tuple[Callable[[Tensor], Hashable], ...] = (

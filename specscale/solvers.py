@@ -218,9 +218,7 @@ class Power(_BatchByBatch):
         # Half of it bounds the distance from some singular value, though it need not be the first.
         error = residual / 2
         count = torch.full_like(error, self.num_iterations)
-        triple = Triple(
-            values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, count
-        )
+        triple = Triple(values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, count)
         # Keep the old vectors if the matrix is zero: its product with them is zero too.
         kept = torch.where(values[:, None] > 0, columns, start)
         state = {"columns": kept} if self.warm else {"key": state["key"] + 1}

@@ -281,7 +281,7 @@ def _warn_of_no_graph(reason: str, stacklevel: int) -> None:
 
 
 class CapturedSteps:
-    """Steps that read nothing back, as CUDA graphs: one launch instead of hundreds.
+    """Steps that read nothing back, as CUDA graphs: one launch instead of many.
 
     A graph works at fixed addresses, for fixed iterations; so there is one for each plan and number of iterations. The
     first step of a combination runs as it is, which is also the warm-up that a capture needs; the second is captured.

@@ -450,21 +450,19 @@ def test_a_training_step_goes_by_kernels_and_says_what_it_found(way, norm, monke
 
 
 def test_a_launch_is_compiled_once_and_takes_another_found_inf_each_time():
-    class Kernel:
-        arg_names = ["table", "found_inf", "tolerance", "FIRST", "LAST"]
-        compiled = []
-        launched = []
+    compiled, launched = [], []
 
-        def warmup(self, *args, grid, **constants):
-            self.compiled.append((args, grid, constants))
-            return {grid: lambda *args: self.launched.append(args)}
+    def warmup(*args, grid, **constants):
+        compiled.append((args, grid, constants))
+        return {grid: lambda *args: launched.append(args)}
 
+    kernel = SimpleNamespace(arg_names=["table", "found_inf", "tolerance", "FIRST", "LAST"], warmup=warmup)
     constants = {"LAST": False, "FIRST": True, "num_warps": 4}
-    launch = grouped._prepare(Kernel(), 7, ("table", grouped.FOUND_INF, 0.5), constants)
+    launch = grouped._prepare(kernel, 7, ("table", grouped.FOUND_INF, 0.5), constants)
     launch("this")
     launch("that")
-    assert Kernel.compiled == [(("table", torch.float32, 0.5), (7, 1, 1), constants)]
-    assert Kernel.launched == [("table", found, 0.5, True, False) for found in ("this", "that")]
+    assert compiled == [(("table", torch.float32, 0.5), (7, 1, 1), constants)]
+    assert launched == [("table", found, 0.5, True, False) for found in ("this", "that")]
 
 
 # What only a device can show.

@@ -98,10 +98,9 @@ class Condition:
             synchronize(self.device)
             self.launched = launches(self.scaling.step, self.device)
             counts = Counter({one.name: one.count for one in self.launched})
-            # Each group of weights has its own launches.
-            groups = counts["images"]
-            planned = counts["rayleigh_ritz"] // groups if groups else max(self.scaling.num_iterations.values(), default=0)
-            self.launched_iterations = planned
+            # Each group of weights has its own launches; torch operations do not tell.
+            known = max(self.scaling.num_iterations.values(), default=0)
+            self.launched_iterations = counts["rayleigh_ritz"] // counts["images"] if counts["images"] else known
             self.optimizer.zero_grad()
 
     def mean_iterations(self) -> float | None:
