@@ -47,8 +47,9 @@ def test_the_conditions_are_timed_in_turns(tmp_path):
     assert rows["none"]["ratio to none"] == pytest.approx(1)
     assert all(row["ms / step"] > row["ms scaling"] >= 0 for row in rows.values())
     assert rows["spectral"]["scaling / none"] > 0 == rows["none"]["scaling / none"]
-    for norm in ("frobenius", "spectral"):
-        assert rows[norm]["launches"] == rows[f"{norm}, captured"]["launches"] > 0
+    assert rows["frobenius"]["launches"] == rows["frobenius, captured"]["launches"] > 0
+    # A spectral step has as many as its iterations, which need not be the same in the next one.
+    assert min(rows[name]["launches"] for name in ("spectral", "spectral, captured")) > 100
     # The bytes of an iteration are 20 a parameter, and those of a norm 12.
     floors = [rows[norm]["floor, ms"] for norm in ("frobenius", "spectral")]
     assert floors[0] > 0
