@@ -124,7 +124,9 @@ def test_the_constraint_holds_after_every_step_of_a_whole_run(norm, tmp_path, mo
     assert count == 20 * 12
 
 
-@pytest.mark.parametrize(("norm", "minutes"), [("frobenius", "0"), ("spectral", "60")])
+@pytest.mark.parametrize(
+    ("norm", "minutes"), [pytest.param("frobenius", "0", marks=pytest.mark.slow), ("spectral", "60")]
+)
 def test_a_killed_run_resumes_to_the_same_metrics(norm, minutes, tmp_path):
     options = ["digits", "--norms", norm, "--epochs", "6", "--width", "700", "--spectra", "0", "0.5", "1"]
     command = [sys.executable, TRAIN, *options, "--checkpoint-minutes", minutes, "--wandb", "disabled"]
@@ -290,8 +292,15 @@ torch.save(models[0].state_dict(), f"{rank}.pt")
 """
 
 
-@pytest.mark.parametrize("model", ["mlp", "resnet18"])
-@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize(
+    ("norm", "model"),
+    [
+        ("frobenius", "mlp"),
+        ("spectral", "mlp"),
+        ("spectral", "resnet18"),
+        pytest.param("frobenius", "resnet18", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_hold_bit_equal_parameters_and_buffers_after_an_epoch(norm, model, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     environment = os.environ | {"PYTHONPATH": str(ROOT / "recipes")}
