@@ -112,8 +112,8 @@ class Block:
     def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
         if num_iterations is None or error is None:
             return min(2, self.max_iterations)
-        # An iteration divides the error by about eight.
-        missing = int(math.log(error / self.tolerance, 8)) if error > self.tolerance else 0
+        # An iteration divides the error by about eight; it may be infinite.
+        missing = int(math.log(min(error, 1.0) / self.tolerance, 8)) if error > self.tolerance else 0
         # One more than were needed, since steps differ; the kernels leave out those that are not needed.
         return min(num_iterations + 1 + missing, self.max_iterations)
 

@@ -291,6 +291,14 @@ def test_the_dominant_subspace_has_the_first_eigenvector_in_front(spread):
     assert second_value(squares)[0] ** 2 <= values[0] * (1 + 1e-12)
 
 
+@pytest.mark.parametrize(
+    ("needed", "error", "planned"),
+    [(None, None, 2), (0, 0.0, 1), (1, 1e-4, 2), (2, 1e-2, 5), (2, float("inf"), 7), (8, 1.0, 8), (1, float("nan"), 2)],
+)
+def test_the_next_step_has_one_iteration_more_than_was_needed(needed, error, planned):
+    assert Block().next_num_iterations(needed, error) == planned
+
+
 @pytest.mark.parametrize("bad", [{"width": 1}, {"tolerance": 0.0}, {"max_iterations": 0}])
 def test_a_block_that_cannot_work_is_refused(bad):
     with pytest.raises(ValueError, match="width must be at least 2"):
