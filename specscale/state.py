@@ -134,7 +134,8 @@ class NormScaling(nn.Module):
 
     def extra_repr(self) -> str:
         count = f"{self.view.count} matrices, " if self.view.count > 1 else ""
-        return f"{self.constraint.name}, {count}target={float(self.target.max()):.4g}"
+        target = "without values" if self.target.is_meta else f"target={float(self.target.max()):.4g}"
+        return f"{self.constraint.name}, {count}{target}"
 
 
 def scalings_of(module: nn.Module) -> Iterator[tuple[str, NormScaling]]:
