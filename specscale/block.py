@@ -456,7 +456,9 @@ def estimated_error(rho: Tensor, gap: Tensor, rise: Tensor, number: int) -> Tens
     ratio = rho / gap.clamp_min(torch.finfo(gap.dtype).tiny)
     if number == 1:
         return rho * ratio.square().div(8).clamp_max(1)
-    return torch.minimum(rho * ratio.square().div(16).clamp_max(1), rise.clamp_min(0) * (number / 2))
+    # Zero would claim that the value is exact.
+    rise = rise.clamp_min(torch.finfo(rise.dtype).eps)
+    return torch.minimum(rho * ratio.square().div(16).clamp_max(1), rise * (number / 2))
 
 
 def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:

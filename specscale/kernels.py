@@ -550,7 +550,7 @@ def rayleigh_ritz(table, found_inf, tolerance, FIRST: tl.constexpr, LAST: tl.con
         error = rho * tl.minimum((rho / gap) * (rho / gap) / (8 if FIRST else 16), 1.0)
         if not FIRST:
             rise = tl.sqrt(tl.maximum(top, TINY)) / tl.sqrt(before) - 1
-            error = tl.minimum(error, tl.maximum(rise, 0.0) * (count / 2))
+            error = tl.minimum(error, tl.maximum(rise, EPS) * (count / 2))
         of_first = tl.sum(tl.where(d == 0, diagonal, 0.0), axis=0)
         length = tl.sum(tl.where(d == 0, lengths, 0.0), axis=0)
         scaled_value = tl.sqrt(of_first / length)
