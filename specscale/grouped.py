@@ -293,7 +293,9 @@ class Launch(NamedTuple):
     """Arguments that are compiled in, and options of the compiler."""
 
 
-def _prepare(kernel: Any, num_programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+def _prepare(
+    kernel: Any, num_programs: int, args: tuple[Any, ...], constants: dict[str, Any]
+) -> Callable[[Tensor], None]:
     """The launch, compiled, for any `found_inf`: Triton's own way to it takes the host several times as long."""
     grid = (num_programs, 1, 1)
     compiled = kernel.warmup(*(torch.float32 if arg is FOUND_INF else arg for arg in args), grid=grid, **constants)

@@ -103,7 +103,7 @@ def _add_product(acc, a, b):
 def _product(
     row, out, start, stop, x, x_length, x_stride, IS_ORDERED: tl.constexpr,
     OUT_SIZE: tl.constexpr, OUT_LENGTH: tl.constexpr, OUT_OUTER: tl.constexpr, OUT_INNER: tl.constexpr,
-    SUM_SIZE: tl.constexpr, SUM_LENGTH: tl.constexpr, SUM_OUTER: tl.constexpr, SUM_INNER: tl.constexpr,
+    SUM_LENGTH: tl.constexpr, SUM_OUTER: tl.constexpr, SUM_INNER: tl.constexpr,
     OUT_CONTIGUOUS: tl.constexpr, SUM_CONTIGUOUS: tl.constexpr,
     DTYPE: tl.constexpr, VECTOR: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def _product(
         columns = tl.load(x + at[:, None] * 16 + c[None, :], mask=s[:, None] < stop, other=0.0)
         acc = _add_product(acc, tile, columns)
 
-    # Transposed: of a tile whose other side is contiguous, older compilers make copies of 4 bytes.
+    # The product of the transposes: Triton 3.6 reads a tile that is transposed after its load 4 bytes at a time.
     across = tl.zeros((16, TILE), tl.float32)
     stride = tl.multiple_of(tl.load(row + SUM_INNER), VECTOR)
     end = (out_size // VECTOR) * VECTOR
@@ -241,7 +241,7 @@ def images(table, row_tiles, column_tiles, num_row_tiles, DTYPE: tl.constexpr, V
         length, stride = tl.load(row + ORDER_LENGTH).to(tl.int32), tl.load(row + ORDER_STRIDE).to(tl.int32)
         y = _product(
             row, i, 0, n, _floats(tl.load(row + BASIS)), length, stride, False,
-            M_, I_LENGTH, I_OUTER, I_INNER, N_, J_LENGTH, J_OUTER, J_INNER, ROWS_CONTIGUOUS, COLUMNS_CONTIGUOUS,
+            M_, I_LENGTH, I_OUTER, I_INNER, J_LENGTH, J_OUTER, J_INNER, ROWS_CONTIGUOUS, COLUMNS_CONTIGUOUS,
             DTYPE, VECTOR, TILE, DEPTH,
         )  # fmt: skip
         y = y * _scale(row)[1]
@@ -273,7 +273,7 @@ def products(table, chunks, FIRST: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl
         stop = tl.minimum(m, (chunk + 1) * CHUNK)
         product = _product(
             row, j, chunk * CHUNK, stop, _floats(tl.load(row + Y_)), 0, 0, True,
-            N_, J_LENGTH, J_OUTER, J_INNER, M_, I_LENGTH, I_OUTER, I_INNER, COLUMNS_CONTIGUOUS, ROWS_CONTIGUOUS,
+            N_, J_LENGTH, J_OUTER, J_INNER, I_LENGTH, I_OUTER, I_INNER, COLUMNS_CONTIGUOUS, ROWS_CONTIGUOUS,
             DTYPE, VECTOR, TILE, DEPTH,
         )  # fmt: skip
         _store_columns(tl.load(row + PRODUCTS) + chunk * n * 64, j, n, product * _scale(row)[1])
@@ -405,7 +405,7 @@ def images_of_rest(table, row_tiles, FIRST: tl.constexpr, DTYPE: tl.constexpr, V
         m, n = tl.load(row + M_), tl.load(row + N_).to(tl.int32)
         image = _product(
             row, i, 0, n, _floats(tl.load(row + R_)), 0, 0, True,
-            M_, I_LENGTH, I_OUTER, I_INNER, N_, J_LENGTH, J_OUTER, J_INNER, ROWS_CONTIGUOUS, COLUMNS_CONTIGUOUS,
+            M_, I_LENGTH, I_OUTER, I_INNER, J_LENGTH, J_OUTER, J_INNER, ROWS_CONTIGUOUS, COLUMNS_CONTIGUOUS,
             DTYPE, VECTOR, TILE, DEPTH,
         )  # fmt: skip
         r, c = tl.arange(0, 16), tl.arange(0, 16)

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from specscale.constraints import CONSTRAINTS
 from specscale.errors import Refusal, one_of, public_call
-from specscale.state import NormScaling, original, scaling_of, scalings_of
+from specscale.state import NormScaling, original, parametrizations_of, scaling_of, scalings_of
 from specscale.step import solve_anew_
 from specscale.weights import Weight, scaled_weights
 
@@ -34,9 +34,9 @@ def _shorten_access(module: nn.Module, tensor: str) -> None:
     computed: property = vars(kind)[tensor]
 
     def weight(layer: nn.Module) -> Any:
-        chain = layer._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
-        if len(chain._modules) == 1 and isinstance(chain._modules["0"], NormScaling):  # type: ignore[union-attr]
-            return chain._parameters["original"]  # type: ignore[union-attr]
+        chain = parametrizations_of(layer, tensor)
+        if chain is not None and len(chain._modules) == 1 and isinstance(chain._modules["0"], NormScaling):
+            return chain._parameters["original"]
         return computed.fget(layer)  # type: ignore[misc]
 
     setattr(kind, tensor, property(weight, computed.fset))

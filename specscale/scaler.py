@@ -88,8 +88,8 @@ class NormScaler:
     def capture(self) -> "NormScaler":
         """Replay steps from CUDA graphs from now on: `scaling.capture().attach(optimizer)`.
 
-        The step is the same; its launches become one. Where the weights are not on one CUDA device,
-        or a capture fails, a warning says why and steps run as they are.
+        The step is the same; its launches become one. Where the weights are not on one CUDA device, or a capture fails,
+        a warning says why and steps run as they are.
         """
         self._step.capture(self.weights)
         return self

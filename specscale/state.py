@@ -148,7 +148,7 @@ def scalings_of(module: nn.Module) -> Iterator[tuple[str, NormScaling]]:
 
 def scaling_of(module: nn.Module, tensor: str) -> NormScaling | None:
     """The scaling of a layer's tensor, or None where it has none."""
-    parametrizations = _parametrizations(module, tensor)
+    parametrizations = parametrizations_of(module, tensor)
     if parametrizations is None:
         return None
     return next((one for one in parametrizations._modules.values() if isinstance(one, NormScaling)), None)
@@ -156,13 +156,13 @@ def scaling_of(module: nn.Module, tensor: str) -> NormScaling | None:
 
 def original(module: nn.Module, tensor: str) -> nn.Parameter:
     """The parameter behind a parametrized tensor."""
-    parametrizations = _parametrizations(module, tensor)
+    parametrizations = parametrizations_of(module, tensor)
     assert parametrizations is not None
     parameter = parametrizations._parameters.get("original")
     return parametrizations.original if parameter is None else parameter  # type: ignore[return-value]
 
 
-def _parametrizations(module: nn.Module, tensor: str) -> nn.Module | None:
+def parametrizations_of(module: nn.Module, tensor: str) -> nn.Module | None:
     """torch's list of a tensor's parametrizations; None where it has none.
 
     Looked up as a module's attribute, it takes ten times as long, several times for each weight at each step.
