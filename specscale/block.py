@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from specscale import linalg
 from specscale.linalg import add_product, concat, gram, multiplier, product, scaled_to_one, unit
-from specscale.random import normal, signs
+from specscale.random import keys, normal, signs
 from specscale.solvers import Matrices, Solution, State, Triple
 
 NOISE = 0.05
@@ -100,8 +100,8 @@ class Block:
         if self.is_small(*shape):
             return {}
         basis = torch.linalg.qr(normal(key, (min(shape), self.width), dtype)).Q
-        # `age` counts the solves since the initial state; with the key it seeds the noise.
-        return {"basis": basis, "key": key.clone(), "age": torch.zeros_like(key)}
+        # `age` counts the solves since the initial state, and seeds the noise.
+        return {"basis": basis, "age": torch.zeros(len(key), dtype=dtype, device=key.device)}
 
     def scratch_elements(self, m: int, n: int) -> int:
         if self.is_small(m, n):
@@ -244,8 +244,7 @@ class _Iterate:
         R = add_product(self.matrices.rmatmat(self.Y) * self.unscale, self.V, self.squares, alpha=-1)
         if self.num_iterations == 0:
             length = NOISE * self.squares.diagonal(dim1=-2, dim2=-1).amax(-1) / R.shape[-2] ** 0.5
-            key = self.state["key"] + (self.state["age"] << 32)
-            R[..., -1] += length[:, None] * signs(key, R.shape[1:2])
+            R[..., -1] += length[:, None] * signs(keys(self.state["age"]), R.shape[1:2])
         return R
 
     def solution(self, next_value: Tensor, to_convergence: bool) -> Solution:
@@ -263,7 +262,7 @@ class _Iterate:
         needed = torch.where(self.is_finite, needed, 1)
         triple = Triple(value, left, unit(basis[..., 0]), next_value, residual, error, needed)
         age = torch.zeros_like(self.state["age"]) if to_convergence else self.state["age"] + 1
-        return Solution(triple, {"basis": basis, "key": self.state["key"], "age": age})
+        return Solution(triple, {"basis": basis, "age": age})
 
 
 def _iterate(blocks: list[_Iterate]) -> Tensor:

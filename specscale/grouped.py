@@ -108,7 +108,7 @@ def fits(weight: Weight) -> bool:
         and all(
             buffer.device == parameter.device
             and buffer.is_contiguous()
-            and buffer.dtype in (torch.float32, torch.int64)
+            and buffer.dtype == torch.float32
             and len(buffer) == weight.view.count
             for buffer in scaling.buffers()
         )
@@ -208,7 +208,7 @@ class GroupedStep:
                 state = scaling.solver_state()
                 values[kernels.BASIS] = self._unit_vectors.data_ptr() if is_exact else state["basis"][k].data_ptr()
                 if not is_exact:
-                    values[kernels.KEY], values[kernels.AGE] = state["key"][k:].data_ptr(), state["age"][k:].data_ptr()
+                    values[kernels.INDEX], values[kernels.AGE] = k, state["age"][k:].data_ptr()
                 sizes = {
                     kernels.V_: 16 * n,
                     kernels.Y_: 16 * m,

@@ -22,7 +22,7 @@ BASIS, ORDER_LENGTH, ORDER_STRIDE = (tl.constexpr(i) for i in range(10, 13))
 V_, Y_, R_, T_, PRODUCTS, GRAM_V, GRAM_Y, SMALL = (tl.constexpr(i) for i in range(13, 21))
 """Scratch: blocks, images, residuals, their images, partial sums, and small matrices."""
 NUM_I, NUM_J, NUM_CHUNKS, IS_EXACT = (tl.constexpr(i) for i in range(21, 25))
-TARGET, SKIP_MASK, NORM, RESIDUAL, ERROR, KEY, AGE, STATS, NUM_MATRICES = (tl.constexpr(i) for i in range(25, 34))
+TARGET, SKIP_MASK, NORM, RESIDUAL, ERROR, INDEX, AGE, STATS, NUM_MATRICES = (tl.constexpr(i) for i in range(25, 34))
 NUM_TILES, PARTIAL_SQUARES = (tl.constexpr(i) for i in range(34, 36))
 
 # Offsets in a matrix's small scratch.
@@ -308,11 +308,10 @@ def residuals(table, column_tiles, FIRST: tl.constexpr, TILE: tl.constexpr):
                 q = tl.arange(0, 16)
                 largest = tl.max(tl.max(tl.where(q[:, None] == c[None, :], squares, 0.0), axis=1), axis=0)
                 length = largest * _NOISE / tl.sqrt(n.to(tl.float32))
-                key = tl.load(tl.load(row + KEY).to(tl.pointer_type(tl.int64)))
-                age = tl.load(tl.load(row + AGE).to(tl.pointer_type(tl.int64)))
+                key = tl.load(row + INDEX) + ((tl.load(_float(tl.load(row + AGE))) + 0.5).to(tl.int64) << 32)
                 order = tl.load(row + ORDER_LENGTH)
                 at = (j % order) * tl.load(row + ORDER_STRIDE) + j // order
-                sign = 1 - (_hash32(_hash32(key + (age << 32)) + at) & 1) * 2
+                sign = 1 - (_hash32(_hash32(key) + at) & 1) * 2
                 r += tl.where((c[None, :] == 15) & (j[:, None] < n), length * sign.to(tl.float32)[:, None], 0.0)
             _store_columns(tl.load(row + R_), j, n, r)
             part = _floats(tl.load(row + GRAM_V)) + t * _GRAM_V_SIZE
@@ -581,7 +580,7 @@ def rayleigh_ritz(table, found_inf, tolerance, FIRST: tl.constexpr, LAST: tl.con
                 tl.where(is_exact, 0.0, count),
             )
             if not is_exact:
-                age = tl.load(row + AGE).to(tl.pointer_type(tl.int64))
+                age = _float(tl.load(row + AGE))
                 tl.store(age, tl.load(age) + 1)
         else:
             tl.store(small + IS_DONE, 0.0)

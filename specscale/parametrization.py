@@ -110,12 +110,15 @@ def _shapes(buffers: Mapping[str, Tensor], without: set[str]) -> dict[str, tuple
 
 
 def _rename_old_buffers(saved: dict[str, Any], scaling: NormScaling) -> None:
-    """Bring the buffers of a checkpoint of version 0.1.0 under today's names.
+    """Bring the buffers of an older checkpoint under today's names.
 
-    It held `target`, 0 for a matrix that is skipped, and `order`: 2 for the Frobenius norm, 0 for the spectral. Its
-    block had last directions, `direction`, which none has today.
+    Version 0.1.0 held `target`, 0 for a matrix that is skipped, and `order`: 2 for the Frobenius norm, 0 for the
+    spectral. Its block had last directions, `direction`. Until 0.3.0, `age` was an integer, and `key` seeded the noise.
     """
-    saved.pop("direction", None)
+    for name in ("direction", "key"):
+        saved.pop(name, None)
+    if "age" in saved:
+        saved["age"] = saved["age"].to(scaling.norm.dtype)
     if "target" in saved:
         target, order = saved.pop("target"), saved.pop("order", None)
         names = {2: "frobenius", 0: "spectral"}

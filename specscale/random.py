@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def keys(age: Tensor) -> Tensor:
+    """`(k,)`, int64: a key for each of `k` matrices at each of its ages, whole numbers from 0 in a floating dtype."""
+    # An average of states may have averaged the ages too.
+    return torch.arange(len(age), device=age.device) + (age.round().long() << 32)
+
+
 def normal(key: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Standard normal numbers `(k, *size)` from int64 keys `(k,)`, by the Box-Muller transform."""
     count = torch.Size(size).numel()

@@ -1,8 +1,9 @@
 """What a solver of first singular triples is, and the two plain ones: power iteration and the exact SVD.
 
 Pure functions of tensors. What a solver carries from one step to the next is a dictionary of tensors, its state, which
-the caller stores; random numbers are a function of a key in that state, so that equal states give equal results on
-every rank and after every resume.
+the caller stores, floating-point throughout, so that whatever averages or casts a model's buffers can do so to these.
+Random numbers are a function of an age in that state: equal states give equal results on every rank and after every
+resume.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specscale.linalg import product, scaled_to_one, unit
-from specscale.random import normal
+from specscale.random import keys, normal
 
 State = Mapping[str, Tensor]
 
@@ -186,7 +187,9 @@ class Power(_BatchByBatch):
             raise ValueError(f"{self}: num_iterations must be at least 1")
 
     def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"columns": normal(key, (min(shape), 2), dtype)} if self.warm else {"key": key.clone()}
+        if self.warm:
+            return {"columns": normal(key, (min(shape), 2), dtype)}
+        return {"age": torch.zeros(len(key), dtype=dtype, device=key.device)}
 
     def scratch_elements(self, m: int, n: int) -> int:
         return m * n + n * n
@@ -198,7 +201,7 @@ class Power(_BatchByBatch):
         use_gram = self.num_iterations > scaled.shape[-1] // 20
         square = product(scaled.mT, scaled) if use_gram else None
         size = (scaled.shape[-1], 2)
-        start = state["columns"].to(scaled.dtype) if self.warm else normal(state["key"], size, scaled.dtype)
+        start = state["columns"].to(scaled.dtype) if self.warm else normal(keys(state["age"]), size, scaled.dtype)
         columns = start
         for _ in range(self.num_iterations):
             vector = unit(columns[..., 0])
@@ -221,7 +224,7 @@ class Power(_BatchByBatch):
         triple = Triple(values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, count)
         # Keep the old vectors if the matrix is zero: its product with them is zero too.
         kept = torch.where(values[:, None] > 0, columns, start)
-        state = {"columns": kept} if self.warm else {"key": state["key"] + 1}
+        state = {"columns": kept} if self.warm else {"age": state["age"] + 1}
         solution = Solution(triple, state)
         return solution if m >= n else solution.transposed()
 

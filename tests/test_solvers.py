@@ -99,7 +99,7 @@ def test_power_iteration_agrees_where_there_is_a_gap():
     triple, state = solve(Power(), left @ torch.diag_embed(values) @ right)
     torch.testing.assert_close(triple.value, values[:, 0], rtol=1e-10, atol=0)
     torch.testing.assert_close(triple.next_value, values[:, 1], rtol=1e-6, atol=0)
-    assert state["key"].tolist() == [1, 2]
+    assert state["age"].tolist() == [1, 1]
 
 
 @settings(max_examples=40, deadline=None)
