@@ -1,11 +1,11 @@
-"""Following an optimizer: a hook that scales, after each of its steps, the weights that it has moved."""
+"""Following an optimizer: hooks that scale, after each of its steps, the weights that it has moved."""
 
 import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from specscale.errors import Refusal, public_call
@@ -23,32 +23,74 @@ def owned_by(optimizer: torch.optim.Optimizer, weights: Iterable[Weight]) -> lis
 
 
 class StepHook:
-    """Takes the scaling step after each step of an optimizer."""
+    """Takes the scaling step after each step of an optimizer, for the weights that the step may have moved."""
 
     def __init__(self, model: nn.Module, weights: list[Weight], step: ScalingStep) -> None:
         self._model = model
         self.weights = weights
         self._step = step
+        self._versions: dict[Weight, int] = {}
+        """The weights that the optimizer owns, with their version counters before the step."""
+
+    @public_call("step")
+    def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if _is_inner_step(optimizer):
+            return
+        owned = owned_by(optimizer, current_weights(self._model, self.weights))
+        is_compiling = torch.compiler.is_compiling()
+        self._versions = {weight: 0 if is_compiling else weight.parameter._version for weight in owned}
 
     @public_call("step")
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Scale the weights that were stepped; the others must not move: the spectral update is not idempotent.
+
+        A stepped weight has a gradient, or its version counter has changed. Neither alone is enough: an optimizer may
+        clear the gradients in its step, and a write to `.data` does not change the counter. Its learning rate is not 0:
+        to make an optimizer's state, torch's distributed checkpoints take a step with zero gradients at that rate. To
+        compare the weight before and after the step would see more, and would have to read it twice.
+        """
         if _is_inner_step(optimizer):
             return
-        # A weight that was not stepped must not move: the spectral update is not idempotent. A stepped weight has a
-        # gradient, or its version counter has changed. Neither alone is enough: an optimizer may clear the gradients
-        # in its step, and a write to `.data` does not change the counter.
-        stepped = [
-            weight
-            for weight in owned_by(optimizer, current_weights(self._model, self.weights))
-            if weight.parameter.grad is not None or weight.scaling.is_stale(weight.parameter)
-        ]
+        is_compiling = torch.compiler.is_compiling()
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        stepped: list[Weight] = []
+        rates: list[Tensor | None] = []
+        for weight, version in self._versions.items():
+            parameter = weight.parameter
+            rate = groups[id(parameter)].get("lr") if id(parameter) in groups else None
+            is_on_device = isinstance(rate, Tensor) and (is_compiling or not rate.is_cpu)
+            if not is_on_device and rate == 0:
+                # The step has written the same values.
+                weight.scaling.keep_current(parameter, version)
+            elif parameter.grad is not None or (not is_compiling and parameter._version != version):
+                stepped.append(weight)
+                rates.append(rate if is_on_device else None)
         # GradScaler calls a fused optimizer for skipped steps too, and the optimizer skips by `found_inf` itself.
-        self._step.take(stepped, getattr(optimizer, "found_inf", None))
+        self._step.take(stepped, _skip(rates, getattr(optimizer, "found_inf", None)))
+
+
+def _skip(rates: list[Tensor | None], found_inf: Tensor | None) -> Tensor | None:
+    """Which weights must not move, known to the device alone: those of a learning rate 0, or all of a skipped step.
+
+    One number for each weight, or one for all of them; positive where the weight must not move.
+    """
+    skip = None if found_inf is None else found_inf.reshape(1)
+    # Parameters of one group have the same tensor.
+    known = {id(rate): rate for rate in rates if rate is not None}
+    if not known:
+        return skip
+    is_zero = {key: (rate == 0).float().reshape(1) for key, rate in known.items()}
+    if len(known) == 1 and None not in rates:
+        (each,) = is_zero.values()
+    else:
+        never = torch.zeros_like(next(iter(is_zero.values())))
+        each = torch.cat([never if rate is None else is_zero[id(rate)].to(never.device) for rate in rates])
+    return each if skip is None else torch.maximum(each, skip.to(each))
 
 
 def attach(
     optimizer: torch.optim.Optimizer, model: nn.Module, weights: list[Weight], step: ScalingStep
-) -> RemovableHandle:
+) -> tuple[RemovableHandle, ...]:
     """Take the step for those of the model's scaled weights that the optimizer owns, after each of its steps.
 
     Raises:
@@ -72,11 +114,15 @@ def attach(
     taken = {id(weight.scaling) for other in others if isinstance(other, StepHook) for weight in other.weights}
     if any(id(weight.scaling) in taken for weight in owned):
         raise Refusal(f"this {kind} is attached already; a second hook would scale twice")
-    return optimizer.register_step_post_hook(StepHook(model, weights, step).after_step)
+    hook = StepHook(model, weights, step)
+    return (
+        optimizer.register_step_pre_hook(hook.before_step),
+        optimizer.register_step_post_hook(hook.after_step),
+    )
 
 
 def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step that ended was called by one that overrides it: torch calls the hooks after both."""
+    """Whether the step that begins or ends was called by one that overrides it: torch calls the hooks of both."""
     if torch.compiler.is_compiling():
         return False
     if sum(getattr(vars(kind).get("step"), "hooked", False) for kind in type(optimizer).__mro__) < 2:

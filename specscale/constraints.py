@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from specscale.linalg import concat, product
+from specscale.linalg import broadcast_to, concat, product
 from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
 from specscale.solvers import Solver
 
@@ -54,11 +54,6 @@ class Constraint(ABC):
         return torch.where(skip_mask, norm, self.norm_after(measurement, target))
 
 
-def _broadcast(factor: Tensor, weight: Tensor) -> Tensor:
-    """`(k,)` or `(k, o)` with trailing dimensions of size one, for broadcasting against `weight (k, o, i, ...)`."""
-    return factor.reshape(*factor.shape, *[1] * (weight.ndim - factor.ndim))
-
-
 class Frobenius(Constraint):
     """`W <- W t / ||W||_F`: the Norm Scaling post's Frobenius norm scaling."""
 
@@ -68,7 +63,7 @@ class Frobenius(Constraint):
     def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
         factors = torch.where(skip_mask, 1, target / measurement.norm).split([len(weight) for weight in weights])
         for weight, factor in zip(weights, factors, strict=True):
-            weight.mul_(_broadcast(factor, weight))
+            weight.mul_(broadcast_to(factor, weight))
 
 
 class Spectral(Constraint):
@@ -85,7 +80,7 @@ class Spectral(Constraint):
         for weight, triple, step in zip(weights, measurement.factors, steps, strict=True):
             # On the split tensor, not on the matrix, a rank-one update is a broadcast product in any memory format.
             right = triple.right.reshape(len(weight), 1, *weight.shape[2:])
-            weight.addcmul_(_broadcast(step[:, None] * triple.left, weight), right)
+            weight.addcmul_(broadcast_to(step[:, None] * triple.left, weight), right)
 
     def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
         next_value = concat([triple.next_value for triple in measurement.factors])

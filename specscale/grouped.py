@@ -135,13 +135,13 @@ class GroupedStep:
         self.stats = torch.zeros(3, self.num_matrices, **own)
         """The norms, the estimated errors and the numbers of iterations of the last step."""
         self._unit_vectors = torch.eye(32, 16, **own)
-        self._never = torch.zeros(1, **own)
+        self._never = torch.zeros(len(weights), **own)
         self._rows: list[list[int]] = []
         self._tiles: dict[str, list[list[int]]] = {"rows": [], "columns": [], "chunks": [], "weight": []}
         self._scratch_size = 0
         self._in_scratch: list[tuple[int, int]] = []
-        for weight in weights:
-            self._add(weight)
+        for number, weight in enumerate(weights):
+            self._add(number, weight)
         self._scratch = torch.empty(self._scratch_size, **own)
         for number, field in self._in_scratch:
             self._rows[number][field] = self._scratch.data_ptr() + 4 * self._rows[number][field]
@@ -150,7 +150,7 @@ class GroupedStep:
         self._prepared: dict[int | None, list[Callable[[Tensor], None]]] = {}
         """The launches of a step, by its number of iterations."""
 
-    def _add(self, weight: Weight) -> None:
+    def _add(self, weight_number: int, weight: Weight) -> None:
         """A row of the table, and tiles, for each matrix of a weight."""
         scaling = weight.scaling
         split = weight.view.split(weight.parameter.detach())
@@ -202,6 +202,7 @@ class GroupedStep:
                 kernels.STATS: self.stats[0, number:].data_ptr(),
                 kernels.NUM_MATRICES: self.num_matrices,
                 kernels.NUM_TILES: len(weight_tiles),
+                kernels.WEIGHT_NUMBER: weight_number,
             }
             sizes = {kernels.PARTIAL_SQUARES: 1 + len(weight_tiles)}
             if self.is_spectral:
@@ -236,15 +237,17 @@ class GroupedStep:
     def take(self, num_iterations: int | None, skip: Tensor | None) -> None:
         """Take the step, each matrix in as many iterations as it needs, and in `num_iterations` at most.
 
-        Where the one-element tensor `skip` is positive, no weight changes.
+        Where `skip`, one number for each weight or for all, is positive, nothing of a weight changes.
         """
-        found_inf = self._never if skip is None else skip.to(self.device, torch.float32, non_blocking=True)
+        off = self._never
+        if skip is not None:
+            off = skip.to(self.device, torch.float32, non_blocking=True).expand(len(self.weights)).contiguous()
         # Triton launches on the current device.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             if num_iterations not in self._prepared:
                 self._prepared[num_iterations] = [_prepare(*launch) for launch in self.launches(num_iterations)]
             for launch in self._prepared[num_iterations]:
-                launch(found_inf)
+                launch(off)
         torch.autograd.graph.increment_version([weight.parameter for weight in self.weights])
 
     def launches(self, num_iterations: int | None) -> Iterator["Launch"]:
@@ -253,7 +256,7 @@ class GroupedStep:
         on_weight = self.tiles["weight"]
         if not self.is_spectral:
             yield Launch(kernels.squares, len(on_weight), (self.table, on_weight), typed)
-            yield Launch(kernels.rescale, len(on_weight), (self.table, on_weight, FOUND_INF), typed)
+            yield Launch(kernels.rescale, len(on_weight), (self.table, on_weight, SKIP), typed)
             return
         assert num_iterations is not None
         rows, columns, chunks = self.tiles["rows"], self.tiles["columns"], self.tiles["chunks"]
@@ -271,7 +274,7 @@ class GroupedStep:
             yield Launch(kernels.residuals, len(columns), (self.table, columns), first | {"TILE": TILE})
             yield Launch(kernels.orthogonalize, self.num_matrices, (self.table,), first)
             yield Launch(kernels.images_of_rest, len(rows), (self.table, rows), products | first)
-            args = (self.table, FOUND_INF, norm.solver.tolerance)
+            args = (self.table, SKIP, norm.solver.tolerance)
             yield Launch(kernels.rayleigh_ritz, self.num_matrices, args, first | {"LAST": is_last})
             if not is_last:
                 yield Launch(kernels.combine, *both, {"TILE": TILE})
@@ -279,7 +282,7 @@ class GroupedStep:
         yield Launch(kernels.update, *both, typed | {"TILE": TILE})
 
 
-FOUND_INF: Any = object()
+SKIP: Any = object()
 """In place of the argument that is another tensor at every step."""
 
 
@@ -296,19 +299,19 @@ class Launch(NamedTuple):
 def _prepare(
     kernel: Any, num_programs: int, args: tuple[Any, ...], constants: dict[str, Any]
 ) -> Callable[[Tensor], None]:
-    """The launch, compiled, for any `found_inf`: Triton's own way to it takes the host several times as long."""
+    """The launch, compiled, for any `skip`: Triton's own way to it takes the host several times as long."""
     grid = (num_programs, 1, 1)
-    compiled = kernel.warmup(*(torch.float32 if arg is FOUND_INF else arg for arg in args), grid=grid, **constants)
+    compiled = kernel.warmup(*(torch.float32 if arg is SKIP else arg for arg in args), grid=grid, **constants)
     run = compiled[grid]
     args = (*args, *(constants[name] for name in kernel.arg_names[len(args) :]))
-    return lambda found_inf: run(*(found_inf if arg is FOUND_INF else arg for arg in args))
+    return lambda skip: run(*(skip if arg is SKIP else arg for arg in args))
 
 
 def try_to_launch(device: torch.device) -> None:
     """Compile a kernel and load it onto the device, without running it; raises where that does not work."""
     with torch.cuda.device(device):
         tensors = tuple(torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
-        _prepare(kernels.squares, 0, tensors, {"DTYPE": tl.float32, "VECTOR": 4})(FOUND_INF)
+        _prepare(kernels.squares, 0, tensors, {"DTYPE": tl.float32, "VECTOR": 4})(SKIP)
 
 
 def _to_device(values: list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:

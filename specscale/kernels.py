@@ -23,15 +23,15 @@ V_, Y_, R_, T_, PRODUCTS, GRAM_V, GRAM_Y, SMALL = (tl.constexpr(i) for i in rang
 """Scratch: blocks, images, residuals, their images, partial sums, and small matrices."""
 NUM_I, NUM_J, NUM_CHUNKS, IS_EXACT = (tl.constexpr(i) for i in range(21, 25))
 TARGET, SKIP_MASK, NORM, RESIDUAL, ERROR, INDEX, AGE, STATS, NUM_MATRICES = (tl.constexpr(i) for i in range(25, 34))
-NUM_TILES, PARTIAL_SQUARES = (tl.constexpr(i) for i in range(34, 36))
+NUM_TILES, PARTIAL_SQUARES, WEIGHT_NUMBER = (tl.constexpr(i) for i in range(34, 37))
 
 # Offsets in a matrix's small scratch.
 SQUARES, FRAME_Y, FRAME_S, GRAM, LENGTHS, OF_BASIS, OF_IMAGES = (
     tl.constexpr(i) for i in (0, 256, 1280, 2304, 3328, 3344, 3856)
 )
-STEP, IS_FINITE, IS_DONE, COUNT = (tl.constexpr(i) for i in range(4368, 4372))
-"""The length of the update; whether the norm is finite; whether the matrix needs no further iteration in this step, and
-how many it has taken."""
+STEP, IS_KEPT, IS_DONE, COUNT = (tl.constexpr(i) for i in range(4368, 4372))
+"""The length of the update; whether the new block is kept; whether the matrix needs no further iteration in this step,
+and how many it has taken."""
 SMALL_SIZE = 4372
 GRAM_V_SIZE, GRAM_Y_SIZE = 768, 512
 """A tile's part of Gram matrices: that of `[V, R]`; and first `Y^T Y`, later `[Y, T]^T T`."""
@@ -439,19 +439,25 @@ def _dominant_vector(power, eye, c, NUM_SQUARINGS: tl.constexpr):
 
 
 @triton.jit
-def _is_skipped(row, value, found_inf):
-    """Whether a matrix of this norm must not change."""
-    is_finite = (value >= 0) & (value < float("inf"))
-    skip = (tl.load(_float(tl.load(row + SKIP_MASK))) > 0) | (tl.load(found_inf) > 0)
-    return skip | (value == 0) | (is_finite == 0)
+def _is_off(row, skip):
+    """Whether nothing of the matrix must change, its state included."""
+    return tl.load(skip + tl.load(row + WEIGHT_NUMBER)) > 0
 
 
 @triton.jit
-def _report(row, norm, residual, error, count):
-    """Write the buffers of a matrix, and its stats."""
-    tl.store(_float(tl.load(row + NORM)), norm)
-    tl.store(_float(tl.load(row + RESIDUAL)), residual)
-    tl.store(_float(tl.load(row + ERROR)), error)
+def _is_skipped(row, value):
+    """Whether a matrix of this norm must not change."""
+    is_finite = (value >= 0) & (value < float("inf"))
+    return (tl.load(_float(tl.load(row + SKIP_MASK))) > 0) | (value == 0) | (is_finite == 0)
+
+
+@triton.jit
+def _report(row, is_off, norm, residual, error, count):
+    """Write the buffers of a matrix, where it is not off, and its stats."""
+    if is_off == 0:
+        tl.store(_float(tl.load(row + NORM)), norm)
+        tl.store(_float(tl.load(row + RESIDUAL)), residual)
+        tl.store(_float(tl.load(row + ERROR)), error)
     stats = _float(tl.load(row + STATS))
     tl.store(stats, norm)
     tl.store(stats + tl.load(row + NUM_MATRICES), error)
@@ -469,8 +475,8 @@ def _orthonormal(X, d):
     return X / tl.sqrt(tl.maximum(tl.sum(X * X, axis=0), TINY))[None, :]
 
 
-@triton.jit(do_not_specialize_on_alignment=["found_inf"])
-def rayleigh_ritz(table, found_inf, tolerance, FIRST: tl.constexpr, LAST: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["skip"])
+def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexpr):
     """`block.rayleigh_ritz`; where the error is small enough, the length of the update and what is reported."""
     row = table + tl.program_id(0) * FIELDS
     small = _floats(tl.load(row + SMALL))
@@ -566,20 +572,23 @@ def rayleigh_ritz(table, found_inf, tolerance, FIRST: tl.constexpr, LAST: tl.con
             next_value = scale * tl.sqrt(tl.maximum(tl.sum(image * second, axis=0), 0.0))
 
             target = tl.load(_float(tl.load(row + TARGET)))
-            skip = _is_skipped(row, value, found_inf)
-            tl.store(small + STEP, tl.where(skip, 0.0, (target - value) / (scaled_value * length)))
-            tl.store(small + IS_FINITE, tl.where(is_finite, 1.0, 0.0))
-            norm = tl.where(skip, value, tl.maximum(target, next_value))
+            is_off = _is_off(row, skip)
+            is_skipped = _is_skipped(row, value)
+            step = (target - value) / (scaled_value * length)
+            tl.store(small + STEP, tl.where(is_off | is_skipped, 0.0, step))
+            tl.store(small + IS_KEPT, tl.where(is_finite & (is_off == 0) & (is_exact == 0), 1.0, 0.0))
+            norm = tl.where(is_skipped, value, tl.maximum(target, next_value))
             is_estimate = is_finite & (is_exact == 0)
             residual = tl.sum(tl.where(d == 0, residuals, 0.0), axis=0) / before
             _report(
                 row,
+                is_off,
                 norm,
                 tl.where(is_estimate, residual, 0.0),
                 tl.where(is_estimate, error, 0.0),
                 tl.where(is_exact, 0.0, count),
             )
-            if not is_exact:
+            if (is_exact | is_off) == 0:
                 age = _float(tl.load(row + AGE))
                 tl.store(age, tl.load(age) + 1)
         else:
@@ -701,7 +710,7 @@ def update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.conste
         pid -= num_update_tiles
         row = table + tl.load(column_tiles + 2 * pid) * FIELDS
         small = _floats(tl.load(row + SMALL))
-        if (tl.load(row + IS_EXACT) == 0) & (tl.load(small + IS_FINITE) > 0):
+        if tl.load(small + IS_KEPT) > 0:
             j = tl.load(column_tiles + 2 * pid + 1) * TILE + tl.arange(0, TILE)
             n = tl.load(row + N_)
             v = _combined(tl.load(row + V_), tl.load(row + R_), j, n, small + OF_BASIS)
@@ -730,8 +739,8 @@ def squares(table, update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
         tl.store(partial, scale)
 
 
-@triton.jit(do_not_specialize_on_alignment=["found_inf"])
-def rescale(table, update_tiles, found_inf, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+@triton.jit(do_not_specialize_on_alignment=["skip"])
+def rescale(table, update_tiles, skip, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     """`A <- A t / ||A||_F`; every program adds the squares of its matrix up, in the same order."""
     pid = tl.program_id(0)
     row = table + tl.load(update_tiles + 4 * pid) * FIELDS
@@ -744,12 +753,13 @@ def rescale(table, update_tiles, found_inf, DTYPE: tl.constexpr, VECTOR: tl.cons
         total += tl.load(partial + 1 + start + k, mask=start + k < count, other=0.0)
     norm = tl.load(partial) * tl.sqrt(tl.sum(total, axis=0))
     target = tl.load(_float(tl.load(row + TARGET)))
-    skip = _is_skipped(row, norm, found_inf)
-    if skip == 0:
+    is_off = _is_off(row, skip)
+    is_skipped = _is_skipped(row, norm)
+    if (is_off | is_skipped) == 0:
         q = tl.load(update_tiles + 4 * pid + 2) * _SIDE + tl.arange(0, _SIDE)
         zero_p, zero_q = tl.zeros((STRIP,), tl.float32), tl.zeros((_SIDE,), tl.float32)
         for strip in range(0, _SIDE, STRIP):
             p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
             _change_strip(row, p, q, target / norm, zero_p, zero_q, DTYPE, VECTOR)
     if number == 0:
-        _report(row, tl.where(skip, norm, target), 0.0, 0.0, 0.0)
+        _report(row, is_off, tl.where(is_skipped, norm, target), 0.0, 0.0, 0.0)

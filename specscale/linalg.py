@@ -75,6 +75,11 @@ def concat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
+def broadcast_to(numbers: Tensor, other: Tensor) -> Tensor:
+    """`numbers`, of the first dimensions of `other`, with those that follow at size 1."""
+    return numbers.reshape(*numbers.shape, *(1 for _ in other.shape[numbers.ndim :]))
+
+
 def unit(x: Tensor, dim: int = -1) -> Tensor:
     """`x` at unit length along `dim`; a zero vector stays zero."""
     return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

@@ -30,6 +30,7 @@ class Plan:
     """How some weights step, valid while `fingerprint(weights)` stays what it was."""
 
     def __init__(self, weights: list[Weight], *, by_kernels: bool = True) -> None:
+        self.weights = weights
         self.scalings = {weight.scaling for weight in weights}
         self.groups: list[Any] = []
         """The `grouped.GroupedStep` of the weights of each constraint, dtype and device that kernels fit."""
@@ -53,6 +54,14 @@ class Plan:
             )
         for group in groups.values():
             self.groups.append(_grouped().GroupedStep(group))  # type: ignore[union-attr]
+
+    def part(self, skip: Tensor | None, weights: list[Weight]) -> Tensor | None:
+        """What `skip`, one number for all of the plan's weights or for each, has for some of them."""
+        if skip is None or len(skip) == 1 or weights == self.weights:
+            return skip
+        numbers = {weight: number for number, weight in enumerate(self.weights)}
+        # Views and one copy: an index would have to be copied to the device.
+        return torch.cat([skip[numbers[weight]].reshape(1) for weight in weights])
 
 
 class Plans:

@@ -64,7 +64,11 @@ class NormScaler:
     def attach(self, optimizer: torch.optim.Optimizer) -> "NormScaler":
         """Scale, after every step of the optimizer, the weights that it has stepped.
 
-        The optimizer keeps the handle alive. A step that a GradScaler skips moves nothing.
+        The optimizer keeps the handle alive. Nothing moves, and no state changes, in a step that a GradScaler skips,
+        for a weight without a gradient, and for one whose group has the learning rate 0, as a number or as a tensor: a
+        frozen group, the first step of a warm-up, the step that torch's distributed checkpoints take to make an
+        optimizer's state. A weight with a gradient and another rate counts as stepped, though an optimizer may have
+        left it where it was: with a gradient of zeros, for one. So does one whose group has no `lr`.
 
         Raises:
             TypeError: `optimizer` is no torch optimizer.
@@ -72,7 +76,7 @@ class NormScaler:
                 have been sharded.
         """
         self._scaled()
-        self._handles.append(attach(optimizer, self._model, self._weights, self._step))
+        self._handles += attach(optimizer, self._model, self._weights, self._step)
         return self
 
     def owned_by(self, optimizer: torch.optim.Optimizer) -> list[Weight]:

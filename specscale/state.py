@@ -121,6 +121,11 @@ class NormScaling(nn.Module):
         """Whether the weight is known to have been written to since `mark_current`."""
         return self._recorded is not None and self._recorded[0]() is weight and self._recorded[1] != weight._version
 
+    def keep_current(self, weight: Tensor, version: int) -> None:
+        """Mark the weight as current if it was so at this version: what was written since were the same values."""
+        if self._recorded is not None and self._recorded[0]() is weight and self._recorded[1] == version:
+            self.mark_current(weight)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.half()` and its like must not round targets and singular vectors: follow the device, not the dtype.
         self.mark_current(None)

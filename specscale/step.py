@@ -10,6 +10,8 @@ in a CUDA graph and replayed.
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from specscale import linalg
 from specscale.constraints import Constraint
 from specscale.errors import ADVICE, non_finite
-from specscale.linalg import concat, no_grad_full_precision
+from specscale.linalg import broadcast_to, concat, no_grad_full_precision
 from specscale.norms import Measurement
 from specscale.plans import Plan, Plans, is_capturing
 from specscale.state import MEASURED, NormScaling
@@ -43,7 +45,10 @@ class ScalingStep:
 
     @no_grad_full_precision
     def take(self, weights: list[Weight], skip: Tensor | None = None) -> None:
-        """Put the weights back on their targets; where the tensor `skip` is positive, no weight changes.
+        """Put the weights back on their targets.
+
+        Where `skip`, one number for all weights or for each, is positive, nothing of a weight changes, its state
+        included.
 
         Raises:
             Refusal: a weight holds NaN or infinity: on a CPU at this step, which then writes nothing; elsewhere at the
@@ -58,10 +63,15 @@ class ScalingStep:
             self._take_without_sync(weights, skip)
 
     def _take_with_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
+        if skip is not None:
+            is_off = (skip > 0).expand(len(weights)).tolist()
+            weights = [weight for weight, off in zip(weights, is_off, strict=True) if not off]
+            if not weights:
+                return
         batches = measure_weights(weights)
         if bad := self._read(PendingStats([Result.of(batch) for batch in batches])):
             raise non_finite(bad, f"no weight was scaled. {ADVICE}")
-        project_weights_(batches, skip)
+        project_weights_(batches)
         for weight in weights:
             weight.scaling.mark_current(weight.parameter)
 
@@ -77,7 +87,8 @@ class ScalingStep:
         planned = next_num_iterations(weights, {} if is_compiling else self.found)
         # Before any capture of ours: what a plan allocates and copies must not become part of a graph.
         plan = Plan(weights, by_kernels=False) if is_compiling else self._plans.of(weights)
-        results = scale(plan, planned, skip) if self._graphs is None else self._graphs.take(scale, plan, planned, skip)
+        take = scale if self._graphs is None else partial(self._graphs.take, scale)
+        results = take(plan, planned, skip)
         if not is_compiling:
             self._pending = PendingStats(results)
         for weight in weights:
@@ -120,10 +131,13 @@ def scale(plan: Plan, num_iterations: NumIterations, skip: Tensor | None) -> lis
     """A step that reads nothing back: by kernels where they fit, else in torch operations."""
     results = []
     for group in plan.groups:
-        group.take(num_iterations[group.weights[0].scaling.constraint], skip)
+        group.take(num_iterations[group.weights[0].scaling.constraint], plan.part(skip, group.weights))
         results.append(Result(group.weights, group.stats))
-    batches = measure_and_project_(plan.rest, num_iterations, skip) if plan.rest else []
-    return results + [Result.of(batch) for batch in batches]
+    if plan.rest:
+        batches = measure_weights(plan.rest, num_iterations)
+        project_weights_(batches, [plan.part(skip, batch.weights) for batch in batches])
+        results += [Result.of(batch) for batch in batches]
+    return results
 
 
 class Result(NamedTuple):
@@ -178,31 +192,27 @@ def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
     yield from (batch for batch, _ in open_batches.values())
 
 
-def project_weights_(batches: list[Batch], skip: Tensor | None) -> None:
+def project_weights_(batches: list[Batch], skips: Iterable[Tensor | None] = repeat(None)) -> None:
     """Put every measured weight back on its target, and record what was measured.
 
-    Skipped: matrices whose `skip_mask` is 1, those that are not finite, and all of them where the one-element tensor
-    `skip` is positive.
+    Matrices whose `skip_mask` is 1 and those that are not finite are not written. With `skips`, a tensor for each
+    batch with one number for all of its weights or for each: where it is positive, nothing of a weight changes.
     """
     buffers: list[Tensor] = []
     values: list[Tensor] = []
-    for weights, measurement in batches:
+    for (weights, measurement), skip in zip(batches, skips, strict=False):
         scalings = [weight.scaling for weight in weights]
         target = concat([scaling.target for scaling in scalings])
         skip_mask = (concat([scaling.skip_mask for scaling in scalings]) > 0) | ~measurement.norm.isfinite()
+        is_off = None
         if skip is not None:
-            skip_mask = skip_mask | (skip > 0)
+            off = (skip > 0).to(skip_mask.device, non_blocking=True).expand(len(weights)).split(1)
+            is_off = concat([one.expand(weight.view.count) for one, weight in zip(off, weights, strict=True)])
+            skip_mask = skip_mask | is_off
         splits = [weight.view.split(weight.parameter.detach()) for weight in weights]
         norm = scalings[0].constraint.project_(splits, measurement, target, skip_mask)
-        _collect(scalings, measurement._replace(norm=norm), buffers, values)
+        _collect(scalings, measurement._replace(norm=norm), buffers, values, is_off)
     torch._foreach_copy_(buffers, values)
-
-
-def measure_and_project_(weights: list[Weight], num_iterations: NumIterations, skip: Tensor | None) -> list[Batch]:
-    """A step that reads nothing back."""
-    batches = measure_weights(weights, num_iterations)
-    project_weights_(batches, skip)
-    return batches
 
 
 @no_grad_full_precision
@@ -217,16 +227,27 @@ def solve_anew_(scaling: NormScaling, weight: Tensor) -> None:
 
 
 def _collect(
-    scalings: list[NormScaling], measurement: Measurement, buffers: list[Tensor], values: list[Tensor]
+    scalings: list[NormScaling],
+    measurement: Measurement,
+    buffers: list[Tensor],
+    values: list[Tensor],
+    is_off: Tensor | None = None,
 ) -> None:
-    """Append the buffers of the scalings, and beside each what the measurement found for it: one copy writes all."""
+    """Append the buffers of the scalings, and beside each what the measurement found for it: one copy writes all.
+
+    A matrix where `is_off (k,)` is true keeps its values.
+    """
     counts = [scaling.view.count for scaling in scalings]
+    found: list[dict[str, Tensor]] = [dict(state) for state in measurement.states]
     for name in MEASURED:
-        buffers += [scaling.get_buffer(name) for scaling in scalings]
-        values += getattr(measurement, name).split(counts)
-    for scaling, state in zip(scalings, measurement.states, strict=True):
-        buffers += [scaling.get_buffer(name) for name in state]
-        values += state.values()
+        for own, value in zip(found, getattr(measurement, name).split(counts), strict=True):
+            own[name] = value
+    offs = [None] * len(scalings) if is_off is None else is_off.split(counts)
+    for scaling, own, off in zip(scalings, found, offs, strict=True):
+        for name, value in own.items():
+            buffer = scaling.get_buffer(name)
+            buffers.append(buffer)
+            values.append(value if off is None else torch.where(broadcast_to(off, buffer), buffer, value))
 
 
 class PendingStats:
@@ -290,7 +311,8 @@ class CapturedSteps:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._skip: Tensor | None = None
+        self._skips: dict[int, Tensor] = {}
+        """The copy of `skip` that graphs read, by its length."""
         self._failed = False
 
     def take(self, scale: Scale, plan: Plan, num_iterations: NumIterations, skip: Tensor | None) -> list[Result]:
@@ -299,10 +321,11 @@ class CapturedSteps:
             return scale(plan, num_iterations, skip)
         if skip is not None:
             # It is a new tensor at every step, and not always at the same address.
-            self._skip = torch.empty_like(skip) if self._skip is None else self._skip
-            skip = self._skip.copy_(skip)
-        # A graph reads its own captures' `_skip`.
-        key = (self, tuple(num_iterations.items()), skip is None)
+            if len(skip) not in self._skips:
+                self._skips[len(skip)] = torch.empty_like(skip)
+            skip = self._skips[len(skip)].copy_(skip)
+        # A graph reads its own captures' `_skips`.
+        key = (self, tuple(num_iterations.items()), None if skip is None else len(skip))
         if key not in plan.graphs:
             plan.graphs[key] = None
             return scale(plan, num_iterations, skip)

@@ -18,10 +18,8 @@ PATCHED = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.dtype, tl.core.tenso
 
 def interpreted_launch(kernel, num_programs, args, constants):
     """`grouped._prepare`: there is nothing to compile."""
-    placeholder = sys.modules["specscale.grouped"].FOUND_INF
-    return lambda found_inf: kernel[(num_programs,)](
-        *(found_inf if arg is placeholder else arg for arg in args), **constants
-    )
+    placeholder = sys.modules["specscale.grouped"].SKIP
+    return lambda skip: kernel[(num_programs,)](*(skip if arg is placeholder else arg for arg in args), **constants)
 
 
 @contextlib.contextmanager

@@ -182,7 +182,7 @@ def test_the_handle_tells_the_iterations_of_the_last_step():
 def test_each_optimizer_scales_what_it_owns_and_has_stepped():
     model = net()
     scaling = apply_norm_scaling(model, "frobenius", target=0.5)
-    first = torch.optim.SGD([*model.conv.parameters(), *model.up.parameters()], lr=0.0)
+    first = torch.optim.SGD([*model.conv.parameters(), *model.up.parameters()], lr=0.1)
     scaling.attach(first)
     head = model.head.weight.clone()
     model.conv(torch.randn(1, 3, 8, 8)).sum().backward()

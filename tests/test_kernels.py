@@ -140,7 +140,7 @@ def way(request):
 def step_by_torch(handle, count, skip=None):
     with torch.no_grad():
         counts = {weight.scaling.constraint: count for weight in handle.weights}
-        step.measure_and_project_(handle.weights, counts, skip)
+        step.scale(plans.Plan(handle.weights, by_kernels=False), counts, skip)
 
 
 def step_by_kernels(way, handle, count, skip=None):
@@ -318,6 +318,26 @@ def test_a_skipped_step_and_a_skipped_matrix_move_nothing(way, norm):
 
 
 @pytest.mark.parametrize("norm", BAD)
+def test_a_weight_that_is_skipped_by_its_own_number_keeps_its_state(way, norm):
+    by_torch, by_kernels = (scaled(["rows contiguous", "small"], norm, device=way.device) for _ in range(2))
+    drift_([by_torch, by_kernels], 0.1, 0)
+    for off in ([1.0, 0.0], [0.0, 1.0]):
+        before = [copied(weight) for weight in by_kernels.weights]
+        skip = torch.tensor(off, device=way.device)
+        step_by_torch(by_torch, 1, skip)
+        step_by_kernels(way, by_kernels, 1, skip)
+        assert_same(by_torch, by_kernels)
+        for weight, was, is_off in zip(by_kernels.weights, before, off, strict=True):
+            is_same = {name: torch.equal(value, was[name]) for name, value in copied(weight).items()}
+            assert all(is_same.values()) if is_off else not is_same["weight"]
+
+
+def copied(weight):
+    tensors = {"weight": weight.parameter, **dict(weight.scaling.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("norm", BAD)
 def test_zero_and_rank_one(way, norm):
     handles = [scaled(["odd", "small"], norm, device=way.device, target=0.5) for _ in range(2)]
     by_torch, by_kernels = handles
@@ -403,8 +423,8 @@ def stop_after(taken, name, way):
     def prepare_to_stop(kernel, *rest):
         launch = prepare(kernel, *rest)
 
-        def run(found_inf):
-            launch(found_inf)
+        def run(skip):
+            launch(skip)
             if kernel.__name__ == name:
                 raise Stopped
 
@@ -448,16 +468,16 @@ def test_a_training_step_goes_by_kernels_and_says_what_it_found(way, norm, monke
         handle.step()
 
 
-def test_a_launch_is_compiled_once_and_takes_another_found_inf_each_time():
+def test_a_launch_is_compiled_once_and_takes_another_skip_each_time():
     compiled, launched = [], []
 
     def warmup(*args, grid, **constants):
         compiled.append((args, grid, constants))
         return {grid: lambda *args: launched.append(args)}
 
-    kernel = SimpleNamespace(arg_names=["table", "found_inf", "tolerance", "FIRST", "LAST"], warmup=warmup)
+    kernel = SimpleNamespace(arg_names=["table", "skip", "tolerance", "FIRST", "LAST"], warmup=warmup)
     constants = {"LAST": False, "FIRST": True, "num_warps": 4}
-    launch = grouped._prepare(kernel, 7, ("table", grouped.FOUND_INF, 0.5), constants)
+    launch = grouped._prepare(kernel, 7, ("table", grouped.SKIP, 0.5), constants)
     launch("this")
     launch("that")
     assert compiled == [(("table", torch.float32, 0.5), (7, 1, 1), constants)]
@@ -565,7 +585,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(
         grouped,
         "_prepare",
-        lambda kernel, _, args, options: lambda found_inf: launched.append((kernel, args, options)),
+        lambda kernel, _, args, options: lambda skip: launched.append((kernel, args, options)),
     )
     return launched
 
@@ -774,7 +794,7 @@ def source_and_options(kernel, options):
             return "constexpr"
         if name.startswith("num_"):
             return "i32"
-        return {"table": "*i64", "found_inf": "*fp32", "tolerance": "fp32"}.get(name, "*i32")
+        return {"table": "*i64", "skip": "*fp32", "tolerance": "fp32"}.get(name, "*i32")
 
     return ASTSource(kernel, {name: type_of(name) for name in names}, constants), options
 
