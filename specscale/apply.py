@@ -18,6 +18,7 @@ from specscale.errors import Refusal, one_of, public_call
 from specscale.initialization import orthogonal_like
 from specscale.layers import LayerRule
 from specscale.parametrization import register, unregister
+from specscale.plain import Rule, refuse_inside_plain
 from specscale.scaler import NormScaler
 from specscale.solvers import SVD, Power, Solver
 from specscale.state import NormScaling
@@ -96,7 +97,9 @@ def apply_norm_scaling(
     if torch.is_inference_mode_enabled():
         raise Refusal("under torch.inference_mode() no state can be made that a step could write; call it outside")
 
+    rules = list(rules) if isinstance(rules, Iterable) else [rules]
     weights = select(module, include, exclude, rules)
+    refuse_inside_plain(module)
     refuse_wrapped(module)
     refuse_scaled(weights)
     refuse_unwritable(weights)
@@ -108,7 +111,7 @@ def apply_norm_scaling(
         plan.warnings.append("gain has no effect without init='orthogonal'")
     for text in plan.warnings:
         warnings.warn(f"apply_norm_scaling: {text}", stacklevel=3)
-    return _commit(module, plan)
+    return NormScaler(module, _commit(plan), Rule(target, tuple(rules)))
 
 
 def _constraint(norm: str, solver: str | Solver) -> Constraint:
@@ -175,8 +178,8 @@ def _plan(
 
 
 @torch.no_grad()
-def _commit(module: nn.Module, plan: _Plan) -> NormScaler:
-    """Register the scalings, then write the init. An interruption is rolled back."""
+def _commit(plan: _Plan) -> list[Weight]:
+    """Register the scalings, then write the init; returns the scaled weights. An interruption is rolled back."""
     before: list[tuple[Weight, Tensor]] = []
     try:
         for weight in plan.weights:
@@ -195,7 +198,7 @@ def _commit(module: nn.Module, plan: _Plan) -> NormScaler:
             if weight.is_scaled:
                 unregister(weight.module, weight.tensor)
         raise
-    return NormScaler(module, plan.weights)
+    return plan.weights
 
 
 def is_norm_scaled(module: nn.Module) -> bool:
@@ -211,5 +214,6 @@ def remove_norm_scaling(module: nn.Module) -> nn.Module:
         ValueError: no weight is scaled.
     """
     if not is_norm_scaled(module):
+        refuse_inside_plain(module)
         raise Refusal(f"{type(module).__name__} has no scaled weight")
     return NormScaler.of(module).remove()

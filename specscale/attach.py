@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from specscale.errors import Refusal, public_call
+from specscale.held import HeldWeights
 from specscale.step import ScalingStep
-from specscale.weights import Weight, current_weights, refuse_sharded
+from specscale.weights import Weight, refuse_sharded
 
 HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(max).__code__  # type: ignore[attr-defined]
 """The code of the wrapper with which torch calls hooks around an optimizer's `step`."""
@@ -25,9 +26,8 @@ def owned_by(optimizer: torch.optim.Optimizer, weights: Iterable[Weight]) -> lis
 class StepHook:
     """Takes the scaling step after each step of an optimizer, for the weights that the step may have moved."""
 
-    def __init__(self, model: nn.Module, weights: list[Weight], step: ScalingStep) -> None:
-        self._model = model
-        self.weights = weights
+    def __init__(self, held: HeldWeights, step: ScalingStep) -> None:
+        self.held = held
         self._step = step
         self._versions: dict[Weight, int] = {}
         """The weights that the optimizer owns, with their version counters before the step."""
@@ -36,8 +36,10 @@ class StepHook:
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if _is_inner_step(optimizer):
             return
-        owned = owned_by(optimizer, current_weights(self._model, self.weights))
         is_compiling = torch.compiler.is_compiling()
+        owned = owned_by(optimizer, self.held.current())
+        if not is_compiling:
+            self.held.warn_of_lost("step", stacklevel=4)
         self._versions = {weight: 0 if is_compiling else weight.parameter._version for weight in owned}
 
     @public_call("step")
@@ -88,10 +90,8 @@ def _skip(rates: list[Tensor | None], found_inf: Tensor | None) -> Tensor | None
     return each if skip is None else torch.maximum(each, skip.to(each))
 
 
-def attach(
-    optimizer: torch.optim.Optimizer, model: nn.Module, weights: list[Weight], step: ScalingStep
-) -> tuple[RemovableHandle, ...]:
-    """Take the step for those of the model's scaled weights that the optimizer owns, after each of its steps.
+def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingStep) -> tuple[RemovableHandle, ...]:
+    """Take the step for those of the held weights that the optimizer owns, after each of its steps.
 
     Raises:
         Refusal: `optimizer` is no torch optimizer (TypeError); it would never call a step hook, owns none of the
@@ -105,16 +105,16 @@ def attach(
             f"{kind} never calls step hooks; attach to the optimizer that it wraps, or call "
             "scaling.step() after its step"
         )
-    owned = owned_by(optimizer, current_weights(model, weights))
+    owned = owned_by(optimizer, held.current())
     if not owned:
         raise Refusal(f"{kind} owns none of the scaled weights; build it from this model's parameters")
     refuse_sharded(owned)
     # Another handle of the same model scales the same weights, hence the look into the optimizer's own list.
     others = [getattr(other, "__self__", None) for other in optimizer._optimizer_step_post_hooks.values()]
-    taken = {id(weight.scaling) for other in others if isinstance(other, StepHook) for weight in other.weights}
-    if any(id(weight.scaling) in taken for weight in owned):
+    taken = {scaling for other in others if isinstance(other, StepHook) for scaling in other.held.scalings}
+    if any(weight.scaling in taken for weight in owned):
         raise Refusal(f"this {kind} is attached already; a second hook would scale twice")
-    hook = StepHook(model, weights, step)
+    hook = StepHook(held, step)
     return (
         optimizer.register_step_pre_hook(hook.before_step),
         optimizer.register_step_post_hook(hook.after_step),

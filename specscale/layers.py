@@ -6,7 +6,7 @@ entry in `BUILT_IN`.
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -134,3 +134,8 @@ BUILT_IN = [
     LayerRule(_is_experts, _experts),
 ]
 """The rules for torch's layers, and for those of transformers that are not torch's."""
+
+
+def rule_for(name: str, module: nn.Module, rules: Iterable[LayerRule] = ()) -> LayerRule | None:
+    """The first rule that matches a layer: of `rules`, then of the built-in ones."""
+    return next((rule for rule in (*rules, *BUILT_IN) if rule.matches(name, module)), None)

@@ -52,7 +52,7 @@ def metrics(weights: list[Weight]) -> dict[str, float]:
 
 def table(weights: list[Weight]) -> str:
     """The weights and their columns as lines of text."""
-    _warn_if_stale(weights, stacklevel=4)
+    _warn_if_stale(weights, stacklevel=5)
     rows = [("layer", "matrices", "shape", *(column.name for column in COLUMNS))]
     for weight in weights:
         m, n = weight.view.matrix_shape(weight.parameter)

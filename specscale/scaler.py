@@ -1,5 +1,6 @@
 """The handle of a scaled model."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch.utils.hooks import RemovableHandle
 from specscale import reports
 from specscale.attach import attach, owned_by
 from specscale.errors import Refusal, public_call
+from specscale.held import HeldWeights
 from specscale.parametrization import plain_state_dict, unregister
+from specscale.plain import PlainModel, Rule, refuse_inside_plain
 from specscale.step import ScalingStep, solve_anew_
-from specscale.weights import Weight, current_weights, refuse_non_finite, scaled_weights
+from specscale.weights import Weight, refuse_non_finite, scaled_weights
 
 
 class NormScaler:
@@ -23,11 +26,13 @@ class NormScaler:
     >>> scaling.remove()              # a plain model again
     """
 
-    def __init__(self, model: nn.Module, weights: list[Weight]) -> None:
+    def __init__(self, model: nn.Module, weights: list[Weight], rule: Rule | None = None) -> None:
         self._model = model
-        self._weights = weights
+        self._held = HeldWeights(model, weights)
+        self._rule = rule or Rule()
         self._step = ScalingStep()
         self._handles: list[RemovableHandle] = []
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
     @classmethod
     @public_call("NormScaler.of")
@@ -42,17 +47,19 @@ class NormScaler:
             raise Refusal(f"expected a torch.nn.Module, found {type(model).__name__}", TypeError)
         weights = list(scaled_weights(model))
         if not weights:
+            refuse_inside_plain(model)
             raise Refusal(f"{type(model).__name__} has no scaled weight; call apply_norm_scaling(model) first")
         return cls(model, weights)
 
     @property
+    @public_call()
     def weights(self) -> list[Weight]:
         """The weights that are under this scaling, in the model's order, without layers that the model has lost."""
-        return current_weights(self._model, self._weights)
+        return self._held.current()
 
     def _scaled(self) -> list[Weight]:
         """The weights; an empty handle must not report success."""
-        weights = self.weights
+        weights = self._held.current()
         if not weights:
             raise Refusal(
                 f"no weight of {type(self._model).__name__} is under this scaling any more; "
@@ -76,26 +83,54 @@ class NormScaler:
                 have been sharded.
         """
         self._scaled()
-        self._handles += attach(optimizer, self._model, self._weights, self._step)
+        self._handles += attach(optimizer, self._held, self._step)
+        self._optimizers.add(optimizer)
         return self
 
+    def plain(self) -> PlainModel:
+        """The model without its scaling, for other code: `with scaling.plain() as model:`.
+
+        Inside, the model is the plain one: names, order and owners of parameters, types of layers, whole-model pickles,
+        and weights that can be assigned. The parameters are the same objects. Afterwards, also after an exception, the
+        scaling is back on what the layers then hold:
+
+        - A layer that was left as it was has the very objects that it had, and training goes on bit for bit.
+        - A weight is looked for as the same parameter, in whatever layer it now is; else as the tensor of the same name
+          in the same layer, or in the layer of the same name. Its state is solved anew where its values have changed.
+          The target is kept where the shape is; a weight of another shape gets the target of the call of
+          `apply_norm_scaling`, or the norm that it has: with `"initial"`, `"features"` and `NormScaler.of`.
+        - A weight that is not found, or computed from other parameters (pruned, quantized), is let go, and a warning
+          names it. Layers that are new are not scaled.
+        - A new parameter that no attached optimizer holds is named in a warning.
+
+        Inside, an attached optimizer's step, `apply_norm_scaling` and the handle's calls raise an error; the context
+        itself can be nested. What other handles hold of this model is plain too.
+
+        Raises:
+            ValueError: a scaled weight has another parametrization on top, or no weight is scaled any more.
+        """
+        return PlainModel(self._model, self._rule, self._optimizers)
+
+    @public_call()
     def owned_by(self, optimizer: torch.optim.Optimizer) -> list[Weight]:
         """The scaled weights among the optimizer's parameters."""
-        return owned_by(optimizer, self.weights)
+        return owned_by(optimizer, self._held.current())
 
     def detach(self) -> None:
         """Stop following the optimizers; the model stays as it is, and its weights keep their state."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._optimizers.clear()
 
+    @public_call()
     def capture(self) -> "NormScaler":
         """Replay steps from CUDA graphs from now on: `scaling.capture().attach(optimizer)`.
 
         The step is the same; its launches become one. Where the weights are not on one CUDA device, or a capture fails,
         a warning says why and steps run as they are.
         """
-        self._step.capture(self.weights)
+        self._step.capture(self._held.current())
         return self
 
     @public_call()
@@ -129,7 +164,7 @@ class NormScaler:
         """
         scaler = self if model is None else NormScaler.of(model)
         scaler._solve_anew()
-        scaler._step.take(scaler.weights)
+        scaler._step.take(scaler._scaled())
 
     @public_call()
     def retarget(self) -> None:
@@ -140,7 +175,7 @@ class NormScaler:
             NonFiniteWeightError: a weight holds NaN or infinity; the targets are as they were.
         """
         self._solve_anew()
-        for weight in self.weights:
+        for weight in self._scaled():
             weight.scaling.retarget_()
 
     def _solve_anew(self) -> None:
@@ -151,6 +186,7 @@ class NormScaler:
             weight.scaling.mark_current(weight.parameter)
 
     @property
+    @public_call()
     def num_iterations(self) -> dict[str, int]:
         """The solver's iterations in a step, by layer: the most that any of its matrices needed. No host sync.
 
@@ -158,7 +194,7 @@ class NormScaler:
         the step before it; a layer that has not been reported yet is not in it.
         """
         found = self._step.found
-        return {one.name: found[one.scaling].num_iterations for one in self.weights if one.scaling in found}
+        return {one.name: found[one.scaling].num_iterations for one in self._held.current() if one.scaling in found}
 
     @public_call()
     def metrics(self) -> dict[str, float]:
@@ -170,12 +206,15 @@ class NormScaler:
         of each. Under spectral scaling the norm is the larger of the target and the solver's second singular value, an
         estimate from below: `audit()` certifies it.
 
-        A warning names the weights that have been changed since they were last scaled.
+        A warning names the weights that have been changed since they were last scaled, and those that have left the
+        model with their layers.
 
         Raises:
             NonFiniteWeightError: a weight held NaN or infinity at the last step, where that step could not say so.
         """
-        return reports.metrics(self.weights)
+        weights = self._held.current()
+        self._held.warn_of_lost("metrics", stacklevel=4)
+        return reports.metrics(weights)
 
     @public_call()
     def audit(self, *, tolerance: float = 1e-3, miss: float = 1e-6, seed: int = 0) -> reports.Audit:
@@ -195,25 +234,33 @@ class NormScaler:
         """
         return reports.audit(self._scaled(), tolerance, miss, seed)
 
+    @public_call()
     def plain_state_dict(self) -> dict[str, Any]:
         """The model's state dict under its plain names, in its plain order, without the scaling's buffers.
 
         Raises:
             ValueError: a scaled weight has another parametrization on top.
         """
+        self._held.current()
         return plain_state_dict(self._model)
 
+    @public_call()
     def remove(self) -> nn.Module:
         """Detach from the optimizers and return the model, plain again: the same parameters under their plain names."""
+        weights = self._held.current()
         self.detach()
-        for weight in self.weights:
+        for weight in weights:
             unregister(weight.module, weight.tensor)
         return self._model
 
+    @public_call("print")
     def __str__(self) -> str:
-        return reports.table(self.weights)
+        return reports.table(self._held.current())
 
     def __repr__(self) -> str:
-        weights = self.weights
+        try:
+            weights = self._held.current()
+        except Refusal:
+            return f"NormScaler(of {type(self._model).__name__}, which is plain for a while)"
         constraints = "".join(f", {name}" for name in dict.fromkeys(one.scaling.constraint.name for one in weights))
         return f"NormScaler({len(weights)} weights of {type(self._model).__name__}{constraints})"

@@ -1,9 +1,10 @@
 """What a scaled weight carries: a parametrization whose forward is the identity and whose buffers are all the state."""
 
+import copy
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from specscale.views import MatrixView
 
 MEASURED = ("norm", "residual", "error")
 """The buffers that a measurement fills, beside the solver's."""
+
+PLAIN_LAYERS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""The layers that are plain for a while, by `NormScaler.plain()`. A copy of such a layer is plain for good."""
 
 
 class NormScaling(nn.Module):
@@ -50,7 +54,6 @@ class NormScaling(nn.Module):
     ) -> None:
         super().__init__()
         self.constraint = constraint
-        self.view = view
         self.seed_name = seed_name
         """The weight's name when it was put under scaling, which seeds the random numbers."""
         self.is_only = is_only
@@ -60,7 +63,16 @@ class NormScaling(nn.Module):
         self.load_hooks: tuple[RemovableHandle, ...] = ()
         self.needs_solve = False
         """Whether a checkpoint has brought the weight without a state for this solver."""
+        self.is_off = False
+        """Whether `NormScaler.plain()` has taken it off its layer for a while."""
         self._recorded: tuple[weakref.ref[Tensor], int] | None = None
+        self.reset_(view, weight)
+
+    def reset_(self, view: MatrixView, weight: Tensor) -> None:
+        """Make the buffers, of zeros, for a weight as it is now: its shape, dtype and device may be others."""
+        self.view = view
+        for name in list(self._buffers):
+            delattr(self, name)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for buffer in (*MEASURED, self.target_name, "skip_mask"):
             self.register_buffer(buffer, torch.zeros(view.count, dtype=dtype, device=weight.device))
@@ -125,6 +137,16 @@ class NormScaling(nn.Module):
         """Mark the weight as current if it was so at this version: what was written since were the same values."""
         if self._recorded is not None and self._recorded[0]() is weight and self._recorded[1] == version:
             self.mark_current(weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A weak reference is copied as it is: without this, a copy that is trained without scaling would not know.
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_recorded"}, memo)
+        weight = self._recorded[0]() if self._recorded is not None else None
+        own = None if weight is None or self.is_stale(weight) else memo.get(id(weight))
+        copied.mark_current(own)
+        return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.half()` and its like must not round targets and singular vectors: follow the device, not the dtype.

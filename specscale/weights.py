@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from specscale.errors import Refusal, nearest, non_finite
-from specscale.layers import BUILT_IN, LayerRule
+from specscale.layers import LayerRule, rule_for
 from specscale.state import NormScaling, original, scaling_of, scalings_of
 from specscale.views import MatrixView
 
@@ -108,26 +108,6 @@ def scaled_weights(model: nn.Module) -> Iterator[Weight]:
             yield Weight(layer, module, tensor, scaling.view, scaling.is_only, scaling)
 
 
-def current_weights(model: nn.Module, weights: Iterable[Weight]) -> list[Weight]:
-    """Those of the weights that are still under their scaling, in layers that the model still has."""
-    scaled = [weight for weight in weights if weight.is_scaled]
-    # At every step: to follow the names takes a tenth of the time of a walk over the model.
-    if all(_module_at(model, weight.layer) is weight.module for weight in scaled):
-        return scaled
-    present = set(model.modules())
-    return [weight for weight in scaled if weight.module in present]
-
-
-def _module_at(model: nn.Module, name: str) -> nn.Module | None:
-    """The submodule of that name, if there is one."""
-    module: nn.Module | None = model
-    for part in name.split(".") if name else ():
-        if module is None:
-            return None
-        module = module._modules.get(part)
-    return module
-
-
 def find_weights(model: nn.Module, rules: Iterable[LayerRule] = ()) -> list[Weight]:
     """Every weight of the model, scaled or not, by the first rule that matches its layer: `rules`, then the built-in.
 
@@ -192,7 +172,7 @@ def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[
     # The tensors are kept alive, so that no id is used twice: one that is computed is a new tensor at every look.
     seen: dict[int, tuple[Tensor, list[Weight]]] = {}
     for layer, module in model.named_modules():
-        rule = next((rule for rule in (*own, *BUILT_IN) if rule.matches(layer, module)), None)
+        rule = rule_for(layer, module, own)
         unused = [one for one in unused if one is not rule]
         with _reading(module):
             views = rule.views(module) if rule is not None else {}
@@ -285,12 +265,16 @@ def refuse_without_values(weights: Iterable[Weight]) -> None:
             )
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a shard of the tensor."""
+    # Whoever shards has imported it.
+    return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+
+
 def refuse_sharded(weights: Iterable[Weight]) -> None:
     """Refuse weights of which this process holds a shard."""
-    # Whoever shards has imported it.
-    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     for weight in weights:
-        if isinstance(weight.parameter, sharded):
+        if is_sharded(weight.parameter):
             raise Refusal(f"the weight of {weight.name!r} is sharded (a DTensor), which is not supported")
 
 

@@ -52,7 +52,7 @@ def small():
 
 def test_every_kind_of_weight_is_found_once():
     scaling = apply_norm_scaling(Everything())
-    counts = {w.name: w.scaling.view.count for w in scaling._weights}
+    counts = {w.name: w.scaling.view.count for w in scaling.weights}
     assert counts == {
         "qkv": 3,
         "attention": 3,
@@ -76,7 +76,7 @@ def test_initial_targets_are_the_norms_of_the_untouched_weights(norm):
     model = Everything()
     plain = copy.deepcopy(model.state_dict())
     scaling = apply_norm_scaling(model, norm)
-    for weight in scaling._weights:
+    for weight in scaling.weights:
         matrices = weight.scaling.view.matrices(weight.parameter.detach()).double()
         exact = torch.linalg.matrix_norm(matrices, "fro" if norm == "frobenius" else 2)
         torch.testing.assert_close(weight.scaling.target.double(), exact, rtol=1e-5, atol=0)
@@ -123,10 +123,10 @@ def test_features_restores_modes_where_a_layer_refuses_to_evaluate():
 
 
 def test_patterns_and_predicates():
-    assert [w.name for w in apply_norm_scaling(small(), include="2")._weights] == ["2"]
-    assert [w.name for w in apply_norm_scaling(small(), exclude=["2"])._weights] == ["0"]
+    assert [w.name for w in apply_norm_scaling(small(), include="2").weights] == ["2"]
+    assert [w.name for w in apply_norm_scaling(small(), exclude=["2"]).weights] == ["0"]
     narrow = apply_norm_scaling(small(), include=lambda name, module: module.out_features == 3)
-    assert [w.name for w in narrow._weights] == ["2"]
+    assert [w.name for w in narrow.weights] == ["2"]
     mixed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 3))
     assert [w.name for w in apply_norm_scaling(mixed, exclude=nn.Conv2d).weights] == ["1"]
 
@@ -330,7 +330,7 @@ def test_a_zero_weight_is_skipped_by_name():
     nn.init.zeros_(model[2].weight)
     with pytest.warns(UserWarning, match="'2' holds a zero matrix"):
         scaling = apply_norm_scaling(model)
-    assert [w.name for w in scaling._weights] == ["0"]
+    assert [w.name for w in scaling.weights] == ["0"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         remove_norm_scaling(model)

@@ -59,7 +59,7 @@ def test_frobenius_norms_are_on_target_after_every_step(make, memory_format):
     optimizer = make(model.parameters())
     scaling.attach(optimizer)
     for _ in train(model, optimizer, 10):
-        for weight in scaling._weights:
+        for weight in scaling.weights:
             norm = torch.linalg.matrix_norm(matrices(weight))
             assert ((norm / weight.scaling.target - 1).abs() <= 1e-5).all(), weight.name
 
@@ -73,13 +73,13 @@ def test_the_spectral_norm_is_the_larger_of_target_and_second_value(make, solver
     optimizer = make(model.parameters())
     before = {}
     optimizer.register_step_post_hook(
-        lambda *_: before.update({w.name: torch.linalg.svdvals(matrices(w)) for w in scaling._weights})
+        lambda *_: before.update({w.name: torch.linalg.svdvals(matrices(w)) for w in scaling.weights})
     )
     scaling.attach(optimizer)
     tolerance = 1e-5 if solver == "svd" else 1e-3
     for _ in train(model, optimizer, 10):
         metrics = scaling.metrics()
-        for weight in scaling._weights:
+        for weight in scaling.weights:
             old, new = before[weight.name], torch.linalg.svdvals(matrices(weight))
             target = weight.scaling.target.double()
             expected = torch.cat([target[:, None], old[:, 1:]], dim=1).sort(descending=True).values

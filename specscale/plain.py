@@ -1,0 +1,308 @@
+"""A scaled model made plain for a while: its scalings are taken off, kept, and put on what the layers then hold."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from einops import EinopsError
+from torch import Tensor, nn
+
+from specscale.errors import Refusal, public_call
+from specscale.held import INSIDE_PLAIN, Place, is_source, places_of, put_on
+from specscale.layers import LayerRule, rule_for
+from specscale.state import PLAIN_LAYERS, original, parametrizations_of
+from specscale.step import solve_anew_
+from specscale.targets import Target, resolve_targets
+from specscale.views import MatrixView
+from specscale.weights import Weight, is_sharded, scaled_weights
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a call of `apply_norm_scaling` has said, and a weight of another shape needs again."""
+
+    target: Target | None = None
+    """None, `"initial"` and `"features"`, which needs an example input: the norm that the weight has."""
+    layers: tuple[LayerRule, ...] = ()
+
+    def target_of(self, weight: Weight, model: nn.Module) -> float | None:
+        """The target norm of a weight, None for the norm that it has."""
+        if self.target in (None, "initial", "features"):
+            return None
+        targets = resolve_targets(self.target, weight.scaling.constraint, [weight], model, None)
+        return None if targets is None else targets[weight.name]
+
+
+class PlainModel:
+    """The context in which a model is plain; see `NormScaler.plain`."""
+
+    def __init__(self, model: nn.Module, rule: Rule, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self._model = model
+        self._rule = rule
+        self._optimizers = optimizers
+        self._entered: list[list[_Layer]] = []
+        """What was taken off, by the entries that have not been left."""
+
+    @public_call("plain")
+    def __enter__(self) -> nn.Module:
+        by_module: dict[nn.Module, list[Weight]] = defaultdict(list)
+        for weight in scaled_weights(self._model):
+            refuse_others_on_top(weight)
+            by_module[weight.module].append(weight)
+        if not by_module and PLAIN_LAYERS.isdisjoint(self._model.modules()):
+            raise Refusal(f"no weight of {type(self._model).__name__} is under scaling")
+        layers = [_Layer(module, weights) for module, weights in by_module.items()]
+        self._entered.append(layers)
+        for layer in layers:
+            layer.take_off()
+        return self._model
+
+    @public_call("plain")
+    def __exit__(self, *_: Any) -> None:
+        layers = self._entered.pop()
+        finds = _find(self._model, self._rule, [taken for layer in layers for taken in layer.taken])
+        modules = set(self._model.modules())
+        whole: set[_Taken] = set()
+        for layer in layers:
+            if layer.module in modules and layer.is_as_it_was():
+                layer.put_back()
+                whole.update(layer.taken)
+            PLAIN_LAYERS.discard(layer.module)
+        for taken, find in finds.items():
+            taken.weight.scaling.is_off = False
+            if isinstance(find, _Find):
+                if taken not in whole:
+                    put_on(taken.weight.scaling, find.place)
+                _renew(taken, find)
+        self._warn(finds)
+
+    def _warn(self, finds: "dict[_Taken, _Find | str | None]") -> None:
+        """Name the weights that are no longer scaled, and the parameters that no optimizer has."""
+        gone = [f"{taken.weight.name!r} ({find})" for taken, find in finds.items() if isinstance(find, str)]
+        if gone:
+            warnings.warn(
+                f"plain: no longer under scaling: {', '.join(gone)}; call apply_norm_scaling for layers that are new",
+                stacklevel=4,
+            )
+        optimizers = list(self._optimizers)
+        owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        new = [
+            find for taken, find in finds.items() if isinstance(find, _Find) and find.parameter is not taken.parameter
+        ]
+        unowned = [repr(find.place.layer) for find in new if id(find.parameter) not in owned]
+        if optimizers and unowned:
+            warnings.warn(
+                f"plain: the parameter of {', '.join(unowned)} is a new one, and no attached optimizer holds it: it "
+                "would not be trained. Give it to an optimizer (add_param_group), or build a new one and attach that; "
+                "wrap the model in DistributedDataParallel anew, if it was",
+                stacklevel=4,
+            )
+
+
+class _Taken:
+    """A weight whose scaling has been taken off, and what it was then."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight = weight
+        self.parameter = original(weight.module, weight.tensor)
+        self.shape = self.parameter.shape
+        self.checksum = _checksum(self.parameter)
+        self.is_current = not weight.scaling.is_stale(self.parameter)
+
+
+class _Layer:
+    """A layer whose scalings are taken off, with the objects that are put back if it is left as it is."""
+
+    def __init__(self, module: nn.Module, weights: list[Weight]) -> None:
+        self.module = module
+        self.taken = [_Taken(weight) for weight in weights]
+        self._scaled_class = type(module)
+        self._parametrizations = module._modules["parametrizations"]
+        self._module_order = list(module._modules)
+        self._parameter_order = list(module._parameters)
+        self._hooks: list[tuple[Any, int, Callable[..., Any]]] = []
+        self._plain_class: type[nn.Module] = self._scaled_class.__bases__[0]
+        self._rest: nn.Module | None = None
+        """The parametrizations of other tensors, which stay."""
+        own = {weight.tensor for weight in weights}
+        assert isinstance(self._parametrizations, nn.ModuleDict)
+        if rest := {name: one for name, one in self._parametrizations.items() if name not in own}:
+            self._rest = nn.ModuleDict(rest)
+            kept = {name: value for name, value in vars(self._scaled_class).items() if name not in own}
+            self._plain_class = type(self._scaled_class.__name__, self._scaled_class.__bases__, kept)
+
+    def take_off(self) -> None:
+        """Make the layer plain."""
+        module = self.module
+        for taken in self.taken:
+            scaling = taken.weight.scaling
+            scaling.is_off = True
+            for handle in scaling.load_hooks:
+                hooks: Any = handle.hooks_dict_ref()
+                self._hooks.append((hooks, handle.id, hooks.pop(handle.id)))
+        del module._modules["parametrizations"]
+        if self._rest is not None:
+            module._modules["parametrizations"] = self._rest
+        for taken in self.taken:
+            module._parameters[taken.weight.tensor] = taken.parameter
+        _reorder(module._parameters, [name for one in self.taken for name in one.weight.scaling.parameter_order])
+        module.__class__ = self._plain_class
+        PLAIN_LAYERS.add(module)
+
+    def is_as_it_was(self) -> bool:
+        """Whether the layer is the plain one that `take_off` has made of it, with the same parameters."""
+        module = self.module
+        return (
+            type(module) is self._plain_class
+            and module._modules.get("parametrizations") is self._rest
+            and all(module._parameters.get(taken.weight.tensor) is taken.parameter for taken in self.taken)
+        )
+
+    def put_back(self) -> None:
+        """Make the layer the scaled one again, of the same objects."""
+        module = self.module
+        for taken in self.taken:
+            del module._parameters[taken.weight.tensor]
+        _reorder(module._parameters, self._parameter_order)
+        module._modules["parametrizations"] = self._parametrizations
+        _reorder(module._modules, self._module_order)
+        module.__class__ = self._scaled_class
+        for hooks, number, hook in self._hooks:
+            hooks[number] = hook
+
+
+def refuse_others_on_top(weight: Weight) -> None:
+    """Refuse a weight with another parametrization on top of its scaling."""
+    chain = parametrizations_of(weight.module, weight.tensor)
+    assert chain is not None
+    if others := [type(one).__name__ for one in chain.children() if one is not weight.scaling]:
+        raise Refusal(
+            f"{weight.tensor!r} of {weight.layer!r} has a parametrization on top of its scaling, {', '.join(others)}; "
+            "remove that first"
+        )
+
+
+def refuse_inside_plain(model: nn.Module) -> None:
+    """Refuse a model that is plain for a while only."""
+    if not PLAIN_LAYERS.isdisjoint(model.modules()):
+        raise Refusal(INSIDE_PLAIN)
+
+
+def _reorder(items: dict[str, Any], order: Iterable[str]) -> None:
+    """Put the items of these names first, in this order, in place."""
+    before = dict(items)
+    items.clear()
+    items.update({name: before[name] for name in dict.fromkeys([*order, *before]) if name in before})
+
+
+class _Find(NamedTuple):
+    """Where a weight is now, and as what it is to be scaled."""
+
+    place: Place
+    parameter: nn.Parameter
+    view: MatrixView
+    target: float | None
+    """Of a weight of another shape; None for the norm that it has."""
+
+
+def _find(model: nn.Module, rule: Rule, weights: list[_Taken]) -> "dict[_Taken, _Find | str | None]":
+    """What each weight has become.
+
+    A `str` says why it cannot be scaled any more; None, that it has become one with another.
+    """
+    places = places_of(model)
+    layers = {module: layer for layer, module in model.named_modules()}
+    by_name = dict(model.named_modules())
+    finds: dict[_Taken, _Find | str | None] = {}
+    claimed: set[int] = set()
+    for taken in weights:
+        module, tensor = taken.weight.module, taken.weight.tensor
+        same = [place for place in places.get(id(taken.parameter), []) if not is_source(place, tensor)]
+        named = [(taken.weight.layer, by_name.get(taken.weight.layer))]
+        if module in layers:
+            # The same layer, though it may have another name now, comes first.
+            same.sort(key=lambda place: place.module is not module)
+            named.insert(0, (layers[module], module))
+        homes = [
+            Place(layer, one, tensor)
+            for layer, one in named
+            if one is not None and one._parameters.get(tensor) is not None
+        ]
+        place = next(iter(same or homes), None)
+        if place is None:
+            is_computed = any(isinstance(getattr(one, tensor, None), Tensor) for _, one in named)
+            finds[taken] = "it is computed now" if is_computed else "it is not in the model any more"
+            continue
+        parameter = place.module._parameters[place.tensor]
+        assert parameter is not None
+        finds[taken] = None if id(parameter) in claimed else _as_what(model, rule, taken, place, parameter)
+        claimed.add(id(parameter))
+    return finds
+
+
+def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, parameter: nn.Parameter) -> _Find | str:
+    """How the parameter that a weight has become is scaled, or why it cannot be."""
+    view = taken.weight.view
+    is_same_shape = parameter.shape == taken.shape
+    if not (is_same_shape and (parameter is taken.parameter or place.module is taken.weight.module)):
+        layer_rule = rule_for(place.layer, place.module, rule.layers)
+        view = (layer_rule.views(place.module) if layer_rule is not None else {}).get(place.tensor, view)
+    if is_sharded(parameter):
+        return "it is sharded now"
+    if not parameter.is_floating_point() or parameter.numel() == 0 or parameter.is_inference():
+        return f"it is a tensor of {parameter.dtype} and shape {tuple(parameter.shape)} that cannot be scaled"
+    try:
+        view.matrix_shape(parameter)
+    except EinopsError:
+        return f"its shape {tuple(parameter.shape)} does not fit {view}"
+    target = None
+    if not (is_same_shape and view == taken.weight.view):
+        weight = replace(taken.weight, layer=place.layer, module=place.module, tensor=place.tensor, view=view)
+        try:
+            target = rule.target_of(weight, model)
+        except Exception as error:
+            return f"its shape is another one, and its target fails: {error}"
+        if target is None and not bool(parameter.isfinite().all()):
+            return "it holds NaN or infinity"
+    return _Find(place, parameter, view, target)
+
+
+@torch.no_grad()
+def _renew(taken: _Taken, find: _Find) -> None:
+    """Bring a scaling that is on its layer again up to the weight that the layer has."""
+    scaling, parameter = taken.weight.scaling, find.parameter
+    is_same_matrix = parameter.shape == taken.shape and find.view == scaling.view
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    fits_state = is_same_matrix and scaling.norm.dtype == dtype and scaling.norm.device == parameter.device
+    if fits_state and parameter is taken.parameter and torch.equal(_checksum(parameter), taken.checksum):
+        if taken.is_current:
+            scaling.mark_current(parameter)
+        return
+    target, skip_mask = scaling.target, scaling.skip_mask
+    if not fits_state:
+        scaling.reset_(find.view, parameter)
+    if parameter.is_meta:
+        return
+    solve_anew_(scaling, parameter)
+    if is_same_matrix:
+        scaling.target.copy_(target)
+        scaling.skip_mask.copy_(skip_mask)
+    elif find.target is not None:
+        scaling.target.fill_(find.target)
+    else:
+        scaling.retarget_()
+    scaling.mark_current(parameter)
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Four numbers that change with almost every change of the tensor's values or of their order."""
+    if tensor.is_meta:
+        return torch.zeros(4, dtype=torch.int64)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().view(integers[tensor.element_size()]).flatten(1)
+    sums = [bits.sum(dim, dtype=torch.int64) for dim in (0, 1)]
+    weighted = [one * torch.arange(1, len(one) + 1, device=one.device) ** 3 for one in sums]
+    return torch.stack([one.sum() for one in (*sums, *weighted)])
