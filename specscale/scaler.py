@@ -9,7 +9,8 @@ from torch.utils.hooks import RemovableHandle
 from specscale import reports
 from specscale.attach import attach, owned_by
 from specscale.errors import Refusal, public_call
-from specscale.parametrization import plain_state_dict, unregister
+from specscale.parametrization import unregister
+from specscale.state_dicts import plain_state_dict
 from specscale.step import ScalingStep, solve_anew_
 from specscale.weights import Weight, current_weights, refuse_non_finite, scaled_weights
 

@@ -154,6 +154,11 @@ def scaling_of(module: nn.Module, tensor: str) -> NormScaling | None:
     return next((one for one in parametrizations._modules.values() if isinstance(one, NormScaling)), None)
 
 
+def others_on_top(module: nn.Module, tensor: str) -> list[nn.Module]:
+    """The parametrizations that others have registered on top; the scaling holds the parameter behind them."""
+    return [p for p in module.parametrizations[tensor] if not isinstance(p, NormScaling)]  # type: ignore[union-attr, index]
+
+
 def original(module: nn.Module, tensor: str) -> nn.Parameter:
     """The parameter behind a parametrized tensor."""
     parametrizations = parametrizations_of(module, tensor)
