@@ -21,6 +21,7 @@ from specscale.parametrization import register, unregister
 from specscale.scaler import NormScaler
 from specscale.solvers import SVD, Power, Solver
 from specscale.state import NormScaling
+from specscale.state_dicts import check_before_loading, end_unused_checks
 from specscale.step import solve_anew_
 from specscale.targets import GAINS, Gain, Target, check_setting, resolve_gains, resolve_targets
 from specscale.weights import (
@@ -181,6 +182,7 @@ def _commit(module: nn.Module, plan: _Plan) -> NormScaler:
     try:
         for weight in plan.weights:
             register(weight.module, weight.tensor, weight.scaling)
+        check_before_loading(module, plan.weights)
         # Each new value is let go as the old one is kept, so that memory does not grow.
         while plan.values:
             weight, value = plan.values.pop()
@@ -194,6 +196,7 @@ def _commit(module: nn.Module, plan: _Plan) -> NormScaler:
         for weight in plan.weights:
             if weight.is_scaled:
                 unregister(weight.module, weight.tensor)
+        end_unused_checks(plan.weights)
         raise
     return NormScaler(module, plan.weights)
 

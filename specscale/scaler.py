@@ -10,7 +10,7 @@ from specscale import reports
 from specscale.attach import attach, owned_by
 from specscale.errors import Refusal, public_call
 from specscale.parametrization import unregister
-from specscale.state_dicts import plain_state_dict
+from specscale.state_dicts import end_unused_checks, plain_state_dict
 from specscale.step import ScalingStep, solve_anew_
 from specscale.weights import Weight, current_weights, refuse_non_finite, scaled_weights
 
@@ -205,6 +205,7 @@ class NormScaler:
         self.detach()
         for weight in self.weights:
             unregister(weight.module, weight.tensor)
+        end_unused_checks(self._weights)
         return self._model
 
     def __str__(self) -> str:

@@ -58,6 +58,8 @@ class NormScaling(nn.Module):
         self.parameter_order = parameter_order
         """The layer's parameters in their order before registering moved this one to the end."""
         self.load_hooks: tuple[RemovableHandle, ...] = ()
+        self.load_check: object = None
+        """What `check_before_loading` has put on the model: one for all weights of a call."""
         self.needs_solve = False
         """Whether a checkpoint has brought the weight without a state for this solver."""
         self._recorded: tuple[weakref.ref[Tensor], int] | None = None

@@ -1,10 +1,14 @@
 """What state dicts go into a scaled model and come out of it."""
 
+import copy
+import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from specscale.constraints import CONSTRAINTS
 from specscale.errors import Refusal, one_of, public_call
@@ -37,7 +41,8 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
             continue
         saved = {k.removeprefix(home): state_dict.pop(k) for k in list(state_dict) if k.startswith(home)}
         _rename_old_buffers(saved, scaling)
-        _rename_target(saved, scaling, Weight(prefix.removesuffix("."), module, tensor, scaling.view, scaling.is_only))
+        layer = prefix.removesuffix(".")
+        _rename_target(saved, Weight(layer, module, tensor, scaling.view, scaling.is_only, scaling))
         own = dict(scaling.named_buffers())
         # These need no solver; without one of the others, all of them are solved anew from the weight.
         kept = {scaling.target_name, "skip_mask"}
@@ -45,6 +50,64 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
             scaling.needs_solve = True
             saved = own | {name: saved[name] for name in kept if name in saved}
         state_dict.update({home + name: value for name, value in saved.items()})
+
+
+class LoadCheck:
+    """Refuses a checkpoint before torch has loaded any of it, from the module that was put under scaling.
+
+    torch loads module by module, and a layer's own hook comes too late for the layers before it. The scalings of one
+    call share one check.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root: weakref.ref[nn.Module] | None = weakref.ref(root)
+        self._handle: RemovableHandle | None = root.register_load_state_dict_pre_hook(self._refuse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoadCheck":
+        copied = memo[id(self)] = LoadCheck.__new__(LoadCheck)
+        root = memo.get(id(self._root())) if self._root is not None else None
+        # A copy of a layer alone must not bring the whole model with it.
+        copied._root = None if root is None else weakref.ref(root)
+        copied._handle = None if root is None else copy.deepcopy(self._handle, memo)
+        return copied
+
+    def _weights(self, root: nn.Module) -> Iterator[Weight]:
+        return (weight for weight in scaled_weights(root) if weight.scaling.load_check is self)
+
+    @public_call("load_state_dict")
+    def _refuse(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        by_home: dict[str, dict[str, Any]] = defaultdict(dict)
+        for key, value in state_dict.items():
+            home, dot, buffer = key.rpartition(".")
+            by_home[home + dot][buffer] = value
+        for weight in self._weights(root):
+            layer = f"{prefix}{weight.layer}".removesuffix(".")
+            own = f"{layer}." if layer else ""
+            key, home = _keys(weight.module, weight.tensor, weight.scaling, own)
+            if key in state_dict or own + weight.tensor in state_dict:
+                saved = dict(by_home[home])
+                _rename_old_buffers(saved, weight.scaling)
+                _rename_target(saved, replace(weight, layer=layer))
+
+    def end_if_unused(self) -> None:
+        """Leave the module as it was before the check, once none of the check's weights is scaled any more."""
+        root = self._root() if self._root is not None else None
+        if root is not None and self._handle is not None and not any(True for _ in self._weights(root)):
+            self._handle.remove()
+
+
+def check_before_loading(root: nn.Module, weights: Iterable[Weight]) -> None:
+    """Refuse, at the root, a checkpoint that these scaled weights below it could not hold."""
+    check = LoadCheck(root)
+    for weight in weights:
+        weight.scaling.load_check = check
+
+
+def end_unused_checks(weights: Iterable[Weight]) -> None:
+    """Once these weights are not scaled any more: take the checks off that no other weight needs."""
+    for check in {weight.scaling.load_check for weight in weights}:
+        if isinstance(check, LoadCheck):
+            check.end_if_unused()
 
 
 def _shapes(buffers: Mapping[str, Tensor], without: set[str]) -> dict[str, tuple[int, ...]]:
@@ -65,9 +128,9 @@ def _rename_old_buffers(saved: dict[str, Any], scaling: NormScaling) -> None:
         saved[f"target_{name}"] = target
 
 
-def _rename_target(saved: dict[str, Any], scaling: NormScaling, weight: Weight) -> None:
+def _rename_target(saved: dict[str, Any], weight: Weight) -> None:
     """Bring the checkpoint's targets under this constraint's name; refuse those that it could not hold."""
-    norm = scaling.constraint.norm.name
+    norm = weight.scaling.constraint.norm.name
     for key in [key for key in saved if key.startswith("target_")]:
         name = key.removeprefix("target_")
         if name not in CONSTRAINTS:
@@ -88,7 +151,7 @@ def _rename_target(saved: dict[str, Any], scaling: NormScaling, weight: Weight) 
             raise Refusal(
                 f"the checkpoint's target of {weight.name!r} must be finite and positive, found {target.tolist()}"
             )
-        saved[scaling.target_name] = target
+        saved[weight.scaling.target_name] = target
 
 
 def solve_what_was_missing(module: nn.Module, _: Any) -> None:

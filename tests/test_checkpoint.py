@@ -135,6 +135,84 @@ def test_a_checkpoint_of_another_norm_is_refused(norm, other):
     assert all(torch.equal(value, before[name]) for name, value in scaled.state_dict().items())
 
 
+def with_target(state, layer, target):
+    """The state dict with a bad target of one of `model`'s layers."""
+    return dict(state) | {f"{layer}.parametrizations.weight.0.target_spectral": torch.tensor([target])}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("wrong", [["2.1"], ["2.0", "2.1"]])
+def test_a_checkpoint_that_is_refused_for_a_late_layer_has_loaded_nothing(copied, assign, wrong):
+    apply_norm_scaling(source := model())
+    apply_norm_scaling(scaled := model(), target=0.5)
+    if copied:
+        original, scaled = scaled, copy.deepcopy(scaled)
+        NormScaler.of(original).remove()
+    state = source.state_dict()
+    for layer in wrong:
+        state = with_target(state, layer, -1.0)
+    before = copy.deepcopy(scaled.state_dict())
+    with pytest.raises(ValueError, match=f"load_state_dict: the checkpoint's target of '{wrong[0]}' must be finite"):
+        scaled.load_state_dict(state, assign=assign)
+    assert all(torch.equal(value, before[name]) for name, value in scaled.state_dict().items())
+    scaled.load_state_dict(source.state_dict(), assign=assign)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in scaled.state_dict().items())
+
+
+def test_an_old_checkpoint_that_is_refused_for_a_late_layer_has_loaded_nothing():
+    apply_norm_scaling(net := half_zero(), "spectral", target=1.0)
+    old = of_version_0_1_0("spectral")["model"] | {"wide.parametrizations.weight.0.order": torch.tensor(2)}
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"target of 'net\.wide' is not of the spectral norm"):
+        nn.ModuleDict({"net": net}).load_state_dict({f"net.{name}": value for name, value in old.items()})
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def hooks_of(model):
+    return [hook for module in model.modules() for hook in module._load_state_dict_pre_hooks.values()]
+
+
+def test_what_checks_a_load_goes_with_the_scaling():
+    net = model()
+    first, second = (apply_norm_scaling(net, include=layer) for layer in ("0", "2"))
+    twin = copy.deepcopy(net)
+    state = with_target(net.state_dict(), "0", -1.0)
+    first.remove()
+    plain = {name: value for name, value in state.items() if not name.startswith("0.")}
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"target of '2\.1' must be finite"):
+        net.load_state_dict(with_target(plain, "2.1", -1.0), strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    second.remove()
+    assert hooks_of(net) == []
+    assert hooks_of(twin)
+    NormScaler.of(twin[2]).remove()
+    NormScaler.of(twin[0]).remove()
+    assert hooks_of(twin) == []
+    # On two parts of it, and off the whole.
+    for part in twin[0], twin[2]:
+        apply_norm_scaling(part)
+    assert hooks_of(NormScaler.of(twin).remove()) == []
+    # A layer that is gone leaves no check behind.
+    scaling = apply_norm_scaling(twin, include="2.1")
+    twin[2][1] = nn.Linear(60, 2)
+    scaling.remove()
+    assert hooks_of(twin) == []
+
+
+def test_a_copy_of_one_layer_does_not_bring_the_model_with_it():
+    apply_norm_scaling(net := model())
+    memo = {}
+    layer = copy.deepcopy(net[2][0], memo)
+    assert id(net) not in memo
+    assert id(net[0]) not in memo
+    apply_norm_scaling(other := model()[2][0], target=0.7)
+    layer.load_state_dict(other.state_dict())
+    NormScaler.of(layer).remove()
+    assert hooks_of(layer) == []
+
+
 def test_a_copy_is_scaled_on_its_own():
     scaling = apply_norm_scaling(source := model(), target=2.0)
     twin = copy.deepcopy(source)
