@@ -2,8 +2,8 @@
 
 import copy
 import weakref
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from specscale.constraints import CONSTRAINTS
 from specscale.errors import Refusal, one_of, public_call
+from specscale.saved_names import SavedParametrization, in_plain_order, parametrizations_in, plain_name, saved_scalings
 from specscale.state import NormScaling, original, others_on_top, scalings_of
 from specscale.step import solve_anew_
 from specscale.weights import Weight, scaled_weights
@@ -164,20 +165,33 @@ def solve_what_was_missing(module: nn.Module, _: Any) -> None:
 
 
 @public_call()
-def plain_state_dict(model: nn.Module) -> dict[str, Any]:
-    """A scaled model's state dict as the plain model's: names, order and content.
+def plain_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of the plain model, names, order and content, from the scaled model or from its state dict.
+
+    >>> saved = torch.load("checkpoint.pt")["state_dict_ema"]
+    >>> plain.load_state_dict(plain_state_dict(saved))
+
+    A state dict needs no model, and its names may have a prefix, such as `module.`. It is not changed, and the tensors
+    are not copied. A weight comes first in its layer, since its plain place is not in the state dict, but for layers of
+    torch that have another order. A model or state dict without a scaled weight gives its state dict as it is.
 
     Raises:
+        TypeError: it is neither a module nor a mapping.
         ValueError: a scaled weight has another parametrization on top.
     """
+    if isinstance(model_or_state_dict, nn.Module):
+        return _plain_from_model(model_or_state_dict)
+    if isinstance(model_or_state_dict, Mapping):
+        return plain_from_saved(model_or_state_dict)
+    found = type(model_or_state_dict).__name__
+    raise Refusal(f"expected a torch.nn.Module or a state dict, found {found}", TypeError)
+
+
+def _plain_from_model(model: nn.Module) -> dict[str, Any]:
     by_module: dict[nn.Module, list[Weight]] = defaultdict(list)
     for weight in scaled_weights(model):
         if others := others_on_top(weight.module, weight.tensor):
-            kinds = ", ".join(type(one).__name__ for one in others)
-            raise Refusal(
-                f"{weight.tensor!r} of {weight.layer!r} has a parametrization on top of its scaling, {kinds}; "
-                "remove that first"
-            )
+            raise _refusal_on_top(weight.tensor, weight.layer, (type(one).__name__ for one in others))
         by_module[weight.module].append(weight)
 
     # A module's hook sees all of its keys, and runs before those of the modules around it.
@@ -188,13 +202,11 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
             own = {key: value for key, value in own.items() if not key.startswith(home)}
             if scaled in own:
                 own[prefix + weight.tensor] = own.pop(scaled)
+            _forget(getattr(state, "_metadata", {}), prefix, weight.tensor)
         # Registering moved the weight behind the layer's other parameters: back to its plain place.
         order = [prefix + name for weight in by_module[module] for name in weight.scaling.parameter_order]
         state.update({key: own.pop(key) for key in dict.fromkeys(order) if key in own})
         state.update(own)
-        metadata = getattr(state, "_metadata", {})
-        for key in [key for key in metadata if key.startswith(f"{prefix}parametrizations")]:
-            del metadata[key]
 
     hooks = [module.register_state_dict_post_hook(rename) for module in by_module]
     try:
@@ -202,3 +214,50 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def plain_from_saved(state: Mapping[str, Any], weights: Collection[str] = ()) -> dict[str, Any]:
+    """The plain state dict from a saved one, by its names alone.
+
+    `weights` are names of scaled weights that are known from elsewhere: an average of parameters has no buffers.
+    """
+    scalings = set(saved_scalings(state))
+    metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
+    _refuse_on_top(scalings, [*state, *metadata])
+    kept = [key for key in state if scalings.isdisjoint(parametrizations_in(key))]
+    scaled = {one.parameter for one in scalings} | set(weights)
+    ordered = in_plain_order(kept, scaled)
+    plain = {plain_name(key) if key in scaled else key: state[key] for key in ordered}
+    if not isinstance(state, OrderedDict):
+        return plain
+    plain = OrderedDict(plain)
+    if metadata:
+        left = OrderedDict(metadata)
+        for one in scalings:
+            _forget(left, one.layer, one.tensor)
+        plain._metadata = left  # type: ignore[attr-defined]
+    return plain
+
+
+def _refuse_on_top(scalings: Collection[SavedParametrization], names: Iterable[str]) -> None:
+    """Refuse a tensor that has another parametrization beside its scaling, as far as the names show it."""
+    tensors = {(one.layer, one.tensor) for one in scalings}
+    for name in names:
+        for one in parametrizations_in(name):
+            if (one.layer, one.tensor) in tensors and one not in scalings:
+                raise _refusal_on_top(one.tensor, one.layer.removesuffix("."), [repr(one.home.removesuffix("."))])
+
+
+def _forget(metadata: dict[str, Any], prefix: str, tensor: str) -> None:
+    """Take the entries of a tensor's parametrizations out of a state dict's metadata."""
+    home = f"{prefix}parametrizations"
+    for key in [key for key in metadata if f"{key}.".startswith(f"{home}.{tensor}.")]:
+        del metadata[key]
+    if not any(key.startswith(f"{home}.") for key in metadata):
+        metadata.pop(home, None)
+
+
+def _refusal_on_top(tensor: str, layer: str, others: Iterable[str]) -> Refusal:
+    return Refusal(
+        f"{tensor!r} of {layer!r} has a parametrization on top of its scaling, {', '.join(others)}; remove that first"
+    )
