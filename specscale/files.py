@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from specscale.errors import Refusal
-from specscale.saved_names import in_plain_order, is_parametrized, plain_name, saved_scalings
+from specscale.saved_names import in_plain_order, is_parametrized, parametrizations_in, plain_name, saved_scalings
 from specscale.state_dicts import plain_from_saved
 
 TORCH = (".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
@@ -164,7 +164,9 @@ class _Walk:
 
     def _weights_in(self, names: Any) -> list[str]:
         """The scaled weights' names among them. An average of parameters has no buffers by which to know them."""
-        return [name for name in names if is_parametrized(name) and self._is_scaled(name)]
+        parametrized = {one.parameter for name in names for one in parametrizations_in(name)}
+        of_others = parametrized - {one.parameter for one in saved_scalings(names)}
+        return [name for name in names if is_parametrized(name) and name not in of_others and self._is_scaled(name)]
 
     def _is_scaled(self, name: str) -> bool:
         """Whether the name is a scaled weight's in one of the file's state dicts, a wrapper's prefix apart."""

@@ -225,6 +225,17 @@ def test_what_is_nested_is_found_and_all_else_stays(tmp_path, capsys):
     assert saved["numbers"] == content["numbers"]
 
 
+def test_another_models_parametrization_of_the_same_name_stays(tmp_path, capsys):
+    _, net, _ = trained()
+    teacher = Net()
+    nn.utils.parametrizations.orthogonal(teacher.head)
+    torch.save({"teacher": teacher.state_dict(), "net": net.state_dict()}, tmp_path / "in.pt")
+    saved = torch.load(plain(tmp_path / "in.pt", tmp_path / "out.pt"))
+    assert capsys.readouterr().out == "net: 8 weights made plain\n"
+    assert list(saved["teacher"]) == list(teacher.state_dict())
+    assert list(saved["net"]) == list(Net().state_dict())
+
+
 def test_a_bare_state_dict_and_shared_memory(tmp_path, capsys):
     """Tied tensors stay in one memory."""
     net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
