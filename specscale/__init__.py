@@ -5,10 +5,10 @@ from specscale.block import Block
 from specscale.errors import NonFiniteWeightError
 from specscale.initialization import orthogonal_init_
 from specscale.layers import LayerRule
-from specscale.parametrization import plain_state_dict
 from specscale.reports import Audit, Certificate, singular_values, spectral_norms
 from specscale.scaler import NormScaler
 from specscale.solvers import SVD, Power
+from specscale.state_dicts import plain_state_dict
 from specscale.views import MatrixView
 
 __all__ = [

@@ -22,6 +22,7 @@ from specscale.plain import Rule, refuse_inside_plain
 from specscale.scaler import NormScaler
 from specscale.solvers import SVD, Power, Solver
 from specscale.state import NormScaling
+from specscale.state_dicts import check_before_loading, end_unused_checks
 from specscale.step import solve_anew_
 from specscale.targets import GAINS, Gain, Target, check_setting, resolve_gains, resolve_targets
 from specscale.weights import (
@@ -111,7 +112,7 @@ def apply_norm_scaling(
         plan.warnings.append("gain has no effect without init='orthogonal'")
     for text in plan.warnings:
         warnings.warn(f"apply_norm_scaling: {text}", stacklevel=3)
-    return NormScaler(module, _commit(plan), Rule(target, tuple(rules)))
+    return NormScaler(module, _commit(module, plan), Rule(target, tuple(rules)))
 
 
 def _constraint(norm: str, solver: str | Solver) -> Constraint:
@@ -178,12 +179,13 @@ def _plan(
 
 
 @torch.no_grad()
-def _commit(plan: _Plan) -> list[Weight]:
+def _commit(module: nn.Module, plan: _Plan) -> list[Weight]:
     """Register the scalings, then write the init; returns the scaled weights. An interruption is rolled back."""
     before: list[tuple[Weight, Tensor]] = []
     try:
         for weight in plan.weights:
             register(weight.module, weight.tensor, weight.scaling)
+        check_before_loading(module, plan.weights)
         # Each new value is let go as the old one is kept, so that memory does not grow.
         while plan.values:
             weight, value = plan.values.pop()
@@ -197,6 +199,7 @@ def _commit(plan: _Plan) -> list[Weight]:
         for weight in plan.weights:
             if weight.is_scaled:
                 unregister(weight.module, weight.tensor)
+        end_unused_checks(plan.weights)
         raise
     return plan.weights
 

@@ -111,7 +111,7 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
     refuse_sharded(owned)
     # Another handle of the same model scales the same weights, hence the look into the optimizer's own list.
     others = [getattr(other, "__self__", None) for other in optimizer._optimizer_step_post_hooks.values()]
-    taken = {scaling for other in others if isinstance(other, StepHook) for scaling in other.held.scalings}
+    taken = {weight.scaling for other in others if isinstance(other, StepHook) for weight in other.held.with_lost}
     if any(weight.scaling in taken for weight in owned):
         raise Refusal(f"this {kind} is attached already; a second hook would scale twice")
     hook = StepHook(held, step)

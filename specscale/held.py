@@ -32,9 +32,9 @@ class HeldWeights:
         """The lost weights that a call has not named yet."""
 
     @property
-    def scalings(self) -> set[NormScaling]:
-        """Those of all its weights, lost ones included."""
-        return {weight.scaling for weight in (*self._weights, *self._lost)}
+    def with_lost(self) -> list[Weight]:
+        """All its weights, with those whose layer has left the model."""
+        return [*self._weights, *self._lost]
 
     def current(self) -> list[Weight]:
         """The weights that are held now, in the model's order."""
@@ -50,7 +50,7 @@ class HeldWeights:
         return module_at(self.model, weight.layer) is weight.module
 
     def _look_around(self) -> None:
-        held = [*self._weights, *self._lost]
+        held = self.with_lost
         if any(weight.scaling.is_off for weight in held):
             raise Refusal(INSIDE_PLAIN)
         present = {weight.scaling for weight in scaled_weights(self.model)}
@@ -58,7 +58,7 @@ class HeldWeights:
         missing = [weight for weight in held if weight.is_scaled and weight.scaling not in present]
         places = places_of(self.model) if missing else {}
         lost = [weight for weight in missing if not _follow(weight, places)]
-        own = self.scalings
+        own = {weight.scaling for weight in held}
         self._weights = [weight for weight in scaled_weights(self.model) if weight.scaling in own]
         for names in self._unsaid.values():
             names += [weight for weight in lost if weight not in self._lost]

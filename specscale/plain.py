@@ -2,18 +2,20 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from einops import EinopsError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from specscale.errors import Refusal, public_call
 from specscale.held import INSIDE_PLAIN, Place, is_source, places_of, put_on
 from specscale.layers import LayerRule, rule_for
-from specscale.state import PLAIN_LAYERS, original, parametrizations_of
+from specscale.state import PLAIN_LAYERS, original
+from specscale.state_dicts import LoadCheck, end_unused_checks, refuse_others_on_top
 from specscale.step import solve_anew_
 from specscale.targets import Target, resolve_targets
 from specscale.views import MatrixView
@@ -43,8 +45,8 @@ class PlainModel:
         self._model = model
         self._rule = rule
         self._optimizers = optimizers
-        self._entered: list[list[_Layer]] = []
-        """What was taken off, by the entries that have not been left."""
+        self._entered: list[tuple[list[_Layer], _Hooks]] = []
+        """The layers, and the checks of state dicts, that were taken off by each entry that has not been left."""
 
     @public_call("plain")
     def __enter__(self) -> nn.Module:
@@ -55,28 +57,31 @@ class PlainModel:
         if not by_module and PLAIN_LAYERS.isdisjoint(self._model.modules()):
             raise Refusal(f"no weight of {type(self._model).__name__} is under scaling")
         layers = [_Layer(module, weights) for module, weights in by_module.items()]
-        self._entered.append(layers)
+        checks = {taken.weight.scaling.load_check for layer in layers for taken in layer.taken}
+        handles = (check.handle for check in checks if isinstance(check, LoadCheck))
+        self._entered.append((layers, _Hooks(handle for handle in handles if handle is not None)))
         for layer in layers:
             layer.take_off()
         return self._model
 
     @public_call("plain")
     def __exit__(self, *_: Any) -> None:
-        layers = self._entered.pop()
+        layers, checks = self._entered.pop()
         finds = _find(self._model, self._rule, [taken for layer in layers for taken in layer.taken])
         modules = set(self._model.modules())
-        whole: set[_Taken] = set()
+        checks.put_back()
         for layer in layers:
-            if layer.module in modules and layer.is_as_it_was():
-                layer.put_back()
-                whole.update(layer.taken)
             PLAIN_LAYERS.discard(layer.module)
+            own = [finds[taken] for taken in layer.taken]
+            if layer.module in modules and layer.is_as_it_was() and all(isinstance(find, _Find) for find in own):
+                layer.put_back()
         for taken, find in finds.items():
             taken.weight.scaling.is_off = False
             if isinstance(find, _Find):
-                if taken not in whole:
+                if not taken.weight.is_scaled:
                     put_on(taken.weight.scaling, find.place)
                 _renew(taken, find)
+        end_unused_checks(taken.weight for taken in finds)
         self._warn(finds)
 
     def _warn(self, finds: "dict[_Taken, _Find | str | None]") -> None:
@@ -89,9 +94,8 @@ class PlainModel:
             )
         optimizers = list(self._optimizers)
         owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-        new = [
-            find for taken, find in finds.items() if isinstance(find, _Find) and find.parameter is not taken.parameter
-        ]
+        found = [(taken, find) for taken, find in finds.items() if isinstance(find, _Find)]
+        new = [find for taken, find in found if find.parameter is not taken.parameter]
         unowned = [repr(find.place.layer) for find in new if id(find.parameter) not in owned]
         if optimizers and unowned:
             warnings.warn(
@@ -100,6 +104,21 @@ class PlainModel:
                 "wrap the model in DistributedDataParallel anew, if it was",
                 stacklevel=4,
             )
+
+
+class _Hooks:
+    """Hooks that are taken off, to be put back under their numbers, so that their handles stay good."""
+
+    def __init__(self, handles: Iterable[RemovableHandle]) -> None:
+        self._taken: list[tuple[dict[int, Any], int, Any]] = []
+        for handle in handles:
+            hooks: dict[int, Any] | None = handle.hooks_dict_ref()
+            if hooks is not None and handle.id in hooks:
+                self._taken.append((hooks, handle.id, hooks.pop(handle.id)))
+
+    def put_back(self) -> None:
+        for hooks, number, hook in self._taken:
+            hooks[number] = hook
 
 
 class _Taken:
@@ -123,7 +142,7 @@ class _Layer:
         self._parametrizations = module._modules["parametrizations"]
         self._module_order = list(module._modules)
         self._parameter_order = list(module._parameters)
-        self._hooks: list[tuple[Any, int, Callable[..., Any]]] = []
+        self._hooks: list[_Hooks] = []
         self._plain_class: type[nn.Module] = self._scaled_class.__bases__[0]
         self._rest: nn.Module | None = None
         """The parametrizations of other tensors, which stay."""
@@ -140,9 +159,7 @@ class _Layer:
         for taken in self.taken:
             scaling = taken.weight.scaling
             scaling.is_off = True
-            for handle in scaling.load_hooks:
-                hooks: Any = handle.hooks_dict_ref()
-                self._hooks.append((hooks, handle.id, hooks.pop(handle.id)))
+            self._hooks.append(_Hooks(scaling.load_hooks))
         del module._modules["parametrizations"]
         if self._rest is not None:
             module._modules["parametrizations"] = self._rest
@@ -170,19 +187,8 @@ class _Layer:
         module._modules["parametrizations"] = self._parametrizations
         _reorder(module._modules, self._module_order)
         module.__class__ = self._scaled_class
-        for hooks, number, hook in self._hooks:
-            hooks[number] = hook
-
-
-def refuse_others_on_top(weight: Weight) -> None:
-    """Refuse a weight with another parametrization on top of its scaling."""
-    chain = parametrizations_of(weight.module, weight.tensor)
-    assert chain is not None
-    if others := [type(one).__name__ for one in chain.children() if one is not weight.scaling]:
-        raise Refusal(
-            f"{weight.tensor!r} of {weight.layer!r} has a parametrization on top of its scaling, {', '.join(others)}; "
-            "remove that first"
-        )
+        for hooks in self._hooks:
+            hooks.put_back()
 
 
 def refuse_inside_plain(model: nn.Module) -> None:

@@ -11,8 +11,9 @@ from specscale import reports
 from specscale.attach import attach, owned_by
 from specscale.errors import Refusal, public_call
 from specscale.held import HeldWeights
-from specscale.parametrization import plain_state_dict, unregister
+from specscale.parametrization import unregister
 from specscale.plain import PlainModel, Rule, refuse_inside_plain
+from specscale.state_dicts import end_unused_checks, plain_state_dict
 from specscale.step import ScalingStep, solve_anew_
 from specscale.weights import Weight, refuse_non_finite, scaled_weights
 
@@ -251,6 +252,7 @@ class NormScaler:
         self.detach()
         for weight in weights:
             unregister(weight.module, weight.tensor)
+        end_unused_checks(self._held.with_lost)
         return self._model
 
     @public_call("print")

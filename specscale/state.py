@@ -61,6 +61,8 @@ class NormScaling(nn.Module):
         self.parameter_order = parameter_order
         """The layer's parameters in their order before registering moved this one to the end."""
         self.load_hooks: tuple[RemovableHandle, ...] = ()
+        self.load_check: object = None
+        """What `check_before_loading` has put on the model: one for all weights of a call."""
         self.needs_solve = False
         """Whether a checkpoint has brought the weight without a state for this solver."""
         self.is_off = False
@@ -179,6 +181,11 @@ def scaling_of(module: nn.Module, tensor: str) -> NormScaling | None:
     if parametrizations is None:
         return None
     return next((one for one in parametrizations._modules.values() if isinstance(one, NormScaling)), None)
+
+
+def others_on_top(module: nn.Module, tensor: str) -> list[nn.Module]:
+    """The parametrizations that others have registered on top; the scaling holds the parameter behind them."""
+    return [p for p in module.parametrizations[tensor] if not isinstance(p, NormScaling)]  # type: ignore[union-attr, index]
 
 
 def original(module: nn.Module, tensor: str) -> nn.Parameter:

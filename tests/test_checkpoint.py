@@ -4,12 +4,14 @@ import copy
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.nn.utils import parametrize
 
-from specscale import Block, NormScaler, apply_norm_scaling
+from specscale import Block, LayerRule, MatrixView, NormScaler, apply_norm_scaling, plain_state_dict
 
 
 def model():
@@ -89,6 +91,123 @@ def test_a_plain_state_dict_is_that_of_the_plain_model(make):
     assert any("parametrizations" in name for name in model.state_dict())
 
 
+class Experts(nn.Module):
+    """Two stacked weights, each with its bias behind it, and a layer inside: as in GPT-OSS."""
+
+    is_transposed = is_concatenated = True
+
+    def __init__(self):
+        super().__init__()
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(self, name, nn.Parameter(torch.randn(2, 4, 4)))
+            setattr(self, f"{name}_bias", nn.Parameter(torch.randn(2, 4)))
+        self.register_buffer("count", torch.zeros(()))
+        self.router = nn.Linear(4, 2)
+
+
+EXPERTS = LayerRule(Experts, {name: MatrixView("k i o", 2) for name in ("gate_up_proj", "down_proj")})
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "ema.module."])
+@pytest.mark.parametrize(
+    ("make", "rules"),
+    [
+        (model, ()),
+        (Shared, ()),
+        (Versioned, ()),
+        (lambda: nn.Linear(4, 4), ()),
+        (lambda: nn.Sequential(Experts(), Experts()), EXPERTS),
+        (lambda: nn.LSTM(4, 4, 2, bidirectional=True, proj_size=2), ()),
+        (lambda: nn.GRU(4, 4, 3, bias=False), ()),
+        (lambda: nn.LSTMCell(4, 4), ()),
+        (lambda: nn.MultiheadAttention(4, 2), ()),
+        (lambda: nn.MultiheadAttention(4, 2, bias=False), ()),
+        (lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=2, add_bias_kv=True), ()),
+        (lambda: nn.TransformerEncoderLayer(4, 2, 8), ()),
+        (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=3, depth=2), ()),
+        (lambda: timm.create_model("resnet10t", num_classes=3), ()),
+    ],
+)
+def test_a_saved_state_dict_becomes_that_of_the_plain_model(make, rules, prefix):
+    net = make()
+    for name in prefix.split(".")[-2::-1]:
+        net = nn.ModuleDict({name: net})
+    expected = copy.deepcopy(net.state_dict())
+    apply_norm_scaling(net, "frobenius", rules=rules)
+    saved = net.state_dict()
+    before, metadata = dict(saved), copy.deepcopy(saved._metadata)
+    out = plain_state_dict(saved)
+    assert list(out) == list(expected)
+    assert all(torch.equal(out[name], value) for name, value in expected.items())
+    assert out._metadata == expected._metadata
+    # Nothing is copied, and what was saved is as it was.
+    assert {value.data_ptr() for value in out.values()} <= {value.data_ptr() for value in before.values()}
+    assert list(saved.items()) == list(before.items())
+    assert saved._metadata == metadata
+    assert list(plain_state_dict(dict(saved)).items()) == list(out.items())
+
+
+def test_a_saved_average_becomes_plain():
+    apply_norm_scaling(net := model())
+    average = torch.optim.swa_utils.AveragedModel(net, use_buffers=True)
+    average.update_parameters(net)
+    plain = torch.optim.swa_utils.AveragedModel(model())
+    plain.load_state_dict(plain_state_dict(average.state_dict()))
+    assert list(plain_state_dict(average.state_dict())) == list(plain.state_dict())
+    assert torch.equal(plain.module[0].weight, net[0].weight)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral", "clipped"])
+def test_a_saved_state_dict_of_version_0_1_0_becomes_plain(norm):
+    old = of_version_0_1_0(norm)["model"]
+    out = plain_state_dict(old)
+    assert list(out) == ["qkv.weight", "qkv.bias", "wide.weight", "wide.bias"]
+    assert all(out[f"{layer}.weight"] is old[f"{layer}.parametrizations.weight.original"] for layer in ("qkv", "wide"))
+
+
+class Sum(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Linear(1, 1)
+
+    def forward(self, tensor):
+        return tensor + self.shift.bias
+
+
+def test_other_parametrizations_stay_in_a_plain_state_dict():
+    net = model()
+    parametrize.register_parametrization(net[0], "bias", Sum())
+    nn.utils.parametrizations.spectral_norm(net[2][1])
+    nn.utils.parametrizations.weight_norm(net[2][0])
+    expected = copy.deepcopy(net.state_dict())
+    scaling = apply_norm_scaling(net, include="0", exclude="2")
+    for out in scaling.plain_state_dict(), plain_state_dict(net.state_dict()):
+        assert sorted(out) == sorted(expected)
+        assert all(torch.equal(out[name], value) for name, value in expected.items())
+        assert out._metadata == expected._metadata
+
+
+@pytest.mark.parametrize("kind", [Sum, nn.Identity])
+def test_a_saved_state_dict_with_another_parametrization_on_top_is_refused(kind):
+    apply_norm_scaling(net := model())
+    parametrize.register_parametrization(net[2][0], "weight", kind())
+    text = r"^plain_state_dict: 'weight' of '2.0' has a parametrization on top of its scaling, {}; remove that first$"
+    with pytest.raises(ValueError, match=text.format(kind.__name__)):
+        plain_state_dict(net)
+    with pytest.raises(ValueError, match=text.format(r"'2\.0\.parametrizations\.weight\.1'")):
+        plain_state_dict(net.state_dict())
+
+
+def test_a_state_dict_without_scaled_weights_is_given_as_it_is():
+    state = model().state_dict()
+    assert list(plain_state_dict(state).items()) == list(state.items())
+    assert plain_state_dict({}) == {}
+    with pytest.raises(TypeError, match=r"^plain_state_dict: expected a torch.nn.Module or a state dict, found list$"):
+        plain_state_dict([model()])
+
+
 def test_a_checkpoint_loads_where_torch_swaps_tensors():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     plain = copy.deepcopy(model.state_dict())
@@ -133,6 +252,84 @@ def test_a_checkpoint_of_another_norm_is_refused(norm, other):
     ):
         scaled.load_state_dict(source.state_dict())
     assert all(torch.equal(value, before[name]) for name, value in scaled.state_dict().items())
+
+
+def with_target(state, layer, target):
+    """The state dict with a bad target of one of `model`'s layers."""
+    return dict(state) | {f"{layer}.parametrizations.weight.0.target_spectral": torch.tensor([target])}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("wrong", [["2.1"], ["2.0", "2.1"]])
+def test_a_checkpoint_that_is_refused_for_a_late_layer_has_loaded_nothing(copied, assign, wrong):
+    apply_norm_scaling(source := model())
+    apply_norm_scaling(scaled := model(), target=0.5)
+    if copied:
+        original, scaled = scaled, copy.deepcopy(scaled)
+        NormScaler.of(original).remove()
+    state = source.state_dict()
+    for layer in wrong:
+        state = with_target(state, layer, -1.0)
+    before = copy.deepcopy(scaled.state_dict())
+    with pytest.raises(ValueError, match=f"load_state_dict: the checkpoint's target of '{wrong[0]}' must be finite"):
+        scaled.load_state_dict(state, assign=assign)
+    assert all(torch.equal(value, before[name]) for name, value in scaled.state_dict().items())
+    scaled.load_state_dict(source.state_dict(), assign=assign)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in scaled.state_dict().items())
+
+
+def test_an_old_checkpoint_that_is_refused_for_a_late_layer_has_loaded_nothing():
+    apply_norm_scaling(net := half_zero(), "spectral", target=1.0)
+    old = of_version_0_1_0("spectral")["model"] | {"wide.parametrizations.weight.0.order": torch.tensor(2)}
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"target of 'net\.wide' is not of the spectral norm"):
+        nn.ModuleDict({"net": net}).load_state_dict({f"net.{name}": value for name, value in old.items()})
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def hooks_of(model):
+    return [hook for module in model.modules() for hook in module._load_state_dict_pre_hooks.values()]
+
+
+def test_what_checks_a_load_goes_with_the_scaling():
+    net = model()
+    first, second = (apply_norm_scaling(net, include=layer) for layer in ("0", "2"))
+    twin = copy.deepcopy(net)
+    state = with_target(net.state_dict(), "0", -1.0)
+    first.remove()
+    plain = {name: value for name, value in state.items() if not name.startswith("0.")}
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"target of '2\.1' must be finite"):
+        net.load_state_dict(with_target(plain, "2.1", -1.0), strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    second.remove()
+    assert hooks_of(net) == []
+    assert hooks_of(twin)
+    NormScaler.of(twin[2]).remove()
+    NormScaler.of(twin[0]).remove()
+    assert hooks_of(twin) == []
+    # On two parts of it, and off the whole.
+    for part in twin[0], twin[2]:
+        apply_norm_scaling(part)
+    assert hooks_of(NormScaler.of(twin).remove()) == []
+    # A layer that is gone leaves no check behind.
+    scaling = apply_norm_scaling(twin, include="2.1")
+    twin[2][1] = nn.Linear(60, 2)
+    scaling.remove()
+    assert hooks_of(twin) == []
+
+
+def test_a_copy_of_one_layer_does_not_bring_the_model_with_it():
+    apply_norm_scaling(net := model())
+    memo = {}
+    layer = copy.deepcopy(net[2][0], memo)
+    assert id(net) not in memo
+    assert id(net[0]) not in memo
+    apply_norm_scaling(other := model()[2][0], target=0.7)
+    layer.load_state_dict(other.state_dict())
+    NormScaler.of(layer).remove()
+    assert hooks_of(layer) == []
 
 
 def test_a_copy_is_scaled_on_its_own():

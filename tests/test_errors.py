@@ -93,6 +93,12 @@ def save_plain_with_another_on_top():
     scaling.plain_state_dict()
 
 
+def save_plain_from_a_state_dict_with_another_on_top():
+    model, _ = scaled()
+    parametrize.register_parametrization(model.head, "weight", Doubled())
+    plain_state_dict(model.state_dict())
+
+
 CASES = {
     "no module": lambda: apply_norm_scaling([net()]),
     "unknown norm": lambda: apply_norm_scaling(net(), "nuclear"),
@@ -113,6 +119,8 @@ CASES = {
     "not finite": lambda: apply_norm_scaling(broken()),
     "another norm's checkpoint": load_another_norm,
     "another parametrization": save_plain_with_another_on_top,
+    "another parametrization in a state dict": save_plain_from_a_state_dict_with_another_on_top,
+    "no state dict": lambda: plain_state_dict([net()]),
     "removed": step_after_removal,
     "no scaled weight": lambda: NormScaler.of(net()),
     "no optimizer": lambda: attach(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)),

@@ -1,0 +1,271 @@
+"""What state dicts go into a scaled model and come out of it."""
+
+import copy
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from specscale.constraints import CONSTRAINTS
+from specscale.errors import Refusal, one_of, public_call
+from specscale.saved_names import SavedParametrization, in_plain_order, parametrizations_in, plain_name, saved_scalings
+from specscale.state import NormScaling, original, others_on_top, scalings_of
+from specscale.step import solve_anew_
+from specscale.weights import Weight, scaled_weights
+
+
+def _keys(module: nn.Module, tensor: str, scaling: NormScaling, prefix: str) -> tuple[str, str]:
+    """A state dict's key of a scaled weight, and the prefix of the keys of its scaling's buffers."""
+    home = f"{prefix}parametrizations.{tensor}."
+    index = list(module.parametrizations[tensor]).index(scaling)  # type: ignore[union-attr, index]
+    return f"{home}original", f"{home}{index}."
+
+
+@public_call("load_state_dict")
+def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Complete a checkpoint before torch loads it: rename a plain weight, add the state that this solver needs.
+
+    Raises:
+        ValueError: the checkpoint's targets are of another norm.
+    """
+    for tensor, scaling in scalings_of(module):
+        # torch cannot swap a tensor that has a weak reference.
+        scaling.mark_current(None)
+        weight, home = _keys(module, tensor, scaling, prefix)
+        if prefix + tensor in state_dict:
+            state_dict[weight] = state_dict.pop(prefix + tensor)
+        if weight not in state_dict:
+            continue
+        saved = {k.removeprefix(home): state_dict.pop(k) for k in list(state_dict) if k.startswith(home)}
+        _rename_old_buffers(saved, scaling)
+        layer = prefix.removesuffix(".")
+        _rename_target(saved, Weight(layer, module, tensor, scaling.view, scaling.is_only, scaling))
+        own = dict(scaling.named_buffers())
+        # These need no solver; without one of the others, all of them are solved anew from the weight.
+        kept = {scaling.target_name, "skip_mask"}
+        if _shapes(own, kept) != _shapes(saved, kept):
+            scaling.needs_solve = True
+            saved = own | {name: saved[name] for name in kept if name in saved}
+        state_dict.update({home + name: value for name, value in saved.items()})
+
+
+class LoadCheck:
+    """Refuses a checkpoint before torch has loaded any of it, from the module that was put under scaling.
+
+    torch loads module by module, and a layer's own hook comes too late for the layers before it. The scalings of one
+    call share one check.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root: weakref.ref[nn.Module] | None = weakref.ref(root)
+        self.handle: RemovableHandle | None = root.register_load_state_dict_pre_hook(self._refuse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoadCheck":
+        copied = memo[id(self)] = LoadCheck.__new__(LoadCheck)
+        root = memo.get(id(self._root())) if self._root is not None else None
+        # A copy of a layer alone must not bring the whole model with it.
+        copied._root = None if root is None else weakref.ref(root)
+        copied.handle = None if root is None else copy.deepcopy(self.handle, memo)
+        return copied
+
+    def _weights(self, root: nn.Module) -> Iterator[Weight]:
+        return (weight for weight in scaled_weights(root) if weight.scaling.load_check is self)
+
+    @public_call("load_state_dict")
+    def _refuse(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        by_home: dict[str, dict[str, Any]] = defaultdict(dict)
+        for key, value in state_dict.items():
+            home, dot, buffer = key.rpartition(".")
+            by_home[home + dot][buffer] = value
+        for weight in self._weights(root):
+            layer = f"{prefix}{weight.layer}".removesuffix(".")
+            own = f"{layer}." if layer else ""
+            key, home = _keys(weight.module, weight.tensor, weight.scaling, own)
+            if key in state_dict or own + weight.tensor in state_dict:
+                saved = dict(by_home[home])
+                _rename_old_buffers(saved, weight.scaling)
+                _rename_target(saved, replace(weight, layer=layer))
+
+    def end_if_unused(self) -> None:
+        """Leave the module as it was before the check, once none of the check's weights is scaled any more."""
+        root = self._root() if self._root is not None else None
+        if root is not None and self.handle is not None and not any(True for _ in self._weights(root)):
+            self.handle.remove()
+
+
+def check_before_loading(root: nn.Module, weights: Iterable[Weight]) -> None:
+    """Refuse, at the root, a checkpoint that these scaled weights below it could not hold."""
+    check = LoadCheck(root)
+    for weight in weights:
+        weight.scaling.load_check = check
+
+
+def end_unused_checks(weights: Iterable[Weight]) -> None:
+    """Once these weights are not scaled any more: take the checks off that no other weight needs."""
+    for check in {weight.scaling.load_check for weight in weights}:
+        if isinstance(check, LoadCheck):
+            check.end_if_unused()
+
+
+def _shapes(buffers: Mapping[str, Tensor], without: set[str]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in buffers.items() if name not in without}
+
+
+def _rename_old_buffers(saved: dict[str, Any], scaling: NormScaling) -> None:
+    """Bring the buffers of an older checkpoint under today's names.
+
+    Version 0.1.0 held `target`, 0 for a matrix that is skipped, and `order`: 2 for the Frobenius norm, 0 for the
+    spectral. Its block had last directions, `direction`. Until 0.3.0, `age` was an integer, and `key` seeded the noise.
+    """
+    for name in ("direction", "key"):
+        saved.pop(name, None)
+    if "age" in saved:
+        saved["age"] = saved["age"].to(scaling.norm.dtype)
+    if "target" in saved:
+        target, order = saved.pop("target"), saved.pop("order", None)
+        names = {2: "frobenius", 0: "spectral"}
+        name = scaling.constraint.name if order is None else names.get(int(order), f"order {int(order)}")
+        saved[f"target_{name}"] = target
+
+
+def _rename_target(saved: dict[str, Any], weight: Weight) -> None:
+    """Bring the checkpoint's targets under this constraint's name; refuse those that it could not hold."""
+    norm = weight.scaling.constraint.norm.name
+    for key in [key for key in saved if key.startswith("target_")]:
+        name = key.removeprefix("target_")
+        if name not in CONSTRAINTS:
+            raise Refusal(
+                f"the checkpoint's target of {weight.name!r} is of {name!r}, which is none of the constraints "
+                f"{one_of(CONSTRAINTS)}"
+            )
+        if CONSTRAINTS[name].norm_type.name != norm:
+            raise Refusal(
+                f"the checkpoint's target of {weight.name!r} is not of the {norm} norm; "
+                "apply_norm_scaling with the other norm before loading, or load a plain state dict"
+            )
+        target = saved.pop(key)
+        # Without a mask, 0 marks a matrix that is skipped, as version 0.1.0 wrote it.
+        saved.setdefault("skip_mask", (target == 0).to(target.dtype))
+        scaled = target[saved["skip_mask"] == 0]
+        if not scaled.is_meta and not bool((scaled.isfinite() & (scaled > 0)).all()):
+            raise Refusal(
+                f"the checkpoint's target of {weight.name!r} must be finite and positive, found {target.tolist()}"
+            )
+        saved[weight.scaling.target_name] = target
+
+
+def solve_what_was_missing(module: nn.Module, _: Any) -> None:
+    for tensor, scaling in scalings_of(module):
+        parameter = original(module, tensor)
+        scaling.mark_current(parameter)
+        if scaling.needs_solve:
+            scaling.needs_solve = False
+            solve_anew_(scaling, parameter)
+
+
+@public_call()
+def plain_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of the plain model, names, order and content, from the scaled model or from its state dict.
+
+    >>> saved = torch.load("checkpoint.pt")["state_dict_ema"]
+    >>> plain.load_state_dict(plain_state_dict(saved))
+
+    A state dict needs no model, and its names may have a prefix, such as `module.`. It is not changed, and the tensors
+    are not copied. A weight comes first in its layer, since its plain place is not in the state dict, but for layers of
+    torch that have another order. A model or state dict without a scaled weight gives its state dict as it is.
+
+    Raises:
+        TypeError: it is neither a module nor a mapping.
+        ValueError: a scaled weight has another parametrization on top.
+    """
+    if isinstance(model_or_state_dict, nn.Module):
+        return _plain_from_model(model_or_state_dict)
+    if isinstance(model_or_state_dict, Mapping):
+        return plain_from_saved(model_or_state_dict)
+    found = type(model_or_state_dict).__name__
+    raise Refusal(f"expected a torch.nn.Module or a state dict, found {found}", TypeError)
+
+
+def refuse_others_on_top(weight: Weight) -> None:
+    """Refuse a weight with another parametrization on top of its scaling."""
+    if others := others_on_top(weight.module, weight.tensor):
+        raise _refusal_on_top(weight.tensor, weight.layer, (type(one).__name__ for one in others))
+
+
+def _plain_from_model(model: nn.Module) -> dict[str, Any]:
+    by_module: dict[nn.Module, list[Weight]] = defaultdict(list)
+    for weight in scaled_weights(model):
+        refuse_others_on_top(weight)
+        by_module[weight.module].append(weight)
+
+    # A module's hook sees all of its keys, and runs before those of the modules around it.
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        own = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
+        for weight in by_module[module]:
+            scaled, home = _keys(module, weight.tensor, weight.scaling, prefix)
+            own = {key: value for key, value in own.items() if not key.startswith(home)}
+            if scaled in own:
+                own[prefix + weight.tensor] = own.pop(scaled)
+            _forget(getattr(state, "_metadata", {}), prefix, weight.tensor)
+        # Registering moved the weight behind the layer's other parameters: back to its plain place.
+        order = [prefix + name for weight in by_module[module] for name in weight.scaling.parameter_order]
+        state.update({key: own.pop(key) for key in dict.fromkeys(order) if key in own})
+        state.update(own)
+
+    hooks = [module.register_state_dict_post_hook(rename) for module in by_module]
+    try:
+        return model.state_dict()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def plain_from_saved(state: Mapping[str, Any], weights: Collection[str] = ()) -> dict[str, Any]:
+    """The plain state dict from a saved one, by its names alone.
+
+    `weights` are names of scaled weights that are known from elsewhere: an average of parameters has no buffers.
+    """
+    scalings = set(saved_scalings(state))
+    metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
+    _refuse_on_top(scalings, [*state, *metadata])
+    kept = [key for key in state if scalings.isdisjoint(parametrizations_in(key))]
+    scaled = {one.parameter for one in scalings} | set(weights)
+    ordered = in_plain_order(kept, scaled)
+    plain = {plain_name(key) if key in scaled else key: state[key] for key in ordered}
+    if not isinstance(state, OrderedDict):
+        return plain
+    plain = OrderedDict(plain)
+    if metadata:
+        left = OrderedDict(metadata)
+        for one in scalings:
+            _forget(left, one.layer, one.tensor)
+        plain._metadata = left  # type: ignore[attr-defined]
+    return plain
+
+
+def _refuse_on_top(scalings: Collection[SavedParametrization], names: Iterable[str]) -> None:
+    """Refuse a tensor that has another parametrization beside its scaling, as far as the names show it."""
+    tensors = {(one.layer, one.tensor) for one in scalings}
+    for name in names:
+        for one in parametrizations_in(name):
+            if (one.layer, one.tensor) in tensors and one not in scalings:
+                raise _refusal_on_top(one.tensor, one.layer.removesuffix("."), [repr(one.home.removesuffix("."))])
+
+
+def _forget(metadata: dict[str, Any], prefix: str, tensor: str) -> None:
+    """Take the entries of a tensor's parametrizations out of a state dict's metadata."""
+    home = f"{prefix}parametrizations"
+    for key in [key for key in metadata if f"{key}.".startswith(f"{home}.{tensor}.")]:
+        del metadata[key]
+    if not any(key.startswith(f"{home}.") for key in metadata):
+        metadata.pop(home, None)
+
+
+def _refusal_on_top(tensor: str, layer: str, others: Iterable[str]) -> Refusal:
+    return Refusal(
+        f"{tensor!r} of {layer!r} has a parametrization on top of its scaling, {', '.join(others)}; remove that first"
+    )
