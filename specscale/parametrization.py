@@ -13,6 +13,7 @@ def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     """Put a layer's tensor under a scaling; plain checkpoints still load into the layer."""
     parametrize.register_parametrization(module, tensor, scaling, unsafe=True)
     _shorten_access(module, tensor)
+    _explain_assignment(module)
     scaling.load_hooks = (
         module.register_load_state_dict_pre_hook(complete_state_dict),
         module.register_load_state_dict_post_hook(solve_what_was_missing),
@@ -35,6 +36,22 @@ def _shorten_access(module: nn.Module, tensor: str) -> None:
         return computed.fget(layer)  # type: ignore[misc]
 
     setattr(kind, tensor, property(weight, computed.fset))
+
+
+def _explain_assignment(module: nn.Module) -> None:
+    """Let the layer say what to do when a new parameter is assigned to a scaled weight, which torch refuses."""
+    kind = type(module)
+    plain = kind.__bases__[0]
+
+    def register_parameter(layer: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if scaling_of(layer, name) is not None:
+            raise KeyError(
+                f"attribute {name!r} already exists: it is under norm scaling. Assign it inside "
+                "`with scaling.plain():`, after which the new parameter is scaled"
+            )
+        plain.register_parameter(layer, name, parameter)
+
+    kind.register_parameter = register_parameter  # type: ignore[method-assign]
 
 
 def unregister(module: nn.Module, tensor: str) -> None:
