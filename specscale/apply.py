@@ -99,9 +99,10 @@ def apply_norm_scaling(
         raise Refusal("under torch.inference_mode() no state can be made that a step could write; call it outside")
 
     rules = list(rules) if isinstance(rules, Iterable) else [rules]
+    if isinstance(module, nn.Module):
+        refuse_inside_plain(module)
+        refuse_wrapped(module)
     weights = select(module, include, exclude, rules)
-    refuse_inside_plain(module)
-    refuse_wrapped(module)
     refuse_scaled(weights)
     refuse_unwritable(weights)
     refuse_shared_memory(weights)

@@ -1,7 +1,7 @@
 """Following an optimizer: hooks that scale, after each of its steps, the weights that it has moved."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,14 @@ class StepHook:
         self._versions: dict[Weight, int] = {}
         """The weights that the optimizer owns, with their version counters before the step."""
 
+    @public_call("load_state_dict")
+    def before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Refuse a state whose parameters are in another order, before it is loaded."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        states = {id(p): state_dict["state"].get(number, {}) for p, number in zip(parameters, numbers, strict=False)}
+        _refuse_other_order(owned_by(optimizer, self.held.current()), states)
+
     @public_call("step")
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if _is_inner_step(optimizer):
@@ -39,7 +47,7 @@ class StepHook:
         is_compiling = torch.compiler.is_compiling()
         owned = owned_by(optimizer, self.held.current())
         if not is_compiling:
-            self.held.warn_of_lost("step", stacklevel=4)
+            self.held.warn_of_lost("step", stacklevel=5)
         self._versions = {weight: 0 if is_compiling else weight.parameter._version for weight in owned}
 
     @public_call("step")
@@ -95,20 +103,22 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
 
     Raises:
         Refusal: `optimizer` is no torch optimizer (TypeError); it would never call a step hook, owns none of the
-            weights, is attached already, or its weights have been sharded (ValueError).
+            weights, is attached already, has a state in another order, or the weights have been sharded (ValueError).
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise Refusal(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}", TypeError)
     kind = type(optimizer).__name__
     if not getattr(type(optimizer).step, "hooked", False):
         raise Refusal(
-            f"{kind} never calls step hooks; attach to the optimizer that it wraps, or call "
-            "scaling.step() after its step"
+            f"{kind} never calls step hooks; call scaling.step() after each of its steps, or attach to the optimizer "
+            f"that it wraps, if {kind} does not write to the weights after that one's step"
         )
-    owned = owned_by(optimizer, held.current())
+    weights = held.current()
+    refuse_sharded(weights)
+    owned = owned_by(optimizer, weights)
     if not owned:
         raise Refusal(f"{kind} owns none of the scaled weights; build it from this model's parameters")
-    refuse_sharded(owned)
+    _refuse_other_order(owned, {id(parameter): state for parameter, state in optimizer.state.items()})
     # Another handle of the same model scales the same weights, hence the look into the optimizer's own list.
     others = [getattr(other, "__self__", None) for other in optimizer._optimizer_step_post_hooks.values()]
     taken = {weight.scaling for other in others if isinstance(other, StepHook) for weight in other.held.with_lost}
@@ -118,7 +128,26 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
     return (
         optimizer.register_step_pre_hook(hook.before_step),
         optimizer.register_step_post_hook(hook.after_step),
+        optimizer.register_load_state_dict_pre_hook(hook.before_load),
     )
+
+
+def _refuse_other_order(weights: Iterable[Weight], states: Mapping[int, Mapping[str, Any]]) -> None:
+    """Refuse an optimizer's state, by the parameters' ids, that was saved from parameters in another order.
+
+    An optimizer numbers its parameters, and scaling moves a weight behind the others of its layer.
+    """
+    for weight in weights:
+        shape = weight.parameter.shape
+        for name, other in weight.module._parameters.items():
+            tensors = (value for value in states.get(id(other), {}).values() if isinstance(value, Tensor))
+            if other is not None and any(value.shape == shape != other.shape for value in tensors):
+                raise Refusal(
+                    f"the optimizer's state is in another order than its parameters: that of {name!r} of "
+                    f"{weight.layer!r} has the shape {tuple(shape)} of {weight.tensor!r}, which scaling moves behind "
+                    "the layer's other parameters. For a state of the plain model, build the optimizer before scaling "
+                    "or inside `with scaling.plain():`; for one of the scaled model, from the scaled model's parameters"
+                )
 
 
 def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:

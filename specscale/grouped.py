@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
+from einops import EinopsError
 from torch import Tensor
 
 from specscale import kernels
@@ -98,12 +99,16 @@ def fits(weight: Weight) -> bool:
         and constraint.norm.solver.width == 16
     )
     basis = scaling.solver_state().get("basis")
+    try:
+        shape, layout = weight.view.matrix_shape(parameter), layout_of(weight.view.split(parameter.detach()))
+    except EinopsError:
+        return False
     return (
         is_known
         and parameter.dtype in _TYPES
         # A tensor without memory of its own is a subclass that wraps others.
         and parameter.data_ptr() != 0
-        and layout_of(weight.view.split(parameter.detach())) is not None
+        and layout is not None
         # Buffers may have been replaced, and a weight may have another shape than its state. There torch explains.
         and all(
             buffer.device == parameter.device
@@ -112,7 +117,7 @@ def fits(weight: Weight) -> bool:
             and len(buffer) == weight.view.count
             for buffer in scaling.buffers()
         )
-        and (basis is None or basis.shape[1:] == (min(weight.view.matrix_shape(parameter)), 16))
+        and (basis is None or basis.shape[1:] == (min(shape), 16))
         and (basis is None or basis.data_ptr() % 16 == 0)
     )
 

@@ -41,7 +41,7 @@ def _shorten_access(module: nn.Module, tensor: str) -> None:
 def _explain_assignment(module: nn.Module) -> None:
     """Let the layer say what to do when a new parameter is assigned to a scaled weight, which torch refuses."""
     kind = type(module)
-    plain = kind.__bases__[0]
+    plain: Any = kind.__bases__[0]
 
     def register_parameter(layer: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if scaling_of(layer, name) is not None:
@@ -51,7 +51,7 @@ def _explain_assignment(module: nn.Module) -> None:
             )
         plain.register_parameter(layer, name, parameter)
 
-    kind.register_parameter = register_parameter  # type: ignore[method-assign]
+    kind.register_parameter = register_parameter  # type: ignore[assignment, method-assign]
 
 
 def unregister(module: nn.Module, tensor: str) -> None:

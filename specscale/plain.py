@@ -3,7 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from einops import EinopsError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from specscale.constraints import Constraint
 from specscale.errors import Refusal, public_call
 from specscale.held import INSIDE_PLAIN, Place, is_source, places_of, put_on
 from specscale.layers import LayerRule, rule_for
@@ -19,7 +20,7 @@ from specscale.state_dicts import LoadCheck, end_unused_checks, refuse_others_on
 from specscale.step import solve_anew_
 from specscale.targets import Target, resolve_targets
 from specscale.views import MatrixView
-from specscale.weights import Weight, is_sharded, scaled_weights
+from specscale.weights import Weight, scaled_weights, shard_kind
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Rule:
     """None, `"initial"` and `"features"`, which needs an example input: the norm that the weight has."""
     layers: tuple[LayerRule, ...] = ()
 
-    def target_of(self, weight: Weight, model: nn.Module) -> float | None:
-        """The target norm of a weight, None for the norm that it has."""
-        if self.target in (None, "initial", "features"):
+    def target_of(self, weight: Weight, constraint: Constraint, model: nn.Module) -> float | None:
+        """The target norm of a weight that is not scaled yet, None for the norm that it has."""
+        if self.target is None or self.target in ("initial", "features"):
             return None
-        targets = resolve_targets(self.target, weight.scaling.constraint, [weight], model, None)
+        targets = resolve_targets(self.target, constraint, [weight], model, None)
         return None if targets is None else targets[weight.name]
 
 
@@ -256,8 +257,8 @@ def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, paramete
     if not (is_same_shape and (parameter is taken.parameter or place.module is taken.weight.module)):
         layer_rule = rule_for(place.layer, place.module, rule.layers)
         view = (layer_rule.views(place.module) if layer_rule is not None else {}).get(place.tensor, view)
-    if is_sharded(parameter):
-        return "it is sharded now"
+    if kind := shard_kind(parameter):
+        return f"it is sharded now: {kind}"
     if not parameter.is_floating_point() or parameter.numel() == 0 or parameter.is_inference():
         return f"it is a tensor of {parameter.dtype} and shape {tuple(parameter.shape)} that cannot be scaled"
     try:
@@ -266,11 +267,11 @@ def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, paramete
         return f"its shape {tuple(parameter.shape)} does not fit {view}"
     target = None
     if not (is_same_shape and view == taken.weight.view):
-        weight = replace(taken.weight, layer=place.layer, module=place.module, tensor=place.tensor, view=view)
+        weight = Weight(*place, view, taken.weight.is_only)
         try:
-            target = rule.target_of(weight, model)
+            target = rule.target_of(weight, taken.weight.scaling.constraint, model)
         except Exception as error:
-            return f"its shape is another one, and its target fails: {error}"
+            return f"its shape is another one, and the target of the call fails: {type(error).__name__}: {error}"
         if target is None and not bool(parameter.isfinite().all()):
             return "it holds NaN or infinity"
     return _Find(place, parameter, view, target)

@@ -55,7 +55,7 @@ def table(weights: list[Weight]) -> str:
     _warn_if_stale(weights, stacklevel=5)
     rows = [("layer", "matrices", "shape", *(column.name for column in COLUMNS))]
     for weight in weights:
-        m, n = weight.view.matrix_shape(weight.parameter)
+        m, n = weight.scaling.matrix_shape(weight.parameter)
         numbers = (column.text(number) for column, number in zip(COLUMNS, _row(weight).values(), strict=True))
         rows.append((weight.name, str(weight.view.count), f"{m}x{n}", *numbers))
     return _aligned(rows)
@@ -71,7 +71,8 @@ def _warn_if_stale(weights: list[Weight], stacklevel: int) -> None:
     if stale := [weight.name for weight in weights if weight.scaling.is_stale(weight.parameter)]:
         warnings.warn(
             f"the weight of {', '.join(map(repr, stale))} has changed since it was last scaled, and the reported "
-            "values are stale; attach the optimizer that steps it, or call scaling.step() after each of its steps",
+            "values are stale; attach the optimizer that steps it, or call scaling.step() after each of its steps, and "
+            "after whatever else writes to the weights, such as model averaging",
             stacklevel=stacklevel,
         )
 
@@ -153,6 +154,7 @@ def audit(weights: list[Weight], tolerance: float, miss: float, seed: int) -> Au
     if not (0 < tolerance < 1 and 0 < miss < 1):
         raise Refusal(f"tolerance and miss must lie between 0 and 1, found {tolerance} and {miss}")
     refuse_non_finite(weights, ADVICE)
+    _warn_if_stale(weights, stacklevel=6)
     return Audit([_certificate(weight, tolerance, miss, seed) for weight in weights], tolerance)
 
 

@@ -80,8 +80,9 @@ class NormScaler:
 
         Raises:
             TypeError: `optimizer` is no torch optimizer.
-            ValueError: it would never call a step hook, owns none of the weights, is attached already, or its weights
-                have been sharded.
+            ValueError: it would never call a step hook, owns none of the weights, is attached already, its state is in
+                the order of other parameters (of the plain model, for one), or the weights have been sharded. From then
+                on, `optimizer.load_state_dict` refuses a state in another order too.
         """
         self._scaled()
         self._handles += attach(optimizer, self._held, self._step)
@@ -228,6 +229,8 @@ class NormScaler:
             tolerance: how far, relative, a norm found by Lanczos may lie below the true one.
             miss: the probability, for each weight, that it lies further below.
             seed: of the random start.
+
+        A warning names the weights that have been changed since they were last scaled: what is reported is stale.
 
         Raises:
             ValueError: `tolerance` or `miss` is not between 0 and 1, or no weight is scaled any more.

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
+from einops import EinopsError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from specscale.constraints import Constraint
+from specscale.errors import Refusal
 from specscale.linalg import at_least_float32, in_float64
 from specscale.views import MatrixView
 
@@ -101,7 +103,23 @@ class NormScaling(nn.Module):
 
     def matrices(self, weight: Tensor) -> Tensor:
         """The weight as `(k, m, n)`, float32 or wider, for reading."""
+        self.matrix_shape(weight)
         return at_least_float32(self.view.matrices(weight.detach()))
+
+    def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
+        """`(m, n)` of one of its matrices.
+
+        Raises:
+            Refusal: the weight has another shape now.
+        """
+        try:
+            return self.view.matrix_shape(weight)
+        except EinopsError:
+            raise Refusal(
+                f"the weight of {self.seed_name!r} has the shape {tuple(weight.shape)} now, which {self.view} does not "
+                "fit; change shapes inside `with scaling.plain():`. FullyShardedDataParallel, which flattens weights, "
+                "is not supported"
+            ) from None
 
     def seeds(self, device: torch.device, salt: int = 0) -> Tensor:
         """`(k,)`, int64: what seeds the random numbers of each matrix, a function of the weight's name."""
@@ -119,7 +137,7 @@ class NormScaling(nn.Module):
     def init_solver_state(self, weight: Tensor, count: int | None = None) -> dict[str, Tensor]:
         """The solver's state before the first solve of such a weight, of its first `count` matrices or of all."""
         key, dtype = self.seeds(weight.device)[:count], torch.promote_types(weight.dtype, torch.float32)
-        return self.constraint.norm.init_state(key, self.view.matrix_shape(weight), dtype)
+        return self.constraint.norm.init_state(key, self.matrix_shape(weight), dtype)
 
     def retarget_(self) -> None:
         """Hold the norms that were measured last; a matrix of zeros has no direction and is skipped."""

@@ -179,7 +179,7 @@ def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
     open_batches: dict[object, tuple[list[Weight], int]] = {}
     for weight in weights:
         constraint, parameter = weight.scaling.constraint, weight.parameter
-        scratch = weight.view.count * constraint.norm.scratch_elements(*weight.view.matrix_shape(parameter))
+        scratch = weight.view.count * constraint.norm.scratch_elements(*weight.scaling.matrix_shape(parameter))
         if scratch and (parameter.dtype.itemsize < 4 or not parameter.is_contiguous()):
             # It is read as a copy, which is held until the batch is measured.
             scratch += parameter.numel()

@@ -265,17 +265,26 @@ def refuse_without_values(weights: Iterable[Weight]) -> None:
             )
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a shard of the tensor."""
+def shard_kind(tensor: Tensor) -> str | None:
+    """What has made a shard of the tensor, of which this process holds a part; None where it is whole."""
     # Whoever shards has imported it.
-    return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
+    if isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())):
+        return "a DTensor, as of fully_shard"
+    # torch marks them so.
+    return "a part of a flat parameter, as of FullyShardedDataParallel" if hasattr(tensor, "_fsdp_flattened") else None
 
 
 def refuse_sharded(weights: Iterable[Weight]) -> None:
     """Refuse weights of which this process holds a shard."""
     for weight in weights:
-        if is_sharded(weight.parameter):
-            raise Refusal(f"the weight of {weight.name!r} is sharded (a DTensor), which is not supported")
+        kind = shard_kind(weight.parameter)
+        if kind is None and weight.is_scaled and not isinstance(weight.parameter, nn.Parameter):
+            kind = "a view of a flat parameter, as of FullyShardedDataParallel with use_orig_params=False"
+        if kind is not None:
+            raise Refusal(
+                f"the weight of {weight.name!r} is sharded ({kind}), which is not supported; train with "
+                "DistributedDataParallel, where every process holds whole weights"
+            )
 
 
 def refuse_unwritable(weights: Iterable[Weight]) -> None:
@@ -323,7 +332,13 @@ def refuse_shared_memory(weights: Iterable[Weight]) -> None:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse a model under DistributedDataParallel."""
+    """Refuse a model under DistributedDataParallel or FullyShardedDataParallel."""
+    sharding = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if any(isinstance(module, sharding) for module in model.modules()):
+        raise Refusal(
+            "the model is under FullyShardedDataParallel, which holds flat shards of its weights, and these are not "
+            "supported; scale the model first, then wrap it in DistributedDataParallel"
+        )
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise Refusal(
             "the model is under DistributedDataParallel already, which would wait for the parameters by their "

@@ -199,7 +199,7 @@ def test_attach_refuses_what_would_not_work():
     model = net()
     scaling = apply_norm_scaling(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="Lookahead never calls step hooks; attach to the optimizer that it wraps"):
+    with pytest.raises(ValueError, match="Lookahead never calls step hooks; call scaling"):
         scaling.attach(Lookahead(optimizer))
     with pytest.raises(TypeError, match=r"expected a torch.optim.Optimizer, found Net"):
         scaling.attach(model)

@@ -82,6 +82,29 @@ def load_another_norm():
     scaled()[0].load_state_dict(source.state_dict())
 
 
+def load_the_plain_order():
+    plain = net()
+    saved = torch.optim.Adam(plain.parameters())
+    sum(parameter.sum() for parameter in plain.parameters()).backward()
+    saved.step()
+    model, scaling = scaled()
+    optimizer = torch.optim.Adam(model.parameters())
+    scaling.attach(optimizer)
+    optimizer.load_state_dict(saved.state_dict())
+
+
+def step_inside_plain():
+    model, scaling = scaled()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    with scaling.plain():
+        optimizer.step()
+
+
+def assign():
+    scaled()[0].head.weight = nn.Parameter(torch.ones(3, 8))
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight
@@ -122,6 +145,9 @@ CASES = {
     "another parametrization in a state dict": save_plain_from_a_state_dict_with_another_on_top,
     "no state dict": lambda: plain_state_dict([net()]),
     "removed": step_after_removal,
+    "state in the plain order": load_the_plain_order,
+    "step inside plain": step_inside_plain,
+    "assignment": assign,
     "no scaled weight": lambda: NormScaler.of(net()),
     "no optimizer": lambda: attach(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)),
     "no hooks": lambda: attach(Lookahead),
@@ -133,7 +159,7 @@ CASES = {
 
 @pytest.mark.parametrize("call", CASES.values(), ids=CASES)
 def test_the_page_quotes_the_error(call):
-    with pytest.raises((TypeError, ValueError)) as found:
+    with pytest.raises((TypeError, ValueError, KeyError)) as found:
         call()
     assert f"{type(found.value).__name__}: {found.value}" in PAGE
 

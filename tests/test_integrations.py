@@ -381,5 +381,5 @@ def test_accelerate_steps_the_attached_optimizer(norm, tmp_path):
 def test_accelerate_names_the_optimizer_to_attach_to():
     scaling = apply_norm_scaling(model := mlp())
     wrapped = accelerate.Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="AcceleratedOptimizer never calls step hooks; attach to the optimizer that"):
+    with pytest.raises(ValueError, match=r"AcceleratedOptimizer never calls step hooks;.* attach to the"):
         scaling.attach(wrapped)
