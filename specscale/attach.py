@@ -29,8 +29,8 @@ class StepHook:
     def __init__(self, held: HeldWeights, step: ScalingStep) -> None:
         self.held = held
         self._step = step
-        self._versions: dict[Weight, int] = {}
-        """The weights that the optimizer owns, with their version counters before the step."""
+        self._owned: list[tuple[Weight, dict[str, Any], int]] = []
+        """The optimizer's weights with their groups, and their version counters before the step."""
 
     @public_call("load_state_dict")
     def before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -45,10 +45,14 @@ class StepHook:
         if _is_inner_step(optimizer):
             return
         is_compiling = torch.compiler.is_compiling()
-        owned = owned_by(optimizer, self.held.current())
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        self._owned.clear()
+        for weight in self.held.current():
+            parameter = weight.parameter
+            if (group := groups.get(id(parameter))) is not None:
+                self._owned.append((weight, group, 0 if is_compiling else parameter._version))
         if not is_compiling:
             self.held.warn_of_lost("step", stacklevel=5)
-        self._versions = {weight: 0 if is_compiling else weight.parameter._version for weight in owned}
 
     @public_call("step")
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -62,12 +66,10 @@ class StepHook:
         if _is_inner_step(optimizer):
             return
         is_compiling = torch.compiler.is_compiling()
-        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         stepped: list[Weight] = []
         rates: list[Tensor | None] = []
-        for weight, version in self._versions.items():
-            parameter = weight.parameter
-            rate = groups[id(parameter)].get("lr") if id(parameter) in groups else None
+        for weight, group, version in self._owned:
+            parameter, rate = weight.parameter, group.get("lr")
             is_on_device = isinstance(rate, Tensor) and (is_compiling or not rate.is_cpu)
             if not is_on_device and rate == 0:
                 # The step has written the same values.

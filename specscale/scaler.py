@@ -58,6 +58,17 @@ class NormScaler:
         """The weights that are under this scaling, in the model's order, without layers that the model has lost."""
         return self._held.current()
 
+    @property
+    @public_call()
+    def unscaled(self) -> dict[str, nn.Parameter]:
+        """The model's parameters that are under no scaling, by name: norm layers, biases, and what was left out.
+
+        >>> {name: tuple(one.shape) for name, one in scaling.unscaled.items() if one.ndim > 1}
+        """
+        self._held.current()
+        scaled = {id(weight.parameter) for weight in scaled_weights(self._model)}
+        return {name: one for name, one in self._model.named_parameters() if id(one) not in scaled}
+
     def _scaled(self) -> list[Weight]:
         """The weights; an empty handle must not report success."""
         weights = self._held.current()

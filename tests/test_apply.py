@@ -122,6 +122,15 @@ def test_features_restores_modes_where_a_layer_refuses_to_evaluate():
     assert all(module.training for module in model.modules())
 
 
+def test_what_was_left_unscaled_is_listed():
+    scaling = apply_norm_scaling(model := small(), include="2")
+    plain = dict(small().named_parameters())
+    assert list(scaling.unscaled) == [name for name in plain if name != "2.weight"]
+    assert all(one is model.get_parameter(name) for name, one in scaling.unscaled.items())
+    other = apply_norm_scaling(model, exclude="2")
+    assert list(scaling.unscaled) == list(other.unscaled) == [name for name in plain if name.endswith("bias")]
+
+
 def test_patterns_and_predicates():
     assert [w.name for w in apply_norm_scaling(small(), include="2").weights] == ["2"]
     assert [w.name for w in apply_norm_scaling(small(), exclude=["2"]).weights] == ["0"]
