@@ -15,7 +15,7 @@ from specscale.parametrization import unregister
 from specscale.plain import PlainModel, Rule, refuse_inside_plain
 from specscale.state_dicts import end_unused_checks, plain_state_dict
 from specscale.step import ScalingStep, solve_anew_
-from specscale.weights import Weight, refuse_non_finite, scaled_weights
+from specscale.weights import Weight, refuse_non_finite, refuse_unwritable, refuse_without_values, scaled_weights
 
 
 class NormScaler:
@@ -77,6 +77,7 @@ class NormScaler:
                 f"no weight of {type(self._model).__name__} is under this scaling any more; "
                 "call apply_norm_scaling(model) again"
             )
+        refuse_without_values(weights)
         return weights
 
     @public_call()
@@ -95,7 +96,8 @@ class NormScaler:
                 the order of other parameters (of the plain model, for one), or the weights have been sharded. From then
                 on, `optimizer.load_state_dict` refuses a state in another order too.
         """
-        self._scaled()
+        if not self._held.current():
+            self._scaled()
         self._handles += attach(optimizer, self._held, self._step)
         self._optimizers.add(optimizer)
         return self
@@ -156,7 +158,9 @@ class NormScaler:
             ValueError: no weight is scaled any more.
             NonFiniteWeightError: a weight holds NaN or infinity; no weight was written.
         """
-        self._step.take([weight for weight in self._scaled() if weight.parameter.requires_grad])
+        weights = self._scaled()
+        refuse_unwritable(weights)
+        self._step.take([weight for weight in weights if weight.parameter.requires_grad])
 
     @public_call()
     def project(self, model: nn.Module | None = None) -> None:
@@ -176,6 +180,7 @@ class NormScaler:
             NonFiniteWeightError: a weight holds NaN or infinity; no weight was written.
         """
         scaler = self if model is None else NormScaler.of(model)
+        refuse_unwritable(scaler._scaled())
         scaler._solve_anew()
         scaler._step.take(scaler._scaled())
 
@@ -227,6 +232,7 @@ class NormScaler:
         """
         weights = self._held.current()
         self._held.warn_of_lost("metrics", stacklevel=4)
+        refuse_without_values(weights)
         return reports.metrics(weights)
 
     @public_call()
@@ -271,7 +277,9 @@ class NormScaler:
 
     @public_call("print")
     def __str__(self) -> str:
-        return reports.table(self._held.current())
+        weights = self._held.current()
+        refuse_without_values(weights)
+        return reports.table(weights)
 
     def __repr__(self) -> str:
         try:

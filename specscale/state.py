@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from specscale.constraints import Constraint
 from specscale.errors import Refusal
 from specscale.linalg import at_least_float32, in_float64
+from specscale.random import normal
 from specscale.views import MatrixView
 
 MEASURED = ("norm", "residual", "error")
@@ -146,8 +147,10 @@ class NormScaling(nn.Module):
 
     def mark_current(self, weight: Tensor | None) -> None:
         """Record the weight's version as the one that the buffers describe; None clears it."""
+        # A tensor made under inference_mode has no version.
+        recorded = None if weight is None or weight.is_inference() else (weakref.ref(weight), weight._version)
         # The module's own way takes ten times as long, for each weight at each step.
-        self.__dict__["_recorded"] = None if weight is None else (weakref.ref(weight), weight._version)
+        self.__dict__["_recorded"] = recorded
 
     def is_stale(self, weight: Tensor) -> bool:
         """Whether the weight is known to have been written to since `mark_current`."""
@@ -177,7 +180,19 @@ class NormScaling(nn.Module):
             after = self.get_buffer(name)
             if after.is_floating_point() and after.dtype.itemsize < 4:
                 self.register_buffer(name, before.to(after.device))
+            elif before.is_meta and not after.is_meta:
+                # `to_empty` gives memory without values: until a checkpoint brings some, no step may use them.
+                after.copy_(self._when_empty(name, after))
         return self
+
+    def _when_empty(self, name: str, buffer: Tensor) -> Tensor:
+        """What a buffer holds before there are values: no target, all matrices skipped, any solver's state."""
+        if name == "skip_mask":
+            return torch.ones_like(buffer)
+        if name not in self._solver_buffers:
+            return torch.full_like(buffer, torch.nan)
+        is_of_vectors = buffer.ndim > 1
+        return normal(self.seeds(buffer.device), buffer.shape[1:], buffer.dtype) if is_of_vectors else buffer.zero_()
 
     def extra_repr(self) -> str:
         count = f"{self.view.count} matrices, " if self.view.count > 1 else ""

@@ -45,6 +45,11 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         layer = prefix.removesuffix(".")
         _rename_target(saved, Weight(layer, module, tensor, scaling.view, scaling.is_only, scaling))
         own = dict(scaling.named_buffers())
+        if scaling.target_name not in saved and not scaling.target.is_meta and bool(scaling.target.isnan().any()):
+            raise Refusal(
+                f"the checkpoint has no target of {prefix + tensor!r}, and the model has none since to_empty; load a "
+                "checkpoint of the scaled model, or call apply_norm_scaling once the weights are loaded"
+            )
         # These need no solver; without one of the others, all of them are solved anew from the weight.
         kept = {scaling.target_name, "skip_mask"}
         if _shapes(own, kept) != _shapes(saved, kept):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
+import torch
 from einops import EinopsError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -290,7 +291,7 @@ def refuse_sharded(weights: Iterable[Weight]) -> None:
 def refuse_unwritable(weights: Iterable[Weight]) -> None:
     """Refuse weights that a step cannot write: made under `torch.inference_mode()`, or computed from parameters."""
     for weight in weights:
-        if weight.parameter.is_inference():
+        if weight.parameter.is_inference() and not torch.is_inference_mode_enabled():
             raise Refusal(
                 f"the weight of {weight.name!r} was made under torch.inference_mode(), so that no step can write it; "
                 "build the model outside of it"

@@ -572,23 +572,6 @@ def test_from_the_meta_device_by_way_of_memory_and_values(norm):
     train(model, optimizer, scaling)
 
 
-@both
-@pytest.mark.parametrize("by_memory", [False, True])
-def test_a_skeleton_without_values_prints_and_loads(norm, by_memory):
-    model = Net()
-    apply_norm_scaling(model, norm)
-    checkpoint = model.state_dict()
-    skeleton = copy.deepcopy(model).to("meta")
-    assert f"NormScaling({norm}, without values)" in str(skeleton)
-    if by_memory:
-        skeleton.to_empty(device="cpu").load_state_dict(checkpoint)
-    else:
-        skeleton.load_state_dict(checkpoint, assign=True)
-    assert str(skeleton) == str(model)
-    for name, value in skeleton.state_dict().items():
-        assert torch.equal(value, checkpoint[name]), name
-
-
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "convnext_atto"])
 def test_timms_parameter_groups_are_those_of_the_plain_model(name):
     model = timm.create_model(name)
