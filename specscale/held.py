@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from specscale.errors import Refusal
 from specscale.parametrization import register, unregister
-from specscale.state import NormScaling
+from specscale.state import NormScaling, version_of
 from specscale.weights import Weight, scaled_weights
 
 INSIDE_PLAIN = "the model is plain inside `with scaling.plain():`; leave that first"
@@ -40,7 +40,7 @@ class HeldWeights:
         """The weights that are held now, in the model's order."""
         # At every step: to follow the names takes a tenth of the time of a walk over the model.
         if not (
-            all(weight.is_scaled and self._is_in_place(weight) for weight in self._weights)
+            all(w.is_scaled and w.view is w.scaling.view and self._is_in_place(w) for w in self._weights)
             and not any(map(self._is_in_place, self._lost))
         ):
             self._look_around()
@@ -122,7 +122,7 @@ def _follow(weight: Weight, places: Mapping[int, list[Place]]) -> bool:
     place = next((one for one in places.get(id(parameter), []) if not is_source(one, weight.tensor)), None)
     if place is None:
         return False
-    version = parameter._version
+    version = version_of(parameter)
     unregister(weight.module, weight.tensor)
     put_on(weight.scaling, place)
     weight.scaling.keep_current(parameter, version)

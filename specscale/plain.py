@@ -15,7 +15,7 @@ from specscale.constraints import Constraint
 from specscale.errors import Refusal, public_call
 from specscale.held import INSIDE_PLAIN, Place, is_source, places_of, put_on
 from specscale.layers import LayerRule, rule_for
-from specscale.state import PLAIN_LAYERS, original
+from specscale.state import PLAIN_LAYERS, original, version_of
 from specscale.state_dicts import LoadCheck, end_unused_checks, refuse_others_on_top
 from specscale.step import solve_anew_
 from specscale.targets import Target, resolve_targets
@@ -130,7 +130,7 @@ class _Taken:
         self.parameter = original(weight.module, weight.tensor)
         self.shape = self.parameter.shape
         self.checksum = _checksum(self.parameter)
-        self.is_current = not weight.scaling.is_stale(self.parameter)
+        self.version = version_of(self.parameter)
 
 
 class _Layer:
@@ -285,8 +285,7 @@ def _renew(taken: _Taken, find: _Find) -> None:
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     fits_state = is_same_matrix and scaling.norm.dtype == dtype and scaling.norm.device == parameter.device
     if fits_state and parameter is taken.parameter and torch.equal(_checksum(parameter), taken.checksum):
-        if taken.is_current:
-            scaling.mark_current(parameter)
+        scaling.keep_current(parameter, taken.version)
         return
     target, skip_mask = scaling.target, scaling.skip_mask
     if not fits_state:

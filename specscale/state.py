@@ -147,8 +147,8 @@ class NormScaling(nn.Module):
 
     def mark_current(self, weight: Tensor | None) -> None:
         """Record the weight's version as the one that the buffers describe; None clears it."""
-        # A tensor made under inference_mode has no version.
-        recorded = None if weight is None or weight.is_inference() else (weakref.ref(weight), weight._version)
+        version = None if weight is None else version_of(weight)
+        recorded = None if weight is None or version is None else (weakref.ref(weight), version)
         # The module's own way takes ten times as long, for each weight at each step.
         self.__dict__["_recorded"] = recorded
 
@@ -156,7 +156,7 @@ class NormScaling(nn.Module):
         """Whether the weight is known to have been written to since `mark_current`."""
         return self._recorded is not None and self._recorded[0]() is weight and self._recorded[1] != weight._version
 
-    def keep_current(self, weight: Tensor, version: int) -> None:
+    def keep_current(self, weight: Tensor, version: int | None) -> None:
         """Mark the weight as current if it was so at this version: what was written since were the same values."""
         if self._recorded is not None and self._recorded[0]() is weight and self._recorded[1] == version:
             self.mark_current(weight)
@@ -198,6 +198,11 @@ class NormScaling(nn.Module):
         count = f"{self.view.count} matrices, " if self.view.count > 1 else ""
         target = "without values" if self.target.is_meta else f"target={float(self.target.max()):.4g}"
         return f"{self.constraint.name}, {count}{target}"
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often the tensor has been written to; None for one made under `torch.inference_mode()`."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def scalings_of(module: nn.Module) -> Iterator[tuple[str, NormScaling]]:
