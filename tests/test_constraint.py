@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from held import off_target
 from torch import nn
 
 from specscale import SVD, NonFiniteWeightError, NormScaler, apply_norm_scaling
@@ -191,6 +192,26 @@ def test_each_optimizer_scales_what_it_owns_and_has_stepped():
     assert model.conv.weight.norm().item() == pytest.approx(0.5, rel=1e-5)
     assert torch.equal(model.up.weight, up), "no gradient, no step, no scaling"
     assert torch.equal(model.head.weight, head)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_one_handle_holds_weights_on_two_devices(norm):
+    model = net()
+    model.wide.cuda()
+    scaling = apply_norm_scaling(model, norm, target=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaling.attach(optimizer)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        assert max(map(off_target, scaling.weights)) < 1e-3
+    before = [parameter.clone() for parameter in model.parameters()]
+    scaling._step.take(scaling.weights, torch.ones(1, device="cuda"))
+    assert all(map(torch.equal, before, model.parameters()))
+    assert len(scaling.metrics()) == 5 * len(scaling.weights)
 
 
 def test_attach_refuses_what_would_not_work():
