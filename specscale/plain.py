@@ -3,7 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from einops import EinopsError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from specscale.constraints import Constraint
 from specscale.errors import Refusal, public_call
 from specscale.held import INSIDE_PLAIN, Place, is_source, places_of, put_on
 from specscale.layers import LayerRule, rule_for
@@ -30,11 +31,11 @@ class Rule:
     """None, `"initial"` and `"features"`, which needs an example input: the norm that the weight has."""
     layers: tuple[LayerRule, ...] = ()
 
-    def target_of(self, weight: Weight, model: nn.Module) -> float | None:
+    def target_of(self, weight: Weight, constraint: Constraint, model: nn.Module) -> float | None:
         """The target norm of a weight, None for the norm that it has."""
         if self.target in (None, "initial", "features"):
             return None
-        targets = resolve_targets(self.target, weight.scaling.constraint, [weight], model, None)
+        targets = resolve_targets(self.target, constraint, [weight], model, None)
         return None if targets is None else targets[weight.name]
 
 
@@ -266,9 +267,10 @@ def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, paramete
         return f"its shape {tuple(parameter.shape)} does not fit {view}"
     target = None
     if not (is_same_shape and view == taken.weight.view):
-        weight = replace(taken.weight, layer=place.layer, module=place.module, tensor=place.tensor, view=view)
+        # Without its scaling, which is not on the layer yet.
+        weight = Weight(place.layer, place.module, place.tensor, view, taken.weight.is_only)
         try:
-            target = rule.target_of(weight, model)
+            target = rule.target_of(weight, taken.weight.scaling.constraint, model)
         except Exception as error:
             return f"its shape is another one, and its target fails: {error}"
         if target is None and not bool(parameter.isfinite().all()):
