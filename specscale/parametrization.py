@@ -1,6 +1,6 @@
 """How a scaling gets onto a layer and off it."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -13,7 +13,7 @@ def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     """Put a layer's tensor under a scaling; plain checkpoints still load into the layer."""
     parametrize.register_parametrization(module, tensor, scaling, unsafe=True)
     _shorten_access(module, tensor)
-    _explain_refusals(module)
+    _explain_refusals(module, tensor)
     scaling.load_hooks = (
         module.register_load_state_dict_pre_hook(complete_state_dict),
         module.register_load_state_dict_post_hook(solve_what_was_missing),
@@ -38,8 +38,8 @@ def _shorten_access(module: nn.Module, tensor: str) -> None:
     setattr(kind, tensor, property(weight, computed.fset))
 
 
-def _explain_refusals(module: nn.Module) -> None:
-    """Let the layer say what to do where torch refuses: a new parameter assigned to a scaled weight, and a pickle."""
+def _explain_refusals(module: nn.Module, tensor: str) -> None:
+    """Let the layer say what to do where torch refuses: to assign or delete a scaled weight, and to be pickled."""
     kind: Any = type(module)
     plain = kind.__bases__[0]
     torch_getstate = kind.__getstate__
@@ -52,6 +52,12 @@ def _explain_refusals(module: nn.Module) -> None:
             )
         plain.register_parameter(layer, name, parameter)
 
+    def delete(layer: nn.Module) -> NoReturn:
+        raise AttributeError(
+            f"attribute {tensor!r} is under norm scaling and cannot be deleted. Delete it inside "
+            "`with scaling.plain():`, or exclude the layer from scaling if its own code does so"
+        )
+
     def getstate(layer: nn.Module) -> Any:
         if any(True for _ in scalings_of(layer)):
             refuse_pickling()
@@ -59,6 +65,7 @@ def _explain_refusals(module: nn.Module) -> None:
 
     kind.register_parameter = register_parameter
     kind.__getstate__ = getstate
+    setattr(kind, tensor, vars(kind)[tensor].deleter(delete))
 
 
 def unregister(module: nn.Module, tensor: str) -> None:
