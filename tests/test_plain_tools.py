@@ -29,10 +29,11 @@ NORMS = ("frobenius", "spectral")
 
 
 def without_torchs_own_warnings(test):
-    """torch's quantization announces its end, and that it rounds as older CPUs need it."""
+    """Without what torch's quantization says of its own end, and of its own options."""
     for text in (
         "torch.ao.quantization is deprecated and will be removed:DeprecationWarning",
         "torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor creation functions",
+        "Please use quant_min and quant_max to specify the range for observers:UserWarning",
     ):
         test = pytest.mark.filterwarnings(f"ignore:{text}")(test)
     return test
@@ -505,6 +506,39 @@ def test_peft_wraps_the_layers_and_merges_them_again(norm, peft):
     assert all(map(torch.equal, targets, (weight.scaling.target for weight in scaling.weights)))
 
 
+def test_peft_changes_the_weights_that_it_wraps(peft):
+    """PiSSA moves a part of each base weight into its adapter."""
+    scaling, _ = scaled(model := mlp())
+    before = scaling.metrics()
+    with scaling.plain():
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["2"], r=4, init_lora_weights="pissa"))
+    after, weight = scaling.metrics(), model[2].base_layer.weight
+    assert after["norm/2.base_layer"] == pytest.approx(torch.linalg.matrix_norm(weight, 2).item(), rel=1e-4)
+    assert after["norm/2.base_layer"] < 0.9 * before["norm/2"]
+    assert after["target/2.base_layer"] == before["target/2"]
+    assert {key: value for key, value in after.items() if "2" not in key} == {
+        key: value for key, value in before.items() if "2" not in key
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged. Nothing to do.:UserWarning")
+def test_a_layer_that_deletes_its_weights_by_itself_says_to_exclude_it(peft):
+    """PEFT's LoRA of an attention layer takes the weights off and puts them on again in each call."""
+    scaling = apply_norm_scaling(model := Mixed())
+    config = peft.LoraConfig(target_modules=["attention"], r=2)
+    with scaling.plain():
+        peft.get_peft_model(model, config)
+    with pytest.raises(AttributeError, match=r"^attribute 'in_proj_weight' is under norm scaling .* or exclude the"):
+        model(images())
+    scaling = apply_norm_scaling(model := Mixed(), exclude="attention")
+    with scaling.plain():
+        adapted = peft.get_peft_model(model, config)
+    train(adapted, torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad]), images())
+    with scaling.plain():
+        adapted.merge_and_unload()
+    assert len(names(scaling)) == 9
+
+
 # torch's own tools, and thop
 
 
@@ -525,6 +559,24 @@ def test_layers_that_are_quantized_in_place_are_let_go_and_named():
         scaling.step()
         assert {name.partition("/")[2] for name in scaling.metrics()} == set(names(scaling))
         optimizer.step()
+
+
+@without_torchs_own_warnings
+def test_layers_that_are_swapped_around_their_weights_stay_scaled():
+    """torch's quantization-aware training, from the preparation to the quantized model."""
+    scaling, optimizer = scaled(model := convnet())
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig()
+    parameters, scalings = list(model.parameters()), [weight.scaling for weight in scaling.weights]
+    with scaling.plain():
+        torch.ao.quantization.prepare_qat(model, inplace=True)
+    assert isinstance(model[0], torch.ao.nn.qat.Conv2d)
+    assert set(map(id, model.parameters())) == set(map(id, parameters))
+    assert [weight.scaling for weight in scaling.weights] == scalings
+    assert assert_training_holds(scaling, model, optimizer, images()) == ["0", "4"]
+    match = r"^plain: no longer under scaling: '0' \(it is not in the model any more\), '4' \("
+    with pytest.warns(UserWarning, match=match), scaling.plain():
+        torch.ao.quantization.convert(model.eval(), inplace=True)
+    assert names(scaling) == []
 
 
 @pytest.fixture
