@@ -5,13 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from specscale.errors import Refusal
 from specscale.parametrization import register, unregister
 from specscale.state import NormScaling, version_of
-from specscale.weights import Weight, scaled_weights
+from specscale.weights import Weight, holds_tensor, scaled_weights
 
 INSIDE_PLAIN = "the model is plain inside `with scaling.plain():`; leave that first"
 
@@ -97,7 +97,7 @@ def places_of(model: nn.Module) -> dict[int, list[Place]]:
 
 def is_source(place: Place, tensor: str) -> bool:
     """Whether the layer computes the tensor from the parameter at this place, as pruning does from `weight_orig`."""
-    return place.tensor != tensor and isinstance(getattr(place.module, tensor, None), Tensor)
+    return place.tensor != tensor and holds_tensor(place.module, tensor)
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module | None:

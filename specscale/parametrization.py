@@ -1,19 +1,19 @@
 """How a scaling gets onto a layer and off it."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from specscale.state import NormScaling, others_on_top, parametrizations_of, scaling_of
-from specscale.state_dicts import complete_state_dict, solve_what_was_missing
+from specscale.state import NormScaling, others_on_top, parametrizations_of, scaling_of, scalings_of
+from specscale.state_dicts import complete_state_dict, refuse_pickling, solve_what_was_missing
 
 
 def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     """Put a layer's tensor under a scaling; plain checkpoints still load into the layer."""
     parametrize.register_parametrization(module, tensor, scaling, unsafe=True)
     _shorten_access(module, tensor)
-    _explain_assignment(module)
+    _explain_refusals(module, tensor)
     scaling.load_hooks = (
         module.register_load_state_dict_pre_hook(complete_state_dict),
         module.register_load_state_dict_post_hook(solve_what_was_missing),
@@ -38,10 +38,11 @@ def _shorten_access(module: nn.Module, tensor: str) -> None:
     setattr(kind, tensor, property(weight, computed.fset))
 
 
-def _explain_assignment(module: nn.Module) -> None:
-    """Let the layer say what to do when a new parameter is assigned to a scaled weight, which torch refuses."""
-    kind = type(module)
-    plain: Any = kind.__bases__[0]
+def _explain_refusals(module: nn.Module, tensor: str) -> None:
+    """Let the layer say what to do where torch refuses: to assign or delete a scaled weight, and to be pickled."""
+    kind: Any = type(module)
+    plain = kind.__bases__[0]
+    torch_getstate = kind.__getstate__
 
     def register_parameter(layer: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if scaling_of(layer, name) is not None:
@@ -51,7 +52,20 @@ def _explain_assignment(module: nn.Module) -> None:
             )
         plain.register_parameter(layer, name, parameter)
 
-    kind.register_parameter = register_parameter  # type: ignore[assignment, method-assign]
+    def delete(layer: nn.Module) -> NoReturn:
+        raise AttributeError(
+            f"attribute {tensor!r} is under norm scaling and cannot be deleted. Delete it inside "
+            "`with scaling.plain():`, or exclude the layer from scaling if its own code does so"
+        )
+
+    def getstate(layer: nn.Module) -> Any:
+        if any(True for _ in scalings_of(layer)):
+            refuse_pickling()
+        return torch_getstate(layer)
+
+    kind.register_parameter = register_parameter
+    kind.__getstate__ = getstate
+    setattr(kind, tensor, vars(kind)[tensor].deleter(delete))
 
 
 def unregister(module: nn.Module, tensor: str) -> None:

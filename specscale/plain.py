@@ -20,7 +20,7 @@ from specscale.state_dicts import LoadCheck, end_unused_checks, refuse_others_on
 from specscale.step import solve_anew_
 from specscale.targets import Target, resolve_targets
 from specscale.views import MatrixView
-from specscale.weights import Weight, scaled_weights, shard_kind
+from specscale.weights import Weight, holds_tensor, scaled_weights, shard_kind
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def _find(model: nn.Module, rule: Rule, weights: list[_Taken]) -> "dict[_Taken, 
         ]
         place = next(iter(same or homes), None)
         if place is None:
-            is_computed = any(isinstance(getattr(one, tensor, None), Tensor) for _, one in named)
+            is_computed = any(one is not None and holds_tensor(one, tensor) for _, one in named)
             finds[taken] = "it is computed now" if is_computed else "it is not in the model any more"
             continue
         parameter = place.module._parameters[place.tensor]

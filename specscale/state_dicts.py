@@ -5,7 +5,7 @@ import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -77,6 +77,10 @@ class LoadCheck:
         copied.handle = None if root is None else copy.deepcopy(self.handle, memo)
         return copied
 
+    def __getstate__(self) -> NoReturn:
+        # It is met before the layers, of which pickle would refuse the first.
+        refuse_pickling()
+
     def _weights(self, root: nn.Module) -> Iterator[Weight]:
         return (weight for weight in scaled_weights(root) if weight.scaling.load_check is self)
 
@@ -107,6 +111,14 @@ def check_before_loading(root: nn.Module, weights: Iterable[Weight]) -> None:
     check = LoadCheck(root)
     for weight in weights:
         weight.scaling.load_check = check
+
+
+def refuse_pickling() -> NoReturn:
+    """Refuse a pickle of a scaled model, of which torch's classes for parametrized layers allow none."""
+    raise RuntimeError(
+        "a model under norm scaling cannot be pickled, as by torch.save(model): save its state_dict(), or pickle the "
+        "plain model inside `with scaling.plain():`"
+    )
 
 
 def end_unused_checks(weights: Iterable[Weight]) -> None:

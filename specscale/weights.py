@@ -38,6 +38,12 @@ def _reading(module: nn.Module) -> AbstractContextManager[None]:
     return evaluation_mode(module) if parametrize.is_parametrized(module) else nullcontext()
 
 
+def holds_tensor(module: nn.Module, name: str) -> bool:
+    """Whether the layer has a tensor of that name, be it a parameter, a buffer or computed."""
+    with _reading(module):
+        return isinstance(getattr(module, name, None), Tensor)
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """A weight tensor of a model: where it is, what it is called, and as which matrices it is read."""
