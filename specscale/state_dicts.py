@@ -5,7 +5,7 @@ import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -71,6 +71,13 @@ class LoadCheck:
         copied._root = None if root is None else weakref.ref(root)
         copied.handle = None if root is None else copy.deepcopy(self.handle, memo)
         return copied
+
+    def __getstate__(self) -> NoReturn:
+        # torch refuses it too, but only at the first scaled layer, and the hooks of the model come before its layers.
+        raise RuntimeError(
+            "pickle: the model is under norm scaling, and a parametrized module cannot be pickled; save "
+            "model.state_dict(), or pickle the model inside `with scaling.plain():`"
+        )
 
     def _weights(self, root: nn.Module) -> Iterator[Weight]:
         return (weight for weight in scaled_weights(root) if weight.scaling.load_check is self)
