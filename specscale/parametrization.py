@@ -35,13 +35,23 @@ def _shorten_access(module: nn.Module, tensor: str) -> None:
             return chain._parameters["original"]
         return computed.fget(layer)  # type: ignore[misc]
 
-    setattr(kind, tensor, property(weight, computed.fset))
+    def assign(layer: nn.Module, value: Any) -> None:
+        # A plain layer refuses it too. torch's parametrizations write the values into the parameter, and code that puts
+        # a tensor in its place for a call (functional_call) would lose the weight.
+        if not others_on_top(layer, tensor):
+            raise TypeError(
+                f"cannot assign a {type(value).__name__} to {tensor!r}, which is under norm scaling: write its values "
+                "in place, or assign a parameter inside `with scaling.plain():`"
+            )
+        computed.fset(layer, value)  # type: ignore[misc]
+
+    setattr(kind, tensor, property(weight, assign))
 
 
 def _explain_assignment(module: nn.Module) -> None:
     """Let the layer say what to do when a new parameter is assigned to a scaled weight, which torch refuses."""
     kind = type(module)
-    plain = kind.__bases__[0]
+    plain: type[nn.Module] = kind.__bases__[0]
 
     def register_parameter(layer: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if scaling_of(layer, name) is not None:
@@ -51,7 +61,7 @@ def _explain_assignment(module: nn.Module) -> None:
             )
         plain.register_parameter(layer, name, parameter)
 
-    kind.register_parameter = register_parameter  # type: ignore[method-assign]
+    kind.register_parameter = register_parameter  # type: ignore[method-assign, assignment]
 
 
 def unregister(module: nn.Module, tensor: str) -> None:
