@@ -35,7 +35,17 @@ def _shorten_access(module: nn.Module, tensor: str) -> None:
             return chain._parameters["original"]
         return computed.fget(layer)  # type: ignore[misc]
 
-    setattr(kind, tensor, property(weight, computed.fset))
+    def assign(layer: nn.Module, value: Any) -> None:
+        # A plain layer refuses it too. torch's parametrizations write the values into the parameter, and code that puts
+        # a tensor in its place for a call (functional_call) would lose the weight.
+        if not others_on_top(layer, tensor):
+            raise TypeError(
+                f"cannot assign a {type(value).__name__} to {tensor!r}, which is under norm scaling: write its values "
+                "in place, or assign a parameter inside `with scaling.plain():`"
+            )
+        computed.fset(layer, value)  # type: ignore[misc]
+
+    setattr(kind, tensor, property(weight, assign))
 
 
 def _explain_refusals(module: nn.Module, tensor: str) -> None:

@@ -116,8 +116,8 @@ def check_before_loading(root: nn.Module, weights: Iterable[Weight]) -> None:
 def refuse_pickling() -> NoReturn:
     """Refuse a pickle of a scaled model, of which torch's classes for parametrized layers allow none."""
     raise RuntimeError(
-        "a model under norm scaling cannot be pickled, as by torch.save(model): save its state_dict(), or pickle the "
-        "plain model inside `with scaling.plain():`"
+        "pickle: the model is under norm scaling, and a parametrized module cannot be pickled; save "
+        "model.state_dict(), or pickle the model inside `with scaling.plain():`"
     )
 
 

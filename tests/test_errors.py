@@ -1,5 +1,6 @@
 """What an error looks like: the page of the docs quotes each refusal as it is."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -154,12 +155,15 @@ CASES = {
     "foreign optimizer": lambda: attach(lambda optimizer: optimizer, net().parameters()),
     "attached already": attach_twice,
     "a step from bad weights": step_from_bad_weights,
+    "a model pickled": lambda: pickle.dumps(scaled()[0]),
+    "a parameter assigned": lambda: setattr(scaled()[0].head, "weight", nn.Parameter(torch.ones(3, 8))),
+    "a tensor assigned": lambda: setattr(scaled()[0].head, "weight", torch.ones(3, 8)),
 }
 
 
 @pytest.mark.parametrize("call", CASES.values(), ids=CASES)
 def test_the_page_quotes_the_error(call):
-    with pytest.raises((TypeError, ValueError, KeyError)) as found:
+    with pytest.raises((TypeError, ValueError, KeyError, RuntimeError)) as found:
         call()
     assert f"{type(found.value).__name__}: {found.value}" in PAGE
 
