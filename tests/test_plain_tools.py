@@ -468,6 +468,7 @@ def test_transformers_initialises_anew():
 
 @pytest.fixture
 def peft():
+    """It takes seconds to import, which the other tests do not need."""
     return importlib.import_module("peft")
 
 
@@ -582,7 +583,8 @@ def test_layers_that_are_swapped_around_their_weights_stay_scaled():
 @pytest.fixture
 def thop():
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "distutils Version classes are deprecated", DeprecationWarning)
+        for text in ("distutils Version classes are deprecated", "The distutils package is deprecated"):
+            warnings.filterwarnings("ignore", text, DeprecationWarning)
         return importlib.import_module("thop")
 
 
