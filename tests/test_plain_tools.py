@@ -263,9 +263,7 @@ def test_behind_a_scaling_the_tools_see_another_model(tmp_path):
     for tool in NAMING:
         assert tool(model, tmp_path) != tool(twin, tmp_path), tool.__name__
     for tool in (pickle_whole, save_whole):
-        with pytest.raises(
-            RuntimeError, match=r"pickle: the model is under norm scaling.* `with scaling.plain"
-        ):
+        with pytest.raises(RuntimeError, match=r"pickle: the model is under norm scaling.* `with scaling.plain"):
             tool(model, tmp_path)
 
 
