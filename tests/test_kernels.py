@@ -800,7 +800,9 @@ def check_compiled(kernel, options, capability):
         # Each stage of the two layouts that are contiguous reads a tile of the weight, and each of the three the block.
         tile = constants["TILE"] * constants["DEPTH"] // constants["VECTOR"]
         block = constants["DEPTH"] * 16 // 4
-        expected = constants["num_stages"] * (2 * tile + 3 * block) // THREADS
+        # Triton 3.5, that of torch 2.9, copies the block of one layout 4 bytes at a time.
+        num_blocks = 2 if triton.__version__.startswith("3.5.") else 3
+        expected = constants["num_stages"] * (2 * tile + num_blocks * block) // THREADS
         assert len(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", code)) == expected
     elif "DTYPE" in constants:
         strip = kernels.STRIP.value * kernels.SIDE // constants["VECTOR"] // THREADS
