@@ -2,8 +2,8 @@
 
 Example: python recipes/report.py runs/mlp-5x2000
 
-`report.html` contains all tables and images. `report.json` is the W&B report, written without network access;
-`--publish` sends it to the W&B project that the runs were logged to.
+`report.html` contains all tables and images. With `--publish`, which needs wandb-workspaces, the W&B report is written
+to `report.json` too, and sent to the W&B project that the runs were logged to.
 """
 
 import base64
@@ -76,7 +76,13 @@ def html_report(title: str, runs: Runs, images: list[Path]) -> str:
 
 def wandb_report(title: str, runs: Runs, project: str, entity: str = "") -> Any:
     """The report for W&B, averaged over seeds. This only builds it; nothing is sent."""
-    from wandb_workspaces.reports import v2 as wr
+    try:
+        from wandb_workspaces.reports import v2 as wr
+    except ImportError as error:
+        raise SystemExit(
+            f"report: --publish needs wandb-workspaces ({error}); pip install wandb-workspaces, or leave --publish "
+            "out: report.html needs neither it nor a login"
+        ) from error
 
     preset = next(iter(runs.values()))[0].config["preset"]
     runset = wr.Runset(
@@ -143,12 +149,14 @@ def main(folder: tyro.conf.Positional[Path], publish: bool = False, entity: str 
     if not runs:
         raise SystemExit(f"report: no finished run in {folder}; give a preset's folder, such as runs/digits")
     title = folder.resolve().name
-    write_atomically(folder / "report.html", html_report(title, runs, figures.draw(runs, folder)))
-    project = next(iter(runs.values()))[0].config["wandb_project"]
-    report = wandb_report(title, runs, project, entity)
-    write_atomically(folder / "report.json", json.dumps(report_json(report), indent=1))
-    print(f"{folder}: report.html, report.json", flush=True)
+    # Before the figures, which take long: publishing may not be possible.
+    report = None
     if publish:
+        report = wandb_report(title, runs, next(iter(runs.values()))[0].config["wandb_project"], entity)
+        write_atomically(folder / "report.json", json.dumps(report_json(report), indent=1))
+    write_atomically(folder / "report.html", html_report(title, runs, figures.draw(runs, folder)))
+    print(f"{folder}: report.html{', report.json' if publish else ''}", flush=True)
+    if report is not None:
         report.save()
         print(report.url, flush=True)
 

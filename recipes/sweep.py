@@ -6,6 +6,7 @@ Options after `--` are passed to every run of recipes/train.py.
 """
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,10 @@ class Task:
     def is_finished(self, options: Options) -> bool:
         return is_finished(options.out / self.name)
 
+    def log(self, options: Options) -> Path:
+        """The file for the run's warnings and errors, beside its folder, which the run may delete."""
+        return options.out / f"{self.name}.log"
+
     def command(self, options: Options, train_options: list[str]) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}"]
         return [
@@ -95,7 +100,10 @@ def visible_devices(slot: int, processes: int, devices: list[str]) -> list[str]:
 
 
 def train(task: Task, options: Options, train_options: list[str], slots: Queue[int]) -> bool:
-    """Train one run in its own processes and print its output, each line after its name; whether it succeeded."""
+    """Train one run in its own processes and print its progress, each line after its name; whether it succeeded.
+
+    Its warnings and errors go to its log. Of a failure, one line is printed: the reason, and where the log is.
+    """
     slot = slots.get()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if options.jobs > 1 and torch.cuda.is_available():
@@ -103,12 +111,37 @@ def train(task: Task, options: Options, train_options: list[str], slots: Queue[i
         devices = visible_devices(slot, options.processes, visible.split(","))
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     command = task.command(options, train_options)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+    log = task.log(options)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
         for line in process.stdout or ():
             print(f"{task.name}: {line.rstrip()}", flush=True)
     slots.put(slot)
+    said = log.read_text(errors="replace")
+    if process.returncode:
+        reason = failure_reason(said) or f"exit status {process.returncode}"
+        print(f"{task.name}: failed: {reason} (see {log})", flush=True)
+    elif said:
+        print(f"{task.name}: finished; its warnings are in {log}", flush=True)
+    else:
+        log.unlink()
     return process.returncode == 0
+
+
+def failure_reason(said: str) -> str:
+    """The last line of the error that ended a run, from all that its processes and torchrun have said of it.
+
+    torchrun's own report and traceback come behind those of the processes, and tell of one that was killed.
+    """
+    if killed := re.search(r"Root Cause.*?(Signal \d+.*?)$", said, re.DOTALL | re.MULTILINE):
+        return killed[1]
+    of_processes, *_ = re.split(r"^[A-Z]\d{4} .*torch/distributed/elastic/", said, maxsplit=1, flags=re.MULTILINE)
+    lines = (of_processes.strip() or said.strip()).splitlines()
+    # A rank's lines begin with its name.
+    return re.sub(r"^\[rank\d+\]: ", "", lines[-1]) if lines else ""
 
 
 def find_problem(options: Options) -> str | None:

@@ -301,12 +301,17 @@ class Launch(NamedTuple):
     """Arguments that are compiled in, and options of the compiler."""
 
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Options of the compiler for every kernel: Triton's own default is a global switch, and changes with its version."""
+
+
 def _prepare(
     kernel: Any, num_programs: int, args: tuple[Any, ...], constants: dict[str, Any]
 ) -> Callable[[Tensor], None]:
     """The launch, compiled, for any `skip`: Triton's own way to it takes the host several times as long."""
     grid = (num_programs, 1, 1)
-    compiled = kernel.warmup(*(torch.float32 if arg is SKIP else arg for arg in args), grid=grid, **constants)
+    types = (torch.float32 if arg is SKIP else arg for arg in args)
+    compiled = kernel.warmup(*types, grid=grid, **constants, **OPTIONS)
     run = compiled[grid]
     args = (*args, *(constants[name] for name in kernel.arg_names[len(args) :]))
     return lambda skip: run(*(skip if arg is SKIP else arg for arg in args))

@@ -17,8 +17,8 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "xla", "hpu", "mtia", "maia", "ipu")
-"""The types of devices that torch has an autocast for, beside the current accelerator, whose type may be of others."""
+_AUTOCAST_DEVICES = ["cpu", "cuda", "xpu", "mps", "xla", "hpu", "mtia", "maia", "ipu"]
+"""The types of devices that torch has an autocast for; the current accelerator, whose type may be another, is added."""
 
 
 def no_grad_full_precision(function: Callable[P, T]) -> Callable[P, T]:
@@ -38,9 +38,14 @@ def no_grad_full_precision(function: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def _autocast_devices() -> tuple[str, ...]:
-    accelerator = torch.accelerator.current_accelerator()
-    return _AUTOCAST_DEVICES if accelerator is None else (*_AUTOCAST_DEVICES, accelerator.type)
+def _autocast_devices() -> list[str]:
+    # The compiler of torch 2.9 cannot trace a call that returns a device. What it compiles is a step, and the weights
+    # have been measured before it: the accelerator is in the list.
+    if not torch.compiler.is_compiling():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None and accelerator.type not in _AUTOCAST_DEVICES:
+            _AUTOCAST_DEVICES.append(accelerator.type)
+    return _AUTOCAST_DEVICES
 
 
 def can_sync(tensor: Tensor) -> bool:

@@ -119,9 +119,10 @@ def next_num_iterations(weights: list[Weight], found: Mapping[NormScaling, "Foun
             known_by_id[id(constraint)] = known.setdefault(constraint, [])
         if weight.scaling in found:
             known_by_id[id(constraint)].append(found[weight.scaling])
+    # `max` of a list, and without a default, is what the compiler of torch 2.9 traces.
     return {
         constraint: constraint.norm.next_num_iterations(
-            max((one.num_iterations for one in own), default=None), max((one.error for one in own), default=None)
+            max([one.num_iterations for one in own]) if own else None, max([one.error for one in own]) if own else None
         )
         for constraint, own in known.items()
     }
@@ -175,7 +176,7 @@ def measure_weights(weights: Iterable[Weight], num_iterations: NumIterations | N
 def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
     """Weights of one constraint, dtype and device: as many as measuring them takes no more than the largest weight."""
     weights = list(weights)
-    largest = max((weight.parameter.numel() for weight in weights), default=0)
+    largest = max([0, *[weight.parameter.numel() for weight in weights]])
     open_batches: dict[object, tuple[list[Weight], int]] = {}
     for weight in weights:
         constraint, parameter = weight.scaling.constraint, weight.parameter

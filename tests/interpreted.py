@@ -43,6 +43,8 @@ def interpreted_grouped():
         # Once, in place of at every call of every function, which takes most of the time.
         for function in (tl.standard.sum, copies["specscale.kernels"].images):
             interpreter._patch_lang(function.fn)
+        # What Triton 3.5, that of torch 2.9, does here is refused by NumPy 2.4.
+        tl.tensor.__index__ = lambda self: self.handle.data.item()
         interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
         copies["specscale.grouped"]._prepare = interpreted_launch
         yield copies["specscale.grouped"]

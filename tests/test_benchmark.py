@@ -3,30 +3,56 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from test_recipe import ROOT, run
 
-from lib.benchmarks import StepOptions
+from lib.benchmarks import SolverOptions, StepOptions, main
 from specscale import Block
 
 SMALL = ["--width", "80", "--batch-size", "16", "--num-threads", "1", "--out", "out"]
 
 
-def benchmark(kind, folder, *options):
+def benchmark(kind, folder, *options, message=""):
     command = [sys.executable, str(ROOT / "recipes" / "benchmark.py"), kind, *SMALL, *options]
     code, said = run(command, folder)
     assert code == 0, said
+    assert message in said
     stem = f"{kind}-mlp-5x2000-width-80-adam-0.001"
     assert {path.name for path in (folder / "out").iterdir()} == {f"{stem}.{end}" for end in ("json", "md", "png")}
     assert (folder / "out" / f"{stem}.md").read_text().splitlines()[2] in said
     return json.loads((folder / "out" / f"{stem}.json").read_text())
 
 
-def test_the_solvers_are_compared_on_one_training_run(tmp_path):
-    found = benchmark("solver", tmp_path, "--steps", "4", "--every", "2")
+def test_the_solvers_are_compared_on_one_training_run_and_an_interrupted_one_goes_on(tmp_path, monkeypatch):
+    steps = ["--steps", "4", "--every", "2"]
+    found = benchmark("solver", tmp_path, *steps)
+    options = SolverOptions(width=80, batch_size=16, steps=4, every=2, out=tmp_path / "again" / "out")
+    options = replace(options, num_threads=1, checkpoint_minutes=0)
+    batches, threads = list(islice(options.batches(options.workload()), 3)), torch.get_num_threads()
+
+    def interrupted(*_):
+        yield from batches
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SolverOptions, "batches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(options)
+    for changes, text in [
+        ({}, "holds an unfinished run; --resume goes on, --overwrite measures again"),
+        ({"resume": True, "every": 1}, "was begun with every = 2, found 1; --resume with the same options, or give"),
+        ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
+    ]:
+        with pytest.raises(SystemExit, match=text):
+            main(replace(options, **changes))
+    torch.set_num_threads(threads)
+    resumed = benchmark("solver", tmp_path / "again", *steps, "--resume", message="goes on after step 3 of 4")
+    for result in ("solvers", "worst |u^T W' v / t - 1|"):
+        assert resumed[result] == found[result]
     rows = {row["solver"]: row for row in found["solvers"]}
     assert rows["svd"]["max error"] < 1e-5
     assert rows["block"]["max error"] < 10 * Block().tolerance < rows["power, 1 warm"]["max error"]

@@ -480,7 +480,7 @@ def test_a_launch_is_compiled_once_and_takes_another_skip_each_time():
     launch = grouped._prepare(kernel, 7, ("table", grouped.SKIP, 0.5), constants)
     launch("this")
     launch("that")
-    assert compiled == [(("table", torch.float32, 0.5), (7, 1, 1), constants)]
+    assert compiled == [(("table", torch.float32, 0.5), (7, 1, 1), constants | {"enable_fp_fusion": True})]
     assert launched == [("table", found, 0.5, True, False) for found in ("this", "that")]
 
 
@@ -785,7 +785,7 @@ def launched_variants(dtype, monkeypatch, counts):
 
 
 def source_and_options(kernel, options):
-    options = dict(options)
+    options = dict(options) | grouped.OPTIONS
     names = [parameter.name for parameter in kernel.params]
     constants = {name: options.pop(name) for name in names if name in options}
 
@@ -816,11 +816,12 @@ def check_compiled(kernel, options, capability):
     assert ".local" not in code.replace(".local_", "")
     constants = dict(options)
     if "DEPTH" in constants:
-        # Each stage of the two layouts that are contiguous reads a tile of the weight, and each of the three the block.
+        # Each stage of the two layouts that are contiguous reads a tile of the weight, and each of the three the block,
+        # which some versions of Triton (3.5 and 3.9) copy in smaller pieces in one of them.
         tile = constants["TILE"] * constants["DEPTH"] // constants["VECTOR"]
         block = constants["DEPTH"] * 16 // 4
-        expected = constants["num_stages"] * (2 * tile + 3 * block) // THREADS
-        assert len(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", code)) == expected
+        expected = [constants["num_stages"] * (2 * tile + num_blocks * block) // THREADS for num_blocks in (2, 3)]
+        assert len(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", code)) in expected
     elif "DTYPE" in constants:
         strip = kernels.STRIP.value * kernels.SIDE // constants["VECTOR"] // THREADS
         assert len(re.findall(r"ld\.global[\w.]*\.v4\.b32", code)) >= strip

@@ -1,10 +1,15 @@
 """What is said of runs, from runs whose numbers are known."""
 
 import json
+import os
+import shutil
 import statistics
+import sys
 from dataclasses import replace
 
 import pytest
+from test_recipe import ROOT
+from test_recipe import run as run_command
 
 from compare import compare_all
 from lib.post import findings, published_table
@@ -110,9 +115,16 @@ def test_clipped_runs_hold_every_layer_on_its_target(trained):
             assert line[f"spectral_norm/{name}"] == pytest.approx(target, rel=1e-5)
 
 
-def test_the_report_is_one_file_and_a_wandb_spec(trained):
+def test_the_report_is_one_file_and_a_wandb_spec(trained, monkeypatch, capsys):
+    from wandb_workspaces.reports.v2 import Report
+
+    saved = []
+    monkeypatch.setattr(Report, "save", lambda one: saved.append(one))
+    monkeypatch.setattr(Report, "url", "https://where.it/is")
     folder = trained / "digits"
-    report(folder)
+    report(folder, publish=True)
+    assert [one.title for one in saved] == ["Norm scaling: digits"]
+    assert capsys.readouterr().out.splitlines() == [f"{folder}: report.html, report.json", "https://where.it/is"]
     page = (folder / "report.html").read_text()
     assert page.count('<img alt="') == page.count("data:image/png;base64,") == len(list(folder.glob("*.png")))
     for row in table_rows(read_runs(folder)):
@@ -135,6 +147,21 @@ def test_the_report_is_one_file_and_a_wandb_spec(trained):
     assert [panel["viewType"] for panel in panels[-3:]] == ["Bar Chart", "Bar Chart", "Run Comparer"]
     texts = [block["content"] for block in spec["blocks"] if block["type"] == "markdown-block"]
     assert texts[0].startswith("| condition |")
+
+
+def test_only_a_published_report_needs_wandb_workspaces(trained, tmp_path, monkeypatch):
+    (tmp_path / "wandb_workspaces.py").write_text("raise ImportError('not here')")
+    shutil.copytree(trained / "digits" / "none-seed0", folder := tmp_path / "digits" / "none-seed0")
+    command = [sys.executable, str(ROOT / "recipes" / "report.py"), "digits"]
+    done = run_command(command, tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done == (0, "digits: report.html\n")
+    assert not (folder.parent / "report.json").exists()
+    (folder.parent / "report.html").unlink()
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports", None)
+    text = r"report: --publish needs wandb-workspaces \(.*\); pip install wandb-workspaces, or leave --publish out"
+    with pytest.raises(SystemExit, match=text):
+        report(folder.parent, publish=True)
+    assert not (folder.parent / "report.html").exists()
 
 
 def test_a_report_over_nothing_is_refused(tmp_path):

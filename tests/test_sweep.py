@@ -1,5 +1,6 @@
 """The sweep by its real command, and its grid written out."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from queue import Queue
 
 import pytest
 
-from sweep import Options, Task, find_problem, grid, train, visible_devices
+from sweep import Options, Task, failure_reason, find_problem, grid, train, visible_devices
 
 SWEEP = str(Path(__file__).parent.parent / "recipes" / "sweep.py")
 
@@ -57,7 +58,7 @@ def test_runs_of_one_process_share_gpus_and_larger_ones_have_their_own(monkeypat
 
 
 @pytest.mark.parametrize(("jobs", "visible", "expected"), [(3, None, "1"), (3, "5,7", "7"), (1, "5,7", "5,7")])
-def test_a_run_sees_the_gpus_of_its_slot(jobs, visible, expected, monkeypatch, capfd):
+def test_a_run_sees_the_gpus_of_its_slot(jobs, visible, expected, monkeypatch, capfd, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -67,9 +68,53 @@ def test_a_run_sees_the_gpus_of_its_slot(jobs, visible, expected, monkeypatch, c
     monkeypatch.setattr(Task, "command", lambda *_: [sys.executable, "-c", program])
     slots = Queue()
     slots.put(1)
-    assert train(Task("digits", "none", "described", 0), Options(jobs=jobs), [], slots)
+    assert train(Task("digits", "none", "described", 0), Options(jobs=jobs, out=tmp_path), [], slots)
     assert capfd.readouterr().out == f"digits/none-seed0: sees {expected}\n"
     assert slots.get_nowait() == 1
+
+
+FAILING = """
+import os, sys
+print("epoch 1")
+print("a warning", file=sys.stderr)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), 9)
+raise ValueError("first line\\nlast line")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "processes", "reason"),
+    [
+        ("raises", 2, "last line"),
+        ("killed", 1, r"Signal 9 \(SIGKILL\) received by PID \d+"),
+    ],
+)
+def test_of_a_failed_run_one_line_says_why_and_where_its_log_is(how, processes, reason, monkeypatch, capfd, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    options = Options(processes=processes, out=tmp_path)
+    command = Task.command
+    monkeypatch.setattr(
+        Task, "command", lambda *arguments: [*command(*arguments)[:5], str(tmp_path / "failing.py"), how]
+    )
+    slots = Queue()
+    slots.put(0)
+    assert not train(task := Task("digits", "none", "described", 0), options, [], slots)
+    log = tmp_path / "digits" / "none-seed0.log"
+    *progress, last = capfd.readouterr().out.splitlines()
+    assert progress == [f"{task.name}: epoch 1"] * processes
+    assert re.fullmatch(rf"digits/none-seed0: failed: {reason} \(see {log}\)", last)
+    assert "a warning" in log.read_text()
+    assert ("Traceback" in log.read_text()) or how == "killed"
+
+
+def test_the_reason_of_a_failure_without_a_traceback():
+    assert failure_reason("") == ""
+    assert failure_reason("[rank1]: RuntimeError: one\n\n") == "RuntimeError: one"
+    report = (
+        "W1126 1 torch/distributed/elastic/agent/api.py:7] Received 15\nTraceback\nSignalException: got signal: 15\n"
+    )
+    assert failure_reason(report) == "SignalException: got signal: 15"
 
 
 def test_a_sweep_skips_what_is_done_and_goes_on(tmp_path):
@@ -86,6 +131,7 @@ def test_a_sweep_skips_what_is_done_and_goes_on(tmp_path):
     assert "2 runs, 1 finished already" in output
     assert "digits/none-seed0:      none  epoch 2/2" in output
     assert "digits/spectral-seed0:" not in output
+    assert not list(runs.glob("**/*.log"))
     table = (runs / "comparison.md").read_text()
     assert "| none |" in table
     assert "| spectral |" in table
@@ -94,5 +140,6 @@ def test_a_sweep_skips_what_is_done_and_goes_on(tmp_path):
     shutil.rmtree(runs / "digits" / "none-seed0")
     code, output = sweep(tmp_path, *grid_options, "--", "--epochs", "0", "--wandb", "disabled")
     assert code == 1
-    assert "digits/none-seed0: train: --epochs must be at least 1" in output
+    assert "none-seed0: failed: train: --epochs must be at least 1, found 0 (see runs/digits/none-seed0.log)" in output
+    assert "Traceback" not in output
     assert "sweep: digits/none-seed0 did not go through; the same command tries again" in output

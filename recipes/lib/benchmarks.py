@@ -1,20 +1,22 @@
 """The commands `benchmark.py solver` and `benchmark.py step`: their options, tables and figures."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from lib.checkpoint import CheckpointTimer, load_states, save_states
 from lib.console import format_cell, markdown, progress
 from lib.files import write_atomically
 from lib.post import POST_PRESETS
 from lib.presets import Config
 from lib.provenance import provenance
-from lib.solver_errors import SolverErrors, worst_target_error
+from lib.solver_errors import SolverErrors
 from lib.step_times import COLD_POWER, TORCH, copy_bandwidth, make_conditions, step_table, take_turns
 from lib.workloads import OPTIMIZERS, WORKLOADS, Batch, Workload
 
@@ -74,6 +76,12 @@ class SolverOptions(Options):
 
     every: int = 10
     """Steps between two comparisons."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between two checkpoints, beside the one after the first step; 0 saves after every step."""
+    resume: bool = False
+    """Go on from the last checkpoint of an interrupted run."""
+    overwrite: bool = False
+    """Drop an interrupted run, and measure from the start."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,10 @@ class StepOptions(Options):
     """Also time the norm scaling replayed from CUDA graphs."""
     reference: bool = True
     """Also time the post's 500 iterations, which are slow."""
+
+
+WITHOUT_EFFECT = ("data_root", "out", "checkpoint_minutes", "resume", "overwrite")
+"""Options that change no result; whether there is a `data_root` is recorded as the data."""
 
 
 def device() -> torch.device:
@@ -110,8 +122,30 @@ def cifar_batches(config: Config) -> Iterator[Batch]:
             yield preprocessing.train(images.to(device()), index.to(device())), labels.to(device())
 
 
-def measure_solvers(options: SolverOptions) -> dict[str, Any]:
-    """Relative errors of the first singular value, by candidate."""
+def begin_or_resume(options: SolverOptions, folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder for the checkpoint, or see that an interrupted run in it can go on."""
+    if options.resume and options.overwrite:
+        raise SystemExit("--resume and --overwrite exclude each other")
+    if options.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    path = folder / "config.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(settings, indent=2))
+        return
+    if not options.resume:
+        raise SystemExit(f"{folder} holds an unfinished run; --resume goes on, --overwrite measures again")
+    previous = json.loads(path.read_text())
+    for name, value in settings.items():
+        if previous.get(name) != value:
+            raise SystemExit(
+                f"{folder} was begun with {name} = {previous.get(name)}, found {value}; --resume with the same "
+                "options, or give another --out"
+            )
+
+
+def measure_solvers(options: SolverOptions, folder: Path) -> dict[str, Any]:
+    """Relative errors of the first singular value, by candidate; the checkpoint is in the folder."""
     workload = options.workload()
     model = workload.build(device())
     scaling = workload.scale(model, "spectral")
@@ -120,10 +154,20 @@ def measure_solvers(options: SolverOptions) -> dict[str, Any]:
     # Registered before the norm scaling, so that the candidates see the weights that it is about to scale.
     optimizer.register_step_post_hook(solver_errors.measure)
     scaling.attach(optimizer)
-    worst = 0.0
-    for _, batch in zip(progress(options.steps, "steps"), options.batches(workload), strict=False):
+    stateful = {"model": model, "optimizer": optimizer, "solver_errors": solver_errors}
+    if load_states(folder, stateful, device()):
+        print(f"goes on after step {solver_errors.step} of {options.steps}", flush=True)
+    done = solver_errors.step
+    # Those of the steps that are done are drawn again: a batch depends on the ones before it.
+    batches = islice(options.batches(workload), done, None)
+    timer = CheckpointTimer(options.checkpoint_minutes, options.steps)
+    for step, batch in zip(progress(options.steps, "steps", done), batches, strict=False):
         workload.train_step(model, optimizer, batch)
-        worst = max(worst, worst_target_error(scaling))
+        solver_errors.measure_targets()
+        if timer.is_due(step):
+            save_states(folder, stateful)
+            timer.restart()
+    worst = solver_errors.worst_target_error
     return {"worst |u^T W' v / t - 1|": worst, "solvers": solver_errors.table(options.steps)}
 
 
@@ -187,23 +231,26 @@ def draw(
 def main(options: SolverOptions | StepOptions) -> None:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    if isinstance(options, SolverOptions):
-        kind, results, draw_on = "solver", measure_solvers(options), draw_errors
-        table = results["solvers"]
-    else:
-        kind, results, draw_on = "step", measure_steps(options), draw_times
-        table = results["conditions"]
     config = options.workload().config
+    kind = "solver" if isinstance(options, SolverOptions) else "step"
     model = options.preset if options.width is None else f"{options.preset}-width-{options.width}"
     name = f"{kind}-{model}-{options.optimizer}-{config.lr:g}"
     data = "synthetic data" if options.data_root is None else "CIFAR-100"
     title = f"{model}, {data}, {options.optimizer} {config.lr:g}, batch {config.batch_size}"
     for option in ("amp", "channels_last", "fused"):
         title += f", {option}" if getattr(options, option) else ""
-    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in asdict(options).items() if key not in WITHOUT_EFFECT}
+    settings |= {"data": data, "lr": config.lr, "batch_size": config.batch_size}
+    folder = options.out / name
+    if isinstance(options, SolverOptions):
+        begin_or_resume(options, folder, settings)
+        results, draw_on = measure_solvers(options, folder), draw_errors
+        table = results["solvers"]
+    else:
+        results, draw_on = measure_steps(options), draw_times
+        table = results["conditions"]
 
-    settings = {key: value for key, value in asdict(options).items() if key not in ("data_root", "out")}
-    settings |= {"lr": config.lr, "batch_size": config.batch_size}
+    options.out.mkdir(parents=True, exist_ok=True)
     numbers = {"benchmark": kind, "data": data} | settings | provenance() | results
     write_atomically(options.out / f"{name}.json", json.dumps(numbers, indent=2))
     draw(options.out / f"{name}.png", title, table, draw_on)
@@ -211,6 +258,9 @@ def main(options: SolverOptions | StepOptions) -> None:
     text = markdown(list(table[0]), [[format_cell(value) for value in row.values()] for row in table])
     text += "".join(f"\n{key}: {format_cell(value)}\n" for key, value in results.items() if isinstance(value, float))
     write_atomically(options.out / f"{name}.md", f"# {title}\n\n{text}")
+    if kind == "solver":
+        # The run is finished: there is nothing to go on with.
+        shutil.rmtree(folder)
     print(f"{title}\n\n{text}\n{options.out}/{name}: .md, .json, .png", flush=True)
 
 

@@ -24,7 +24,8 @@ class Progress:
 class CheckpointTimer:
     """Says after which epochs to save: the first, the last, and those that end long enough after the one before.
 
-    The first epoch is that of this process: a run that is interrupted again and again still gets on.
+    The first epoch is that of this process: a run that is interrupted again and again still gets on. A benchmark counts
+    steps in place of epochs.
     """
 
     def __init__(self, minutes: float, num_epochs: int) -> None:
@@ -39,21 +40,34 @@ class CheckpointTimer:
         self.due = time.monotonic() + self.seconds
 
 
-def save_checkpoint(folder: Path, modules: dict[str, Any], progress: Progress) -> None:
-    """Write the state of the `modules` (anything with a `state_dict`) and the progress, atomically."""
+def save_states(folder: Path, modules: dict[str, Any], **values: Any) -> None:
+    """Write the state of the `modules` (anything with a `state_dict`) and the values to checkpoint.pt, atomically."""
     states = {name: module.state_dict() for name, module in modules.items()}
     with atomic(folder / "checkpoint.pt") as part:
-        torch.save(states | {"epoch": progress.epoch, "run_id": progress.run_id}, part)
+        torch.save(states | values, part)
+
+
+def load_states(folder: Path, modules: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+    """Load the state of the `modules` from checkpoint.pt, which is returned; without one, nothing changes."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    checkpoint = torch.load(path, map_location=device)
+    for name, module in modules.items():
+        module.load_state_dict(checkpoint[name])
+    return checkpoint
+
+
+def save_checkpoint(folder: Path, modules: dict[str, Any], progress: Progress) -> None:
+    """Write the state of the `modules` and the progress of a run, atomically."""
+    save_states(folder, modules, epoch=progress.epoch, run_id=progress.run_id)
 
 
 def resume(folder: Path, modules: dict[str, Any], device: torch.device) -> Progress:
     """Load the state of the `modules` from the last checkpoint; without one, nothing changes and epoch 1 is next."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
+    checkpoint = load_states(folder, modules, device)
+    if checkpoint is None:
         return Progress()
-    checkpoint = torch.load(path, map_location=device)
-    for name, module in modules.items():
-        module.load_state_dict(checkpoint[name])
     epoch = checkpoint["epoch"]
 
     def read_finished(name: str) -> list[dict[str, Any]]:

@@ -23,15 +23,15 @@ def format_cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def progress(total: int, label: str) -> Iterator[int]:
-    """Count from 1 to `total`, with a progress bar in a terminal, and a line every 30 seconds in a log file."""
+def progress(total: int, label: str, done: int = 0) -> Iterator[int]:
+    """Count from `done + 1` to `total`, with a progress bar in a terminal, and a line every 30 s in a log file."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(range(1, total + 1), label)
+        yield from tqdm(range(done + 1, total + 1), label, initial=done, total=total)
         return
     printed = time.monotonic()
-    for count in range(1, total + 1):
+    for count in range(done + 1, total + 1):
         yield count
         if time.monotonic() - printed > 30:
             printed = time.monotonic()

@@ -54,6 +54,10 @@ def weight_reads(candidate: Any, num_iterations: float) -> float | None:
     return 1 + 2 * num_iterations
 
 
+MEASURED = ("step", "errors", "iterations", "worst_target_error")
+"""The attributes of `SolverErrors` that hold what has been measured."""
+
+
 class SolverErrors:
     """Runs every candidate on the weights of a model, and collects its errors and iterations."""
 
@@ -64,6 +68,29 @@ class SolverErrors:
         self.errors: dict[str, list[float]] = {name: [] for name in CANDIDATES}
         self.iterations: dict[str, list[tuple[int, int]]] = {name: [] for name in CANDIDATES}
         """The step and the number of iterations."""
+        self.worst_target_error = 0.0
+        """The largest relative distance of `u^T W' v` from the target, over the steps and the weights with a block."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been measured, and what the candidates carry from step to step."""
+        states = {name: dict(by_weight) for name, by_weight in self.states.items()}
+        for name, state in states[TORCH].items():
+            states[TORCH][name] = {"layers": nn.ModuleList(state["layers"]).state_dict()}
+        return {"states": states} | {name: getattr(self, name) for name in MEASURED}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        self.states = values["states"]
+        for weight in self.scaling.weights:
+            matrices = weight.scaling.matrices(weight.parameter)
+            layers = self._init_state(TORCH, matrices)["layers"]
+            nn.ModuleList(layers).load_state_dict(self.states[TORCH][weight.name]["layers"])
+            self.states[TORCH][weight.name] = {"layers": layers}
+        for name in MEASURED:
+            setattr(self, name, values[name])
+
+    def _init_state(self, name: str, matrices: Tensor) -> dict[str, Any]:
+        key = torch.arange(len(matrices), device=matrices.device)
+        return CANDIDATES[name].init_state(key, matrices.shape[1:], matrices.dtype)
 
     @torch.no_grad()
     def measure(self, *_: Any) -> None:
@@ -76,8 +103,7 @@ class SolverErrors:
             for name, candidate in CANDIDATES.items():
                 state = self.states[name].setdefault(weight.name, {})
                 if not state:
-                    key = torch.arange(len(matrices), device=matrices.device)
-                    state.update(candidate.init_state(key, matrices.shape[1:], matrices.dtype))
+                    state.update(self._init_state(name, matrices))
                 # A warm candidate must see every step.
                 is_warm = not {"basis", "columns", "layers"}.isdisjoint(state)
                 if compare or is_warm:
@@ -87,6 +113,19 @@ class SolverErrors:
                         self.iterations[name].append((self.step, num_iterations))
                 if exact is not None:
                     self.errors[name] += (value.double() / exact - 1).abs().tolist()
+
+    @torch.no_grad()
+    def measure_targets(self) -> None:
+        """Keep how far the weights that have just been scaled are from their targets."""
+        for weight in self.scaling.weights:
+            state = weight.scaling.solver_state()
+            if "basis" in state:
+                matrices = weight.scaling.matrices(weight.parameter).double()
+                matrices = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
+                vector = state["basis"][..., :1].double()
+                norm = (matrices @ (vector / vector.norm(dim=-2, keepdim=True))).norm(dim=(-2, -1))
+                error = (norm / weight.scaling.target - 1).abs().max().item()
+                self.worst_target_error = max(self.worst_target_error, error)
 
     def table(self, num_steps: int) -> list[dict[str, Any]]:
         phases = ((0, 10), (10, num_steps // 2), (num_steps // 2, num_steps))
@@ -108,18 +147,3 @@ class SolverErrors:
                 }
             )
         return rows
-
-
-@torch.no_grad()
-def worst_target_error(scaling: NormScaler) -> float:
-    """The largest relative distance of `u^T W' v` from the target, over the layers whose solver keeps a block."""
-    worst = 0.0
-    for weight in scaling.weights:
-        state = weight.scaling.solver_state()
-        if "basis" in state:
-            matrices = weight.scaling.matrices(weight.parameter).double()
-            matrices = matrices if matrices.shape[-2] >= matrices.shape[-1] else matrices.mT
-            vector = state["basis"][..., :1].double()
-            norm = (matrices @ (vector / vector.norm(dim=-2, keepdim=True))).norm(dim=(-2, -1))
-            worst = max(worst, (norm / weight.scaling.target - 1).abs().max().item())
-    return worst
