@@ -309,6 +309,8 @@ def _checksum(tensor: Tensor) -> Tensor:
         return torch.zeros(4, dtype=torch.int64)
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().view(integers[tensor.element_size()]).flatten(1)
-    sums = [bits.sum(dim, dtype=torch.int64) for dim in (0, 1)]
+    # Sums wrap. In int64 they take ten times as long.
+    dtype = torch.int64 if bits.dtype == torch.int64 else torch.int32
+    sums = [bits.sum(dim, dtype=dtype) for dim in (0, 1)]
     weighted = [one * torch.arange(1, len(one) + 1, device=one.device) ** 3 for one in sums]
     return torch.stack([one.sum() for one in (*sums, *weighted)])
