@@ -67,23 +67,25 @@ def nothing_moves(model):
 @pytest.mark.parametrize(("norm", "optimizer"), [("frobenius", "adam"), *(("spectral", one) for one in OPTIMIZERS)])
 def test_a_resume_by_distributed_checkpoints_is_bit_exact(norm, optimizer):
     model, _, made = scaled(norm, optimizer)
-    train(model, made, 3)
+    train(model, made, 2)
     made.zero_grad()
     state, optimizer_state = copy.deepcopy(dcp.get_state_dict(model, made))
-    train(model, made, 3, seed=1)
+    train(model, made, 2, seed=1)
 
     calls = {
         "model": lambda model, made: dcp.set_model_state_dict(model, copy.deepcopy(state)),
         "optimizer": lambda model, made: dcp.set_optimizer_state_dict(model, made, copy.deepcopy(optimizer_state)),
         "get": lambda model, made: dcp.get_optimizer_state_dict(model, made),
     }
-    for order in itertools.permutations(calls):
+    orders = list(itertools.permutations(calls))
+    # One kind of optimizer in every order, the others in two.
+    for order in orders if optimizer == "adam" else orders[1::3]:
         other, _, other_made = scaled(norm, optimizer)
         for name in order:
             untouched = nothing_moves(other) if name != "model" else contextlib.nullcontext()
             with untouched:
                 calls[name](other, other_made)
-        train(other, other_made, 3, seed=1)
+        train(other, other_made, 2, seed=1)
         after = other.state_dict()
         assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items()), order
 
