@@ -35,6 +35,9 @@ class StepHook:
     @public_call("load_state_dict")
     def before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Refuse a state whose parameters are in another order, before it is loaded."""
+        if self.held.is_off:
+            # Inside `plain()`, the layers hold their weights themselves.
+            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         states = {id(p): state_dict["state"].get(number, {}) for p, number in zip(parameters, numbers, strict=False)}
@@ -73,7 +76,8 @@ class StepHook:
             is_on_device = isinstance(rate, Tensor) and (is_compiling or not rate.is_cpu)
             if not is_on_device and rate == 0:
                 # The step has written the same values.
-                weight.scaling.keep_current(parameter, version)
+                if not is_compiling:
+                    weight.scaling.keep_current(parameter, version)
             elif parameter.grad is not None or (not is_compiling and parameter._version != version):
                 stepped.append(weight)
                 rates.append(rate if is_on_device else None)
@@ -119,7 +123,9 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
     refuse_sharded(weights)
     owned = owned_by(optimizer, weights)
     if not owned:
-        raise Refusal(f"{kind} owns none of the scaled weights; build it from this model's parameters")
+        is_frozen = not any(weight.parameter.requires_grad for weight in weights)
+        advice = "all of them are frozen" if is_frozen else "build it from this model's parameters"
+        raise Refusal(f"{kind} owns none of the scaled weights; {advice}")
     _refuse_other_order(owned, {id(parameter): state for parameter, state in optimizer.state.items()})
     # Another handle of the same model scales the same weights, hence the look into the optimizer's own list.
     others = [getattr(other, "__self__", None) for other in optimizer._optimizer_step_post_hooks.values()]

@@ -36,6 +36,11 @@ class HeldWeights:
         """All its weights, with those whose layer has left the model."""
         return [*self._weights, *self._lost]
 
+    @property
+    def is_off(self) -> bool:
+        """Whether the model is plain for a while."""
+        return any(weight.scaling.is_off for weight in self.with_lost)
+
     def current(self) -> list[Weight]:
         """The weights that are held now, in the model's order."""
         # At every step: to follow the names takes a tenth of the time of a walk over the model.
@@ -51,7 +56,7 @@ class HeldWeights:
 
     def _look_around(self) -> None:
         held = self.with_lost
-        if any(weight.scaling.is_off for weight in held):
+        if self.is_off:
             raise Refusal(INSIDE_PLAIN)
         present = {weight.scaling for weight in scaled_weights(self.model)}
         # A scaling that was removed from its layer by a call is neither followed nor missed.
@@ -70,9 +75,10 @@ class HeldWeights:
         unsaid, self._unsaid[call] = self._unsaid[call], []
         if names := [repr(weight.name) for weight in unsaid if weight.scaling in gone]:
             warnings.warn(
-                f"{call}: the weight of {', '.join(names)} is not in the model any more, and is no longer scaled; if "
-                "its layer was replaced, call apply_norm_scaling for the new one, or replace layers inside "
-                "`with scaling.plain():`",
+                f"{call}: the weight of {', '.join(names)} is not in the model any more, and is no longer scaled. "
+                "Replace layers inside `with scaling.plain():`, after which the new one is scaled; for one that was "
+                "replaced already, call apply_norm_scaling(model, include=...) and attach that handle to the optimizer "
+                "that holds the new parameter",
                 stacklevel=stacklevel,
             )
 

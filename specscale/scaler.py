@@ -15,7 +15,14 @@ from specscale.parametrization import unregister
 from specscale.plain import PlainModel, Rule, refuse_inside_plain
 from specscale.state_dicts import end_unused_checks, plain_state_dict
 from specscale.step import ScalingStep, solve_anew_
-from specscale.weights import Weight, refuse_non_finite, refuse_unwritable, refuse_without_values, scaled_weights
+from specscale.weights import (
+    Weight,
+    refuse_non_finite,
+    refuse_sharded,
+    refuse_unwritable,
+    refuse_without_values,
+    scaled_weights,
+)
 
 
 class NormScaler:
@@ -44,12 +51,16 @@ class NormScaler:
             TypeError: `model` is no module.
             ValueError: it has no scaled weight.
         """
+        return cls._of(model, "call apply_norm_scaling(model) first")
+
+    @classmethod
+    def _of(cls, model: nn.Module, advice: str) -> "NormScaler":
         if not isinstance(model, nn.Module):
             raise Refusal(f"expected a torch.nn.Module, found {type(model).__name__}", TypeError)
         weights = list(scaled_weights(model))
         if not weights:
             refuse_inside_plain(model)
-            raise Refusal(f"{type(model).__name__} has no scaled weight; call apply_norm_scaling(model) first")
+            raise Refusal(f"{type(model).__name__} has no scaled weight; {advice}")
         return cls(model, weights)
 
     @property
@@ -78,6 +89,7 @@ class NormScaler:
                 "call apply_norm_scaling(model) again"
             )
         refuse_without_values(weights)
+        refuse_sharded(weights)
         return weights
 
     @public_call()
@@ -179,7 +191,7 @@ class NormScaler:
             ValueError: `model` has no scaled weight.
             NonFiniteWeightError: a weight holds NaN or infinity; no weight was written.
         """
-        scaler = self if model is None else NormScaler.of(model)
+        scaler = self if model is None else self._of(model, "load the average into a copy of the scaled model first")
         refuse_unwritable(scaler._scaled())
         scaler._solve_anew()
         scaler._step.take(scaler._scaled())
@@ -224,8 +236,8 @@ class NormScaler:
         of each. Under spectral scaling the norm is the larger of the target and the solver's second singular value, an
         estimate from below: `audit()` certifies it.
 
-        A warning names the weights that have been changed since they were last scaled, and those that have left the
-        model with their layers.
+        A warning names the weights that have been changed since they were last scaled (by a write that torch counts:
+        one to `.data` is not seen), and those that have left the model with their layers.
 
         Raises:
             NonFiniteWeightError: a weight held NaN or infinity at the last step, where that step could not say so.
@@ -233,6 +245,7 @@ class NormScaler:
         weights = self._held.current()
         self._held.warn_of_lost("metrics", stacklevel=4)
         refuse_without_values(weights)
+        refuse_sharded(weights)
         return reports.metrics(weights)
 
     @public_call()

@@ -296,8 +296,10 @@ def refuse_sharded(weights: Iterable[Weight]) -> None:
 
 def refuse_unwritable(weights: Iterable[Weight]) -> None:
     """Refuse weights that a step cannot write: made under `torch.inference_mode()`, or computed from parameters."""
+    # A compiler cannot trace the question.
+    may_be_inference = not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled())
     for weight in weights:
-        if weight.parameter.is_inference() and not torch.is_inference_mode_enabled():
+        if may_be_inference and weight.parameter.is_inference():
             raise Refusal(
                 f"the weight of {weight.name!r} was made under torch.inference_mode(), so that no step can write it; "
                 "build the model outside of it"
