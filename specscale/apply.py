@@ -217,7 +217,7 @@ def remove_norm_scaling(module: nn.Module) -> nn.Module:
     Raises:
         ValueError: no weight is scaled.
     """
+    refuse_inside_plain(module)
     if not is_norm_scaled(module):
-        refuse_inside_plain(module)
         raise Refusal(f"{type(module).__name__} has no scaled weight")
     return NormScaler.of(module).remove()

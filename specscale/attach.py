@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from specscale.errors import Refusal, public_call
 from specscale.held import HeldWeights
+from specscale.saved_names import plain_name
 from specscale.step import ScalingStep
 from specscale.weights import Weight, refuse_sharded
 
@@ -29,8 +30,9 @@ class StepHook:
     def __init__(self, held: HeldWeights, step: ScalingStep) -> None:
         self.held = held
         self._step = step
-        self._owned: list[tuple[Weight, dict[str, Any], int]] = []
-        """The optimizer's weights with their groups, and their version counters before the step."""
+        self._owned: list[tuple[Weight, dict[str, Any], int, bool]] = []
+        """The optimizer's weights with their groups, and from before the step their version counters and whether their
+        learning rate was 0."""
 
     @public_call("load_state_dict")
     def before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -38,10 +40,19 @@ class StepHook:
         if self.held.is_off:
             # Inside `plain()`, the layers hold their weights themselves.
             return
+        groups = state_dict["param_groups"]
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        states = {id(p): state_dict["state"].get(number, {}) for p, number in zip(parameters, numbers, strict=False)}
-        _refuse_other_order(owned_by(optimizer, self.held.current()), states)
+        states = [state_dict["state"].get(number, {}) for group in groups for number in group["params"]]
+        owned = owned_by(optimizer, self.held.current())
+        if len(states) != len(parameters) or not owned:
+            return
+        saved, own = _plain_names(groups), _plain_names(optimizer.param_groups)
+        if len(saved) == len(own) == len(parameters):
+            different = [name for name, other in zip(saved, own, strict=True) if name != other]
+            if different and set(saved) == set(own):
+                raise _other_order(f"{different[0]!r} is the first of its names that has another place")
+            return
+        _refuse_other_order(owned, parameters, states)
 
     @public_call("step")
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -53,7 +64,8 @@ class StepHook:
         for weight in self.held.current():
             parameter = weight.parameter
             if (group := groups.get(id(parameter))) is not None:
-                self._owned.append((weight, group, 0 if is_compiling else parameter._version))
+                version = 0 if is_compiling else parameter._version
+                self._owned.append((weight, group, version, _is_zero(group.get("lr"))))
         if not is_compiling:
             self.held.warn_of_lost("step", stacklevel=5)
 
@@ -71,10 +83,11 @@ class StepHook:
         is_compiling = torch.compiler.is_compiling()
         stepped: list[Weight] = []
         rates: list[Tensor | None] = []
-        for weight, group, version in self._owned:
+        for weight, group, version, was_zero in self._owned:
             parameter, rate = weight.parameter, group.get("lr")
             is_on_device = isinstance(rate, Tensor) and (is_compiling or not rate.is_cpu)
-            if not is_on_device and rate == 0:
+            # A scheduler's own hook may have set it for the next step.
+            if was_zero and _is_zero(rate):
                 # The step has written the same values.
                 if not is_compiling:
                     weight.scaling.keep_current(parameter, version)
@@ -83,6 +96,13 @@ class StepHook:
                 rates.append(rate if is_on_device else None)
         # GradScaler calls a fused optimizer for skipped steps too, and the optimizer skips by `found_inf` itself.
         self._step.take(stepped, _skip(rates, getattr(optimizer, "found_inf", None)))
+
+
+def _is_zero(rate: Any) -> bool:
+    """Whether a learning rate is known to the host to be 0."""
+    if isinstance(rate, Tensor):
+        return rate.is_cpu and not torch.compiler.is_compiling() and not bool(rate.any())
+    return bool(rate == 0)
 
 
 def _skip(rates: list[Tensor | None], found_inf: Tensor | None) -> Tensor | None:
@@ -95,7 +115,7 @@ def _skip(rates: list[Tensor | None], found_inf: Tensor | None) -> Tensor | None
     known = {id(rate): rate for rate in rates if rate is not None}
     if not known:
         return skip
-    is_zero = {key: (rate == 0).float().reshape(1) for key, rate in known.items()}
+    is_zero = {key: (rate == 0).all().float().reshape(1) for key, rate in known.items()}
     if len(known) == 1 and None not in rates:
         (each,) = is_zero.values()
     else:
@@ -126,11 +146,13 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
         is_frozen = not any(weight.parameter.requires_grad for weight in weights)
         advice = "all of them are frozen" if is_frozen else "build it from this model's parameters"
         raise Refusal(f"{kind} owns none of the scaled weights; {advice}")
-    _refuse_other_order(owned, {id(parameter): state for parameter, state in optimizer.state.items()})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    _refuse_other_order(owned, parameters, [optimizer.state.get(parameter, {}) for parameter in parameters])
     # Another handle of the same model scales the same weights, hence the look into the optimizer's own list.
     others = [getattr(other, "__self__", None) for other in optimizer._optimizer_step_post_hooks.values()]
-    taken = {weight.scaling for other in others if isinstance(other, StepHook) for weight in other.held.with_lost}
-    if any(weight.scaling in taken for weight in owned):
+    held_by_others = [w for other in others if isinstance(other, StepHook) for w in other.held.with_lost]
+    taken = {w.scaling for w in held_by_others} | {id(w.parameter) for w in held_by_others}
+    if any(weight.scaling in taken or id(weight.parameter) in taken for weight in owned):
         raise Refusal(f"this {kind} is attached already; a second hook would scale twice")
     hook = StepHook(held, step)
     return (
@@ -140,22 +162,32 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
     )
 
 
-def _refuse_other_order(weights: Iterable[Weight], states: Mapping[int, Mapping[str, Any]]) -> None:
-    """Refuse an optimizer's state, by the parameters' ids, that was saved from parameters in another order.
+def _refuse_other_order(weights: list[Weight], parameters: list[Tensor], states: list[Mapping[str, Any]]) -> None:
+    """Refuse an optimizer's state, one for each parameter, that was saved from parameters in another order.
 
-    An optimizer numbers its parameters, and scaling moves a weight behind the others of its layer.
+    An optimizer numbers its parameters, and scaling moves a weight behind the others of its layer. Told by the shapes:
+    a weight's state has none of the weight's shape, which that of another parameter has in place of its own.
     """
+    shapes = [{one.shape for one in state.values() if isinstance(one, Tensor) and one.ndim} for state in states]
+    misplaced = [i for i, (p, own) in enumerate(zip(parameters, shapes, strict=True)) if own and p.shape not in own]
+    found_elsewhere = {shape for i in misplaced for shape in shapes[i]}
+    misplaced_ids = {id(parameters[i]) for i in misplaced}
     for weight in weights:
-        shape = weight.parameter.shape
-        for name, other in weight.module._parameters.items():
-            tensors = (value for value in states.get(id(other), {}).values() if isinstance(value, Tensor))
-            if other is not None and any(value.shape == shape != other.shape for value in tensors):
-                raise Refusal(
-                    f"the optimizer's state is in another order than its parameters: that of {name!r} of "
-                    f"{weight.layer!r} has the shape {tuple(shape)} of {weight.tensor!r}, which scaling moves behind "
-                    "the layer's other parameters. For a state of the plain model, build the optimizer before scaling "
-                    "or inside `with scaling.plain():`; for one of the scaled model, from the scaled model's parameters"
-                )
+        if id(weight.parameter) in misplaced_ids and weight.parameter.shape in found_elsewhere:
+            raise _other_order(f"that of {weight.name!r} has the shapes of another parameter")
+
+
+def _plain_names(groups: list[dict[str, Any]]) -> list[str]:
+    """The names of an optimizer's parameters that was built from named ones."""
+    return [plain_name(name) for group in groups for name in group.get("param_names", ())]
+
+
+def _other_order(how: str) -> Refusal:
+    return Refusal(
+        f"the optimizer's state is in another order than its parameters: {how}. Scaling moves a weight behind the "
+        "others of its layer. For a state of the plain model, build the optimizer before scaling or inside "
+        "`with scaling.plain():`; for one of the scaled model, from the scaled model's parameters"
+    )
 
 
 def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:

@@ -164,8 +164,9 @@ class _Walk:
 
     def _weights_in(self, names: Any) -> list[str]:
         """The scaled weights' names among them. An average of parameters has no buffers by which to know them."""
-        parametrized = {one.parameter for name in names for one in parametrizations_in(name)}
-        of_others = parametrized - {one.parameter for one in saved_scalings(names)}
+        if scalings := saved_scalings(names):
+            return [name for name in names if name in {one.parameter for one in scalings}]
+        of_others = {one.parameter for name in names for one in parametrizations_in(name)}
         return [name for name in names if is_parametrized(name) and name not in of_others and self._is_scaled(name)]
 
     def _is_scaled(self, name: str) -> bool:

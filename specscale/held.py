@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from specscale.errors import Refusal
 from specscale.parametrization import register, unregister
-from specscale.state import NormScaling, version_of
+from specscale.state import PLAIN_LAYERS, NormScaling, version_of
 from specscale.weights import Weight, holds_tensor, scaled_weights
 
 INSIDE_PLAIN = "the model is plain inside `with scaling.plain():`; leave that first"
@@ -39,11 +39,12 @@ class HeldWeights:
     @property
     def is_off(self) -> bool:
         """Whether the model is plain for a while."""
-        return any(weight.scaling.is_off for weight in self.with_lost)
+        return any(weight.module in PLAIN_LAYERS for weight in self.with_lost)
 
     def current(self) -> list[Weight]:
         """The weights that are held now, in the model's order."""
-        # At every step: to follow the names takes a tenth of the time of a walk over the model.
+        # At every step: to follow the names takes a tenth of the time of a walk over the model. Another handle's
+        # `plain()` may have given a scaling another view.
         if not (
             all(w.is_scaled and w.view is w.scaling.view and self._is_in_place(w) for w in self._weights)
             and not any(map(self._is_in_place, self._lost))

@@ -13,9 +13,11 @@ from torch.utils.hooks import RemovableHandle
 
 from specscale.constraints import Constraint
 from specscale.errors import Refusal, public_call
-from specscale.held import INSIDE_PLAIN, Place, is_source, places_of, put_on
+from specscale.held import INSIDE_PLAIN, HeldWeights, Place, is_source, places_of, put_on
 from specscale.layers import LayerRule, rule_for
-from specscale.state import PLAIN_LAYERS, original, version_of
+from specscale.linalg import at_least_float32, no_grad_full_precision, product
+from specscale.parametrization import unregister
+from specscale.state import PLAIN_LAYERS, NormScaling, original, scaling_of, version_of
 from specscale.state_dicts import LoadCheck, end_unused_checks, refuse_others_on_top
 from specscale.step import solve_anew_
 from specscale.targets import Target, resolve_targets
@@ -42,8 +44,9 @@ class Rule:
 class PlainModel:
     """The context in which a model is plain; see `NormScaler.plain`."""
 
-    def __init__(self, model: nn.Module, rule: Rule, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        self._model = model
+    def __init__(self, held: HeldWeights, rule: Rule, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self._model = held.model
+        self._held = held
         self._rule = rule
         self._optimizers = optimizers
         self._entered: list[tuple[list[_Layer], _Hooks]] = []
@@ -68,20 +71,25 @@ class PlainModel:
     @public_call("plain")
     def __exit__(self, *_: Any) -> None:
         layers, checks = self._entered.pop()
-        finds = _find(self._model, self._rule, [taken for layer in layers for taken in layer.taken])
-        modules = set(self._model.modules())
         checks.put_back()
+        PLAIN_LAYERS.difference_update(layer.module for layer in layers)
+        own = {weight.scaling for weight in self._held.with_lost}
+        finds = _find(self._model, self._rule, own, [taken for layer in layers for taken in layer.taken])
+        modules = set(self._model.modules())
         for layer in layers:
-            PLAIN_LAYERS.discard(layer.module)
-            own = [finds[taken] for taken in layer.taken]
-            if layer.module in modules and layer.is_as_it_was() and all(isinstance(find, _Find) for find in own):
+            is_whole = all(isinstance(finds[taken], _Find) for taken in layer.taken)
+            if is_whole and layer.module in modules and layer.is_as_it_was():
                 layer.put_back()
         for taken, find in finds.items():
-            taken.weight.scaling.is_off = False
             if isinstance(find, _Find):
-                if not taken.weight.is_scaled:
-                    put_on(taken.weight.scaling, find.place)
-                _renew(taken, find)
+                try:
+                    if not taken.weight.is_scaled:
+                        put_on(taken.weight.scaling, find.place)
+                    _renew(taken, find)
+                except Exception as error:
+                    finds[taken] = _failure(error)
+                    if scaling_of(find.place.module, find.place.tensor) is taken.weight.scaling:
+                        unregister(find.place.module, find.place.tensor)
         end_unused_checks(taken.weight for taken in finds)
         self._warn(finds)
 
@@ -100,9 +108,9 @@ class PlainModel:
         unowned = [repr(find.place.layer) for find in new if id(find.parameter) not in owned]
         if optimizers and unowned:
             warnings.warn(
-                f"plain: the parameter of {', '.join(unowned)} is a new one, and no attached optimizer holds it: it "
-                "would not be trained. Give it to an optimizer (add_param_group), or build a new one and attach that; "
-                "wrap the model in DistributedDataParallel anew, if it was",
+                f"plain: the parameter of {', '.join(unowned)} is a new one, and no optimizer that this handle is "
+                "attached to holds it: it would not be trained. Give it to an optimizer (add_param_group), or build a "
+                "new one and attach that; wrap the model in DistributedDataParallel anew, if it was",
                 stacklevel=4,
             )
 
@@ -158,9 +166,7 @@ class _Layer:
         """Make the layer plain."""
         module = self.module
         for taken in self.taken:
-            scaling = taken.weight.scaling
-            scaling.is_off = True
-            self._hooks.append(_Hooks(scaling.load_hooks))
+            self._hooks.append(_Hooks(taken.weight.scaling.load_hooks))
         del module._modules["parametrizations"]
         if self._rest is not None:
             module._modules["parametrizations"] = self._rest
@@ -215,8 +221,10 @@ class _Find(NamedTuple):
     """Of a weight of another shape; None for the norm that it has."""
 
 
-def _find(model: nn.Module, rule: Rule, weights: list[_Taken]) -> "dict[_Taken, _Find | str | None]":
-    """What each weight has become.
+def _find(
+    model: nn.Module, rule: Rule, own: set[NormScaling], weights: list[_Taken]
+) -> "dict[_Taken, _Find | str | None]":
+    """What each weight has become; the rule is that of the scalings in `own`.
 
     A `str` says why it cannot be scaled any more; None, that it has become one with another.
     """
@@ -245,9 +253,20 @@ def _find(model: nn.Module, rule: Rule, weights: list[_Taken]) -> "dict[_Taken, 
             continue
         parameter = place.module._parameters[place.tensor]
         assert parameter is not None
-        finds[taken] = None if id(parameter) in claimed else _as_what(model, rule, taken, place, parameter)
+        if id(parameter) in claimed:
+            finds[taken] = None
+            continue
         claimed.add(id(parameter))
+        try:
+            finds[taken] = _as_what(model, rule if taken.weight.scaling in own else Rule(), taken, place, parameter)
+        except Exception as error:
+            finds[taken] = _failure(error)
     return finds
+
+
+def _failure(error: Exception) -> str:
+    """Why a weight is let go that could not be scaled, whatever it has become."""
+    return f"it cannot be scaled: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, parameter: nn.Parameter) -> _Find | str:
@@ -268,10 +287,7 @@ def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, paramete
     target = None
     if not (is_same_shape and view == taken.weight.view):
         weight = Weight(*place, view, taken.weight.is_only)
-        try:
-            target = rule.target_of(weight, taken.weight.scaling.constraint, model)
-        except Exception as error:
-            return f"its shape is another one, and the target of the call fails: {type(error).__name__}: {error}"
+        target = rule.target_of(weight, taken.weight.scaling.constraint, model)
         if target is None and not bool(parameter.isfinite().all()):
             return "it holds NaN or infinity"
     return _Find(place, parameter, view, target)
@@ -303,14 +319,19 @@ def _renew(taken: _Taken, find: _Find) -> None:
     scaling.mark_current(parameter)
 
 
+@no_grad_full_precision
 def _checksum(tensor: Tensor) -> Tensor:
-    """Four numbers that change with almost every change of the tensor's values or of their order."""
+    """Five numbers that change with almost every change of the tensor's values or of their order."""
     if tensor.is_meta:
-        return torch.zeros(4, dtype=torch.int64)
+        return torch.zeros(5, dtype=torch.int64)
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().view(integers[tensor.element_size()]).flatten(1)
     # Sums wrap. In int64 they take ten times as long.
     dtype = torch.int64 if bits.dtype == torch.int64 else torch.int32
     sums = [bits.sum(dim, dtype=dtype) for dim in (0, 1)]
     weighted = [one * torch.arange(1, len(one) + 1, device=one.device) ** 3 for one in sums]
-    return torch.stack([one.sum() for one in (*sums, *weighted)])
+    # Rows and columns together: sums of either alone are the same for a permutation of an identity matrix.
+    values = at_least_float32(tensor.detach().flatten(1))
+    left, right = ((torch.arange(size, device=values.device) * 0.618 % 1 + 0.5).to(values) for size in values.shape)
+    both = product(left[None], product(values, right[:, None])).double().view(torch.int64).reshape(())
+    return torch.stack([*(one.sum() for one in (*sums, *weighted)), both])

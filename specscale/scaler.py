@@ -57,9 +57,9 @@ class NormScaler:
     def _of(cls, model: nn.Module, advice: str) -> "NormScaler":
         if not isinstance(model, nn.Module):
             raise Refusal(f"expected a torch.nn.Module, found {type(model).__name__}", TypeError)
+        refuse_inside_plain(model)
         weights = list(scaled_weights(model))
         if not weights:
-            refuse_inside_plain(model)
             raise Refusal(f"{type(model).__name__} has no scaled weight; {advice}")
         return cls(model, weights)
 
@@ -100,7 +100,8 @@ class NormScaler:
         for a weight without a gradient, and for one whose group has the learning rate 0, as a number or as a tensor: a
         frozen group, the first step of a warm-up, the step that torch's distributed checkpoints take to make an
         optimizer's state. A weight with a gradient and another rate counts as stepped, though an optimizer may have
-        left it where it was: with a gradient of zeros, for one. So does one whose group has no `lr`.
+        left it where it was: with a gradient of zeros, for one. So does one whose group has no `lr`. At the rate 0, a
+        decay that is not in proportion to it is not seen.
 
         Raises:
             TypeError: `optimizer` is no torch optimizer.
@@ -136,7 +137,7 @@ class NormScaler:
         Raises:
             ValueError: a scaled weight has another parametrization on top, or no weight is scaled any more.
         """
-        return PlainModel(self._model, self._rule, self._optimizers)
+        return PlainModel(self._held, self._rule, self._optimizers)
 
     @public_call()
     def owned_by(self, optimizer: torch.optim.Optimizer) -> list[Weight]:

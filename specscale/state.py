@@ -68,9 +68,8 @@ class NormScaling(nn.Module):
         """What `check_before_loading` has put on the model: one for all weights of a call."""
         self.needs_solve = False
         """Whether a checkpoint has brought the weight without a state for this solver."""
-        self.is_off = False
-        """Whether `NormScaler.plain()` has taken it off its layer for a while."""
-        self._recorded: tuple[weakref.ref[Tensor], int] | None = None
+        self._recorded: tuple[int, int] | None = None
+        """The id and the version of the weight that the buffers describe."""
         self.reset_(view, weight)
 
     def reset_(self, view: MatrixView, weight: Tensor) -> None:
@@ -148,32 +147,33 @@ class NormScaling(nn.Module):
     def mark_current(self, weight: Tensor | None) -> None:
         """Record the weight's version as the one that the buffers describe; None clears it."""
         version = None if weight is None else version_of(weight)
-        recorded = None if weight is None or version is None else (weakref.ref(weight), version)
+        recorded = None if weight is None or version is None else (id(weight), version)
         # The module's own way takes ten times as long, for each weight at each step.
         self.__dict__["_recorded"] = recorded
 
     def is_stale(self, weight: Tensor) -> bool:
         """Whether the weight is known to have been written to since `mark_current`."""
-        return self._recorded is not None and self._recorded[0]() is weight and self._recorded[1] != weight._version
+        return self._recorded is not None and self._recorded[0] == id(weight) and self._recorded[1] != weight._version
 
     def keep_current(self, weight: Tensor, version: int | None) -> None:
         """Mark the weight as current if it was so at this version: what was written since were the same values."""
-        if self._recorded is not None and self._recorded[0]() is weight and self._recorded[1] == version:
+        if self._recorded is not None and self._recorded == (id(weight), version):
             self.mark_current(weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A weak reference is copied as it is: without this, a copy that is trained without scaling would not know.
+        # The copy's weight is another one: without this, a copy that is trained without scaling would not be told of.
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         copied.__dict__ = copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_recorded"}, memo)
-        weight = self._recorded[0]() if self._recorded is not None else None
-        own = None if weight is None or self.is_stale(weight) else memo.get(id(weight))
-        copied.mark_current(own)
+        # What has been written since is not known here: such a copy counts as current.
+        copied.mark_current(None if self._recorded is None else memo.get(self._recorded[0]))
         return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.half()` and its like must not round targets and singular vectors: follow the device, not the dtype.
-        self.mark_current(None)
+        if torch.__future__.get_swap_module_params_on_conversion():
+            # The parameter stays the same object, and gets another version.
+            self.mark_current(None)
         kept = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -181,7 +181,8 @@ class NormScaling(nn.Module):
             if after.is_floating_point() and after.dtype.itemsize < 4:
                 self.register_buffer(name, before.to(after.device))
             elif before.is_meta and not after.is_meta:
-                # `to_empty` gives memory without values: until a checkpoint brings some, no step may use them.
+                # From the meta device, by `to_empty`, comes memory without values: until a checkpoint brings some, no
+                # step may use them.
                 after.copy_(self._when_empty(name, after))
         return self
 

@@ -33,8 +33,6 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         ValueError: the checkpoint's targets are of another norm.
     """
     for tensor, scaling in scalings_of(module):
-        # torch cannot swap a tensor that has a weak reference.
-        scaling.mark_current(None)
         weight, home = _keys(module, tensor, scaling, prefix)
         if prefix + tensor in state_dict:
             state_dict[weight] = state_dict.pop(prefix + tensor)
@@ -247,6 +245,8 @@ def plain_from_saved(state: Mapping[str, Any], weights: Collection[str] = ()) ->
     `weights` are names of scaled weights that are known from elsewhere: an average of parameters has no buffers.
     """
     scalings = set(saved_scalings(state))
+    if not (scalings or weights):
+        return state if isinstance(state, dict) else dict(state)
     metadata: Mapping[str, Any] = getattr(state, "_metadata", {})
     _refuse_on_top(scalings, [*state, *metadata])
     kept = [key for key in state if scalings.isdisjoint(parametrizations_in(key))]

@@ -129,6 +129,8 @@ CALLS = {
     "print": lambda scaling, model: str(scaling),
     "weights": lambda scaling, model: scaling.weights,
     "num_iterations": lambda scaling, model: scaling.num_iterations,
+    "unscaled": lambda scaling, model: scaling.unscaled,
+    "owned_by": lambda scaling, model: scaling.owned_by(torch.optim.SGD(model.parameters(), lr=0.1)),
     "plain_state_dict": lambda scaling, model: scaling.plain_state_dict(),
     "capture": lambda scaling, model: scaling.capture(),
     "remove": lambda scaling, model: scaling.remove(),
@@ -344,7 +346,7 @@ def test_without_a_call_it_has_the_norm_that_it_then_has():
 def test_a_target_that_cannot_be_had_lets_the_weight_go():
     scaling = apply_norm_scaling(model := mlp(), target=lambda name, module: {48: 1.0, 36: 1.0}[module.out_features])
     with (
-        pytest.warns(UserWarning, match="no longer under scaling: '4' .*the target of the call fails: KeyError: 60"),
+        pytest.warns(UserWarning, match="no longer under scaling: '4' .*it cannot be scaled: KeyError: 60"),
         scaling.plain(),
     ):
         model[4] = nn.Linear(48, 60)
@@ -440,7 +442,7 @@ def test_a_new_parameter_that_no_optimizer_holds_is_named():
     with scaling.plain():
         model[4] = nn.Linear(48, 36)
     scaling.attach(optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
-    text = "the parameter of '4' is a new one, and no attached optimizer holds it"
+    text = "the parameter of '4' is a new one, and no optimizer that this handle is"
     with pytest.warns(UserWarning, match=text), scaling.plain():
         model[4] = nn.Linear(48, 36)
     with scaling.plain():
@@ -488,7 +490,7 @@ def test_an_optimizer_of_the_plain_order_resumes_a_plain_state():
         scaling.attach(other)
     scaling.detach()
     scaling.attach(another := torch.optim.Adam(model.parameters()))
-    with pytest.raises(ValueError, match=r"load_state_dict: the optimizer's state .* 'bias' of '0'.*plain\(\)"):
+    with pytest.raises(ValueError, match=r"load_state_dict: the optimizer's state .* that of '0' .*plain\(\)"):
         another.load_state_dict(before.state_dict())
     assert not another.state
     behind = torch.optim.Adam(model.parameters())
@@ -499,3 +501,97 @@ def test_an_optimizer_of_the_plain_order_resumes_a_plain_state():
     scaling.attach(optimizer)
     with pytest.raises(ValueError, match="load_state_dict: the optimizer's state is in another order"):
         optimizer.load_state_dict(behind.state_dict())
+
+
+def test_names_tell_the_order_of_a_state():
+    scaling = apply_norm_scaling(model := mlp())
+    with scaling.plain():
+        plain = torch.optim.Adam(model.named_parameters())
+    behind = torch.optim.Adam(model.named_parameters())
+    model(torch.randn(4, 40)).sum().backward()
+    plain.step()
+    scaling.attach(behind)
+    behind.load_state_dict(behind.state_dict())
+    with pytest.raises(ValueError, match=r"load_state_dict: .*another order.*: '0.weight' is the first of its names"):
+        behind.load_state_dict(plain.state_dict())
+    with scaling.plain():
+        plain.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_order_is_told_where_a_layer_has_layers_and_weights(bias):
+    plain = nn.MultiheadAttention(8, 2, bias=bias)
+    before = torch.optim.Adam(plain.parameters())
+    plain(*[torch.randn(3, 2, 8)] * 3)[0].sum().backward()
+    before.step()
+    scaling = apply_norm_scaling(model := nn.MultiheadAttention(8, 2, bias=bias))
+    scaling.attach(optimizer := torch.optim.Adam(model.parameters()))
+    with pytest.raises(ValueError, match="load_state_dict: the optimizer's state is in another order"):
+        optimizer.load_state_dict(before.state_dict())
+
+
+def test_a_state_of_square_matrices_is_no_other_order():
+    """As Shampoo's: a bias of 8 has a matrix of 8 x 8, the shape of its layer's weight."""
+    scaling = apply_norm_scaling(model := nn.Sequential(nn.Linear(8, 8)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"precond": torch.eye(8)}
+    scaling.attach(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def sparse(model):
+    model[4].weight = nn.Parameter(torch.eye(36, 48).to_sparse())
+
+
+def lazy(model):
+    model[4] = nn.LazyLinear(36)
+
+
+def float8(model):
+    model[4].weight = nn.Parameter(model[4].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("change", [sparse, lazy, float8])
+def test_what_fails_at_the_end_is_let_go_and_the_rest_is_scaled(change):
+    scaling = apply_norm_scaling(model := mlp())
+    with pytest.warns(UserWarning, match=r"no longer under scaling: '4' \(it cannot be scaled: "), scaling.plain():
+        change(model)
+    assert [weight.name for weight in scaling.weights] == ["0", "2"]
+    scaling.step()
+    assert "parametrizations" not in model[4]._modules
+    apply_norm_scaling(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_a_rule_is_for_the_weights_of_its_call():
+    model = mlp()
+    first = apply_norm_scaling(model, include=["0", "2"], target=1.0)
+    second = apply_norm_scaling(model, include="4", target=3.0)
+    with first.plain():
+        model[4] = nn.Linear(48, 60)
+    norm = torch.linalg.matrix_norm(model[4].weight.double(), 2).item()
+    assert target(second, "4") == pytest.approx(norm, rel=1e-5)
+    with second.plain():
+        model[4] = nn.Linear(48, 50)
+    assert target(second, "4") == pytest.approx(3.0)
+
+
+def test_a_part_that_is_plain_refuses_calls_on_the_whole():
+    apply_norm_scaling(model := mlp())
+    part = NormScaler.of(model[0])
+    with part.plain():
+        for call in (NormScaler.of, remove_norm_scaling, apply_norm_scaling):
+            with pytest.raises(ValueError, match="the model is plain inside"):
+                call(model)
+    assert len(NormScaler.of(model).weights) == 3
+
+
+def test_one_parameter_is_not_scaled_twice_by_two_handles():
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    first, second = apply_norm_scaling(model[0]), apply_norm_scaling(model[1])
+    with second.plain():
+        model[1].weight = model[0].weight
+    first.attach(optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="attached already; a second hook would scale twice"):
+        second.attach(optimizer)

@@ -317,7 +317,7 @@ def test_timms_classifier_is_reset(num_classes):
     scaling, optimizer = scaled(model := vit(), target=0.7)
     before = names(scaling)
     x = torch.randn(2, 2, 8, 8)
-    match = "^plain: the parameter of 'head' is a new one, and no attached optimizer holds it"
+    match = "^plain: the parameter of 'head' is a new one, and no optimizer that this handle is attached to holds it"
     with pytest.warns(UserWarning, match=match), scaling.plain():
         model.reset_classifier(num_classes)
     assert names(scaling) == before

@@ -224,3 +224,13 @@ def test_a_copy_that_is_averaged_and_projected_is_not_scolded(norm):
     str(handle)
     assert handle.audit().worst_error < 1e-3
     check(handle)
+
+
+@both
+def test_a_model_that_was_moved_is_told_of_all_the_same(norm):
+    model, scaling, optimizer = scaled(norm)
+    scaling.step()
+    model.to("cpu").float()
+    train(model, optimizer, 1)
+    with pytest.warns(UserWarning, match="the weight of '0', '2' has changed since it was last scaled"):
+        scaling.metrics()
