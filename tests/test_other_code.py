@@ -251,7 +251,7 @@ def test_a_replaced_parameter_is_given_to_an_optimizer(mended):
     model, scaling = scaled()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaling.attach(optimizer)
-    with pytest.warns(match=r"the parameter of 'fc' is a new one, and no optimizer that this handle is"), scaling.plain():
+    with pytest.warns(match=r"'fc' is a new one, and no optimizer that this handle is"), scaling.plain():
         model.fc = nn.Linear(8, 3)
     if mended:
         optimizer.add_param_group({"params": model.fc.parameters()})
