@@ -28,7 +28,20 @@ def benchmark(kind, folder, *options, message=""):
     return json.loads((folder / "out" / f"{stem}.json").read_text())
 
 
-def test_the_solvers_are_compared_on_one_training_run_and_an_interrupted_one_goes_on(tmp_path, monkeypatch):
+def test_the_solvers_are_compared_on_one_training_run(tmp_path):
+    found = benchmark("solver", tmp_path, "--steps", "4", "--every", "2")
+    rows = {row["solver"]: row for row in found["solvers"]}
+    assert rows["svd"]["max error"] < 1e-5
+    assert rows["block"]["max error"] < 10 * Block().tolerance < rows["power, 1 warm"]["max error"]
+    assert 3 <= rows["block"]["reads of W"] < 41 == rows["power, 20 warm"]["reads of W"]
+    assert found["worst |u^T W' v / t - 1|"] < 1e-5
+    assert (found["threads"], found["torch"]) == (1, torch.__version__)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found["commit"] == "unknown" or head.stdout.startswith(found["commit"].removesuffix("-dirty"))
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on_to_the_same_results(tmp_path, monkeypatch):
     steps = ["--steps", "4", "--every", "2"]
     found = benchmark("solver", tmp_path, *steps)
     options = SolverOptions(width=80, batch_size=16, steps=4, every=2, out=tmp_path / "again" / "out")
@@ -53,14 +66,6 @@ def test_the_solvers_are_compared_on_one_training_run_and_an_interrupted_one_goe
     resumed = benchmark("solver", tmp_path / "again", *steps, "--resume", message="goes on after step 3 of 4")
     for result in ("solvers", "worst |u^T W' v / t - 1|"):
         assert resumed[result] == found[result]
-    rows = {row["solver"]: row for row in found["solvers"]}
-    assert rows["svd"]["max error"] < 1e-5
-    assert rows["block"]["max error"] < 10 * Block().tolerance < rows["power, 1 warm"]["max error"]
-    assert 3 <= rows["block"]["reads of W"] < 41 == rows["power, 20 warm"]["reads of W"]
-    assert found["worst |u^T W' v / t - 1|"] < 1e-5
-    assert (found["threads"], found["torch"]) == (1, torch.__version__)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found["commit"] == "unknown" or head.stdout.startswith(found["commit"].removesuffix("-dirty"))
 
 
 def test_the_conditions_are_timed_in_turns(tmp_path):

@@ -297,7 +297,7 @@ torch.save(models[0].state_dict(), f"{rank}.pt")
     [
         ("frobenius", "mlp"),
         ("spectral", "mlp"),
-        ("spectral", "resnet18"),
+        pytest.param("spectral", "resnet18", marks=pytest.mark.slow),
         pytest.param("frobenius", "resnet18", marks=pytest.mark.slow),
     ],
 )

@@ -120,6 +120,7 @@ def test_the_reason_of_a_failure_without_a_traceback():
     assert failure_reason(report) == "SignalException: got signal: 15"
 
 
+@pytest.mark.slow
 def test_a_sweep_skips_what_is_done_and_goes_on(tmp_path):
     grid_options = ["--presets", "digits", "--norms", "none", "spectral", "--targets", "described"]
     rest = ["--", "--epochs", "2", "--wandb", "disabled"]
