@@ -595,3 +595,33 @@ def test_one_parameter_is_not_scaled_twice_by_two_handles():
     first.attach(optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="attached already; a second hook would scale twice"):
         second.attach(optimizer)
+
+
+def test_a_layer_that_has_another_name_is_found_before_the_one_that_has_its_name():
+    scaling = apply_norm_scaling(model := mlp(), target="channels")
+    with scaling.plain():
+        layer, model[2] = model[2], nn.Linear(48, 48)
+        layer.weight = nn.Parameter(torch.randn(48, 48))
+        model.append(nn.Sequential(layer))
+    assert [weight.name for weight in scaling.weights] == ["0", "4", "5.0"]
+    assert type(model[2]) is nn.Linear
+    scaling.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*holds a zero matrix")
+def test_a_matrix_that_is_skipped_stays_skipped():
+    model = nn.ModuleDict({"qkv": nn.Linear(16, 48)})
+    nn.init.zeros_(model["qkv"].weight[:16].detach())
+    scaling = apply_norm_scaling(model)
+    with scaling.plain():
+        model.double()
+    assert scaling.weights[0].scaling.skip_mask.tolist() == [1, 0, 0]
+    assert target(scaling, "qkv") > 0
+
+
+def test_hooks_that_check_checkpoints_end_with_the_last_weight():
+    scaling = apply_norm_scaling(model := mlp(), include="4")
+    assert len(model._load_state_dict_pre_hooks) == 1
+    with pytest.warns(UserWarning, match="no longer under scaling: '4'"), scaling.plain():
+        model[4] = nn.Identity()
+    assert not model._load_state_dict_pre_hooks
