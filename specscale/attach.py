@@ -18,9 +18,14 @@ HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(max).__code__  # type: ign
 """The code of the wrapper with which torch calls hooks around an optimizer's `step`."""
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The optimizer's parameters, in the order in which its state dict numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def owned_by(optimizer: torch.optim.Optimizer, weights: Iterable[Weight]) -> list[Weight]:
     """The weights among the optimizer's parameters."""
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    owned = set(map(id, _parameters(optimizer)))
     return [weight for weight in weights if id(weight.parameter) in owned]
 
 
@@ -41,7 +46,7 @@ class StepHook:
             # Inside `plain()`, the layers hold their weights themselves.
             return
         groups = state_dict["param_groups"]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = _parameters(optimizer)
         states = [state_dict["state"].get(number, {}) for group in groups for number in group["params"]]
         owned = owned_by(optimizer, self.held.current())
         if len(states) != len(parameters) or not owned:
@@ -85,7 +90,6 @@ class StepHook:
         rates: list[Tensor | None] = []
         for weight, group, version, was_zero in self._owned:
             parameter, rate = weight.parameter, group.get("lr")
-            is_on_device = isinstance(rate, Tensor) and (is_compiling or not rate.is_cpu)
             # A scheduler's own hook may have set it for the next step.
             if was_zero and _is_zero(rate):
                 # The step has written the same values.
@@ -93,16 +97,21 @@ class StepHook:
                     weight.scaling.keep_current(parameter, version)
             elif parameter.grad is not None or (not is_compiling and parameter._version != version):
                 stepped.append(weight)
-                rates.append(rate if is_on_device else None)
+                rates.append(rate if _is_on_device(rate) else None)
         # GradScaler calls a fused optimizer for skipped steps too, and the optimizer skips by `found_inf` itself.
         self._step.take(stepped, _skip(rates, getattr(optimizer, "found_inf", None)))
 
 
+def _is_on_device(rate: Any) -> bool:
+    """Whether a learning rate is a tensor that the host must not read: a compiler cannot trace it either."""
+    return isinstance(rate, Tensor) and (torch.compiler.is_compiling() or not rate.is_cpu)
+
+
 def _is_zero(rate: Any) -> bool:
     """Whether a learning rate is known to the host to be 0."""
-    if isinstance(rate, Tensor):
-        return rate.is_cpu and not torch.compiler.is_compiling() and not bool(rate.any())
-    return bool(rate == 0)
+    if _is_on_device(rate):
+        return False
+    return not bool(rate.any()) if isinstance(rate, Tensor) else bool(rate == 0)
 
 
 def _skip(rates: list[Tensor | None], found_inf: Tensor | None) -> Tensor | None:
@@ -146,7 +155,7 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
         is_frozen = not any(weight.parameter.requires_grad for weight in weights)
         advice = "all of them are frozen" if is_frozen else "build it from this model's parameters"
         raise Refusal(f"{kind} owns none of the scaled weights; {advice}")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = _parameters(optimizer)
     _refuse_other_order(owned, parameters, [optimizer.state.get(parameter, {}) for parameter in parameters])
     # Another handle of the same model scales the same weights, hence the look into the optimizer's own list.
     others = [getattr(other, "__self__", None) for other in optimizer._optimizer_step_post_hooks.values()]

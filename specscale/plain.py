@@ -229,8 +229,8 @@ def _find(
     A `str` says why it cannot be scaled any more; None, that it has become one with another.
     """
     places = places_of(model)
-    layers = {module: layer for layer, module in model.named_modules()}
     by_name = dict(model.named_modules())
+    layers = {module: layer for layer, module in by_name.items()}
     finds: dict[_Taken, _Find | str | None] = {}
     claimed: set[int] = set()
     for taken in weights:

@@ -80,7 +80,7 @@ class NormScaler:
         scaled = {id(weight.parameter) for weight in scaled_weights(self._model)}
         return {name: one for name, one in self._model.named_parameters() if id(one) not in scaled}
 
-    def _scaled(self) -> list[Weight]:
+    def _present(self) -> list[Weight]:
         """The weights; an empty handle must not report success."""
         weights = self._held.current()
         if not weights:
@@ -88,8 +88,12 @@ class NormScaler:
                 f"no weight of {type(self._model).__name__} is under this scaling any more; "
                 "call apply_norm_scaling(model) again"
             )
-        refuse_without_values(weights)
-        refuse_sharded(weights)
+        return weights
+
+    def _scaled(self) -> list[Weight]:
+        """The weights, all of them to be read."""
+        weights = self._present()
+        _refuse_unreadable(weights)
         return weights
 
     @public_call()
@@ -109,8 +113,7 @@ class NormScaler:
                 the order of other parameters (of the plain model, for one), or the weights have been sharded. From then
                 on, `optimizer.load_state_dict` refuses a state in another order too.
         """
-        if not self._held.current():
-            self._scaled()
+        self._present()
         self._handles += attach(optimizer, self._held, self._step)
         self._optimizers.add(optimizer)
         return self
@@ -245,8 +248,7 @@ class NormScaler:
         """
         weights = self._held.current()
         self._held.warn_of_lost("metrics", stacklevel=4)
-        refuse_without_values(weights)
-        refuse_sharded(weights)
+        _refuse_unreadable(weights)
         return reports.metrics(weights)
 
     @public_call()
@@ -302,3 +304,9 @@ class NormScaler:
             return f"NormScaler(of {type(self._model).__name__}, which is plain for a while)"
         constraints = "".join(f", {name}" for name in dict.fromkeys(one.scaling.constraint.name for one in weights))
         return f"NormScaler({len(weights)} weights of {type(self._model).__name__}{constraints})"
+
+
+def _refuse_unreadable(weights: list[Weight]) -> None:
+    """Refuse weights whose values are not, or not all, in this process."""
+    refuse_without_values(weights)
+    refuse_sharded(weights)

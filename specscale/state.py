@@ -157,7 +157,7 @@ class NormScaling(nn.Module):
 
     def keep_current(self, weight: Tensor, version: int | None) -> None:
         """Mark the weight as current if it was so at this version: what was written since were the same values."""
-        if self._recorded is not None and self._recorded == (id(weight), version):
+        if self._recorded == (id(weight), version):
             self.mark_current(weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

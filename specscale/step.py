@@ -10,7 +10,6 @@ in a CUDA graph and replayed.
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -87,8 +86,7 @@ class ScalingStep:
         planned = next_num_iterations(weights, {} if is_compiling else self.found)
         # Before any capture of ours: what a plan allocates and copies must not become part of a graph.
         plan = Plan(weights, by_kernels=False) if is_compiling else self._plans.of(weights)
-        take = scale if self._graphs is None else partial(self._graphs.take, scale)
-        results = take(plan, planned, skip)
+        results = scale(plan, planned, skip) if self._graphs is None else self._graphs.take(scale, plan, planned, skip)
         if not is_compiling:
             self._pending = PendingStats(results)
         for weight in weights:
