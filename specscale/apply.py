@@ -44,7 +44,7 @@ SOLVERS: dict[str, Solver] = {"block": Block(), "power": Power(), "svd": SVD()}
 @public_call()
 def apply_norm_scaling(
     module: nn.Module,
-    norm: str = "spectral",
+    norm: str | Constraint = "spectral",
     *,
     init: str | None = None,
     target: Target | None = None,
@@ -62,7 +62,8 @@ def apply_norm_scaling(
         module: any model; its linear, convolution, attention and recurrent weights that require gradients, and
             those that `rules` add, are scaled.
         norm: `"spectral"` (moves the first singular triple alone), `"frobenius"`, or `"clipped"` (as spectral, and
-            lowers every other singular value above the target to it: exact, by a decomposition at every step).
+            lowers every other singular value above the target to it: exact, by a decomposition at every step); or a
+            constraint with options of its own.
         init: None keeps the weights; `"orthogonal"` overwrites them by `gain` times orthogonal matrices.
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
             `"features"` or `"matrix"` (the norm of an orthogonal matrix with that gain); the norm itself as a number,
@@ -116,8 +117,10 @@ def apply_norm_scaling(
     return NormScaler(module, _commit(module, plan), Rule(target, tuple(rules)))
 
 
-def _constraint(norm: str, solver: str | Solver) -> Constraint:
-    if not isinstance(norm, str) or norm not in CONSTRAINTS:
+def _constraint(norm: str | Constraint, solver: str | Solver) -> Constraint:
+    if isinstance(norm, str) and norm in CONSTRAINTS:
+        norm = CONSTRAINTS[norm]()
+    if not isinstance(norm, Constraint):
         raise Refusal(f"unknown norm {norm!r}; choose {one_of(CONSTRAINTS)}")
     if isinstance(solver, str):
         if solver not in SOLVERS:
@@ -125,7 +128,7 @@ def _constraint(norm: str, solver: str | Solver) -> Constraint:
         solver = SOLVERS[solver]
     elif not isinstance(solver, Block | Power | SVD):
         raise Refusal(f"solver must be a name or a Block, Power or SVD, found {type(solver).__name__}", TypeError)
-    return CONSTRAINTS[norm].with_solver(solver)
+    return replace(norm, solver=solver)
 
 
 @dataclass

@@ -2,16 +2,18 @@
 
 A constraint is a norm and a map. Its `norm` measures the matrices (`specscale.norms`). Its `write_` changes the
 weight, and `norm_after` says what the norm then is, where that is not the target. A new constraint is one class
-here and one entry in `CONSTRAINTS`. Checkpoints hold its name.
+here and one entry in `CONSTRAINTS`; its options are the fields of the class. Checkpoints hold its name.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from specscale.block import Block
 from specscale.linalg import broadcast_to, concat, product
 from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
 from specscale.solvers import Solver
@@ -21,14 +23,14 @@ from specscale.solvers import Solver
 class Constraint(ABC):
     """A norm, and the map that puts a weight back on its target norm."""
 
-    norm: Norm
+    solver: Solver = field(default=Block(), kw_only=True)
+    """The solver, where the norm takes one."""
     name: ClassVar[str]
     norm_type: ClassVar[type[Norm]]
 
-    @classmethod
-    def with_solver(cls, solver: Solver) -> Self:
-        """The constraint, with this solver where its norm takes one."""
-        return cls(cls.norm_type.with_solver(solver))
+    @cached_property
+    def norm(self) -> Norm:
+        return self.norm_type.with_solver(self.solver)
 
     @abstractmethod
     def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:

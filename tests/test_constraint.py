@@ -201,7 +201,7 @@ def test_one_handle_holds_weights_on_two_devices(norm):
     model = net()
     model.wide.cuda()
     scaling = apply_norm_scaling(model, norm, target=0.5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.005)
     scaling.attach(optimizer)
     for _ in range(3):
         for parameter in model.parameters():
