@@ -9,6 +9,7 @@ from specscale.reports import Audit, Certificate, singular_values, spectral_norm
 from specscale.scaler import NormScaler
 from specscale.solvers import SVD, Power
 from specscale.state_dicts import plain_state_dict
+from specscale.targets import Relative
 from specscale.views import MatrixView
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "NonFiniteWeightError",
     "NormScaler",
     "Power",
+    "Relative",
     "apply_norm_scaling",
     "is_norm_scaled",
     "orthogonal_init_",

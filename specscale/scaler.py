@@ -129,7 +129,8 @@ class NormScaler:
         - A weight is looked for as the same parameter, in whatever layer it now is; else as the tensor of the same name
           in the same layer, or in the layer of the same name. Its state is solved anew where its values have changed.
           The target is kept where the shape is; a weight of another shape gets the target of the call of
-          `apply_norm_scaling`, or the norm that it has: with `"initial"`, `"features"` and `NormScaler.of`.
+          `apply_norm_scaling`, where one that is relative to a norm is relative to the one that the weight then has. With
+          `"initial"`, `"features"` and `NormScaler.of` that norm is held.
         - A weight that is not found, or computed from other parameters (pruned, quantized), is let go, and a warning
           names it. Layers that are new are not scaled.
         - A new parameter that no attached optimizer holds is named in a warning.

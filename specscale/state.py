@@ -139,6 +139,11 @@ class NormScaling(nn.Module):
         key, dtype = self.seeds(weight.device)[:count], torch.promote_types(weight.dtype, torch.float32)
         return self.constraint.norm.init_state(key, self.matrix_shape(weight), dtype)
 
+    def set_target_(self, numbers: list[float]) -> None:
+        """Hold these norms, one for each matrix; where it is 0, the matrix has no direction and is skipped."""
+        self.target.copy_(torch.tensor(numbers, dtype=self.target.dtype))
+        self.skip_mask.copy_(self.target == 0)
+
     def retarget_(self) -> None:
         """Hold the norms that were measured last; a matrix of zeros has no direction and is skipped."""
         self.target.copy_(self.norm)
