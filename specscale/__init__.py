@@ -1,5 +1,6 @@
 """Hold the Frobenius or spectral norm of every weight matrix of a PyTorch model on its target while it trains."""
 
+from specscale import schedules
 from specscale.apply import apply_norm_scaling, is_norm_scaled, remove_norm_scaling
 from specscale.block import Block
 from specscale.errors import NonFiniteWeightError
@@ -28,6 +29,7 @@ __all__ = [
     "orthogonal_init_",
     "plain_state_dict",
     "remove_norm_scaling",
+    "schedules",
     "singular_values",
     "spectral_norms",
 ]

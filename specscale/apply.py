@@ -20,6 +20,7 @@ from specscale.layers import LayerRule
 from specscale.parametrization import register, unregister
 from specscale.plain import Rule, refuse_inside_plain
 from specscale.scaler import NormScaler
+from specscale.schedules import AnySchedule, check_schedule
 from specscale.solvers import SVD, Power, Solver
 from specscale.state import NormScaling
 from specscale.state_dicts import check_before_loading, end_unused_checks
@@ -55,6 +56,7 @@ def apply_norm_scaling(
     rules: Iterable[LayerRule] = (),
     solver: str | Solver = "block",
     gain: Gains = "channels",
+    schedule: AnySchedule | Mapping[Any, AnySchedule] | None = None,
     example_input: Any = None,
     generator: torch.Generator | None = None,
 ) -> NormScaler:
@@ -73,7 +75,7 @@ def apply_norm_scaling(
             initial norm); the norm itself as a number; a function of the weight's name and its layer; or a mapping from
             patterns to these. The function returns a number, which is the norm of *each* of the weight's matrices (of
             q, k and v each, where they are fused), or one number for each of its `k` matrices. If it has a parameter
-            called `norms`, `(name, module, norms)`, it gets their initial norms, a float64 tensor `(k,)`.
+            called `norms`, `(name, module, norms)`, it gets their initial norms, a tensor `(k,)`.
         include: shell patterns on module names, each taking everything below the modules that it matches, types of
             layers, or predicates `(name, module) -> bool`; None means all.
         exclude: the weights that are not scaled, in the same ways.
@@ -82,6 +84,9 @@ def apply_norm_scaling(
         gain: of the init: `"channels"` (`sqrt(d_out / d_in)` of the feature or channel counts), `"features"` (of the
             sizes of the layer's output and input), `"matrix"` (of the weight's matrices), a number, a function
             `(name, module) -> float`, or a mapping from patterns to these.
+        schedule: of the targets: `schedules.Cosine(final=0.1, steps=1000)`, another of `specscale.schedules`, or a
+            function from a step, an `int`, to a factor; or a mapping from patterns to these. After `n` steps that have
+            scaled a weight, its target is the factor at `n` times what `target` says.
         example_input: for `"features"`, a batch that the model can be called with.
         generator: the init's source of randomness; None means torch's global one.
 
@@ -101,6 +106,7 @@ def apply_norm_scaling(
         raise Refusal(f"unknown init {init!r}; choose None or 'orthogonal'")
     check_setting("gain", gain, GAINS)
     check_setting("target", target, ("initial", *GAINS))
+    check_schedule(schedule)
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise Refusal(f"generator must be a torch.Generator, found {type(generator).__name__}", TypeError)
     if torch.is_inference_mode_enabled():
@@ -116,7 +122,8 @@ def apply_norm_scaling(
     refuse_shared_memory(weights)
     constraint_of = {weight: one for one, own in by_pattern("norm", constraints, weights, module) for weight in own}
     gains = None if init is None else resolve_gains(gain, weights, module, example_input)
-    plan = _plan(constraint_of, weights, gains, generator)
+    schedule_of = {weight: one for one, own in by_pattern("schedule", schedule, weights, module) for weight in own}
+    plan = _plan(constraint_of, schedule_of, weights, gains, generator)
     _set_targets(plan, resolve_targets(target, plan.scalings, module, example_input, plan.warnings))
     if init is None and gain != "channels":
         plan.warnings.append("gain has no effect without init='orthogonal'")
@@ -163,6 +170,7 @@ class _Plan:
 
 def _plan(
     constraints: dict[Weight, Constraint],
+    schedules: dict[Weight, AnySchedule | None],
     weights: list[Weight],
     gains: dict[str, float] | None,
     generator: torch.Generator | None,
@@ -182,6 +190,7 @@ def _plan(
             seed_name=weight.name,
             is_only=weight.is_only,
             parameter_order=tuple(weight.module._parameters),
+            schedule=schedules[weight],
         )
         solve_anew_(scaling, value)
     return plan
@@ -190,7 +199,7 @@ def _plan(
 def _set_targets(plan: _Plan, targets: dict[Weight, list[float]]) -> None:
     """Give the scalings their targets; a weight that has no matrix to scale is left out of the plan."""
     for weight, scaling in plan.scalings.items():
-        scaling.set_target_(targets[weight])
+        scaling.set_target_(targets[weight], is_base=True)
         if bool(scaling.skip_mask.any()):
             plan.warnings.append(
                 f"{weight.name!r} holds a zero matrix, which has no direction to scale: it is skipped. "

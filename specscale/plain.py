@@ -299,19 +299,22 @@ def _renew(taken: _Taken, find: _Find, model: nn.Module) -> None:
     if fits_state and parameter is taken.parameter and torch.equal(_checksum(parameter), taken.checksum):
         scaling.keep_current(parameter, taken.version)
         return
-    target, skip_mask = scaling.target, scaling.skip_mask
+    held = {name: scaling.get_buffer(name) for name in scaling.held_buffers}
     if not fits_state:
         scaling.reset_(find.view, parameter)
     if parameter.is_meta:
         return
     solve_anew_(scaling, parameter)
     if is_same_matrix:
-        scaling.target.copy_(target)
-        scaling.skip_mask.copy_(skip_mask)
+        for name, value in held.items():
+            scaling.get_buffer(name).copy_(value)
     else:
+        if scaling.schedule is not None:
+            scaling.num_steps.fill_(held["num_steps"][0])
         weight = Weight(*find.place, find.view, scaling.is_only, scaling)
         (numbers,) = resolve_targets(find.target, {weight: scaling}, model, None, []).values()
-        scaling.set_target_(numbers)
+        # What is relative to a norm is so to the one that the weight has at this step of the schedule.
+        scaling.set_target_(numbers, is_base=not depends_on_norms(find.target))
     scaling.mark_current(parameter)
 
 

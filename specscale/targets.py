@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from specscale.errors import Refusal, one_of, public_call
-from specscale.linalg import in_float64
 from specscale.state import NormScaling
 from specscale.weights import Weight, by_pattern, evaluation_mode, pattern_name
 
@@ -204,7 +203,7 @@ def _is_far_off(number: Real, norm: Tensor) -> bool:
 
 def _ask_target(function: Callable[..., Any], weight: Weight, norm: Tensor) -> Any:
     """What a target function says of a weight: a number, or a list of one for each matrix."""
-    norms = {"norms": in_float64(norm).cpu()} if depends_on_norms(function) else {}
+    norms = {"norms": norm.clone()} if depends_on_norms(function) else {}
     numbers = _ask("target", function, weight, **norms)
     if isinstance(numbers, Tensor):
         return numbers.tolist()
