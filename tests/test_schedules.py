@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreted import interpreted_grouped
 from test_sync_free import Refuse
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -251,6 +252,7 @@ def test_launches_do_not_grow_with_the_weights(name, skip):
     assert counts[0] == counts[1] <= 20
 
 
+@pytest.mark.slow
 def test_a_compiled_step_follows_a_schedule_without_compiling_anew():
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 3))
@@ -438,6 +440,21 @@ def test_a_zero_matrix_stays_left_alone():
         scaling.step()
     assert scaling.weights[0].scaling.target[0] == 0
     assert not model["qkv"].weight[:6].any()
+
+
+def test_kernels_read_the_targets_that_are_in_force(accelerator, monkeypatch):
+    schedule, factor = SCHEDULES["cosine"]
+    with interpreted_grouped() as grouped:
+        monkeypatch.setattr("specscale.plans._has_kernels", lambda device: True)
+        monkeypatch.setattr("specscale.plans._grouped", lambda: grouped)
+        model, scaling, optimizer = scaled(schedule)
+        base = bases(scaling)
+        for step in range(3):
+            train(model, optimizer, step, step + 1)
+            assert_at(scaling, base, factor(step + 1))
+    ((_, plan),) = scaling._step._plans._plans
+    assert plan.groups
+    assert not plan.rest
 
 
 @pytest.mark.cuda
