@@ -195,7 +195,7 @@ def _complete_schedule(saved: dict[str, Any], scaling: NormScaling) -> None:
             saved.pop(name, None)
     elif scaling.target_name in saved and not all(name in saved for name in SCHEDULED):
         base = saved[scaling.target_name]
-        saved["base_target"], saved["num_steps"] = base.clone(), torch.zeros_like(base)
+        saved["base_target"], saved["num_steps"] = base, torch.zeros_like(base)
         if not base.is_meta:
             saved[scaling.target_name] = base * scaling.factors(saved["num_steps"])
 

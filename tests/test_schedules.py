@@ -300,6 +300,19 @@ def test_a_checkpoint_of_a_schedule_without_one_holds_what_was_in_force():
     assert not any(key.endswith(("base_target", "num_steps")) for key in model.state_dict())
 
 
+def test_a_checkpoint_of_another_solver_brings_its_schedule():
+    options = {"schedule": schedules.Linear(0.5, 4), "norm": "spectral"}
+    wide = [nn.Sequential(nn.Linear(50, 40)) for _ in range(2)]
+    source = apply_norm_scaling(wide[0], solver="svd", **options)
+    scaling = apply_norm_scaling(wide[1], **options)
+    source.step()
+    source.step()
+    base = {name: target / 0.75 for name, target in bases(source).items()}
+    wide[1].load_state_dict(wide[0].state_dict())
+    scaling.step()
+    assert_at(scaling, base, 1 - 0.5 * 3 / 4)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_checkpoint_without_a_schedule_begins_one(assign):
     source, scaling, _ = scaled(None)

@@ -166,7 +166,9 @@ def test_a_single_number_that_one_matrix_has_and_one_for_each_are_not_warned_of(
         model["qkv"].weight[:4] *= 5
     apply_norm_scaling(model, target=lambda name, module: 5.0).remove()
     apply_norm_scaling(model, target=lambda name, module: [50, 50, 50]).remove()
-    apply_norm_scaling(model, target=50)
+    apply_norm_scaling(model, target=50).remove()
+    nn.init.zeros_(model["qkv"].weight)
+    apply_norm_scaling(model, target=lambda name, module: 5.0)
 
 
 def test_a_zero_matrix_has_no_relative_target():
