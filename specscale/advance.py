@@ -56,7 +56,8 @@ class Advance:
                 step = asked[scaling] = self._num_steps(scaling) + 1
                 if (id(schedule), step) not in factors:
                     factors[id(schedule), step] = own_factor(schedule, step)
-            key = (id(schedule), step, scaling.target.device, scaling.target.dtype)
+            base = scaling.base_target
+            key = (id(schedule), step, base.device, base.dtype)
             factor = None if step is None else factors[id(schedule), step]
             groups.setdefault(key, _Group([], [], factor)).add(scaling, off)
         buffers: list[Tensor] = []

@@ -47,6 +47,9 @@ class NormScaler:
     def of(cls, model: nn.Module) -> "NormScaler":
         """The handle of a model that is scaled already, from the model alone.
 
+        A schedule is on the model too, and on its copies. A checkpoint holds the step that it has reached, and no
+        function: that is given to `apply_norm_scaling` before loading.
+
         Raises:
             TypeError: `model` is no module.
             ValueError: it has no scaled weight.
