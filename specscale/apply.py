@@ -61,9 +61,10 @@ def apply_norm_scaling(
     Args:
         module: any model; its linear, convolution, attention and recurrent weights that require gradients, and
             those that `rules` add, are scaled.
-        norm: `"spectral"` (moves the first singular triple alone), `"frobenius"`, or `"clipped"` (as spectral, and
-            lowers every other singular value above the target to it: exact, by a decomposition at every step); or a
-            constraint with options of its own.
+        norm: `"spectral"` (moves the first singular triple alone), `"frobenius"`, `"clipped"` (as spectral, and
+            lowers every other singular value above the target to it: exact, by a decomposition at every step),
+            `"normalize"` (scales the whole matrix to the spectral norm), or `"orthogonal"` (puts every singular value
+            on the target); or a constraint with options of its own, such as `Normalize(one_sided=True)`.
         init: None keeps the weights; `"orthogonal"` overwrites them by `gain` times orthogonal matrices.
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
             `"features"` or `"matrix"` (the norm of an orthogonal matrix with that gain); the norm itself as a number,
