@@ -6,8 +6,10 @@ algorithm for computing the best estimate of an orthogonal matrix", 1971) takes 
 `x (3 - x^2) / 2`: an error is squared, but a small value grows by 3/2 only. Scaled, as `r x (3 - (r x)^2) / 2` with
 `r^2 = 3 / (1 + l + l^2)`, it grows by up to 2.6: that is the best odd cubic for values in `[l, 1]`, whose two ends it
 takes to the same value (Chen & Chow, "A stable scaling of Newton-Schulz for improving the sign function computation of
-a Hermitian matrix", 2014; Amsel et al., "The Polar Express", 2025, section 4). Here `l` is estimated in each iteration, by
-power iteration on `I - X^T X`. An estimate that is too large costs iterations and nothing else.
+a Hermitian matrix", 2014; Amsel et al., "The Polar Express", 2025, section 4). Here `l` is estimated in each iteration,
+by power iteration on `I - X^T X`. An estimate that is too large costs iterations and nothing else. One that follows a
+value that is as good as zero would keep the others from 1, whom the scaling scatters over `[l, 1]`: it is at least what
+has become of `LEAST`.
 """
 
 import torch
@@ -18,7 +20,7 @@ from specscale.linalg import gram, product
 from specscale.random import normal
 
 LEAST = 1e-4
-"""The smallest `l`: with a smaller one, what rounding adds to a value of one would turn its sign."""
+"""The smallest `l` of the first iteration: with a smaller one, rounding of the value 1 would turn its sign."""
 
 NEAR = 80
 """Of `||I - X^T X||`, the square that a last iteration is left with, in units of rounding: 1e-5 in float32."""
@@ -50,6 +52,7 @@ def polar_factor(
     eps = torch.finfo(X.dtype).eps
     eye = torch.eye(size, dtype=X.dtype, device=X.device)
     V = normal(torch.arange(count, device=X.device), (size, COLUMNS), X.dtype)
+    floor = torch.full((count,), LEAST, dtype=X.dtype, device=X.device)
     for number in range(max_iterations):
         # `I - X^T X`, whose eigenvalues are within [0, 1].
         E = eye - gram(X)
@@ -57,10 +60,12 @@ def polar_factor(
             V = product(E, linalg.unit(V, dim=-2))
         distance = torch.linalg.vector_norm(V, dim=-2).amax(-1)
         is_near = distance <= (NEAR * eps) ** 0.5
-        least = (1 - distance).clamp(LEAST**2, 1).sqrt()
-        ratio = torch.where(is_near, 1, (3 / (1 + least + least.square())).sqrt())[:, None, None]
+        least = (1 - distance).clamp(0, 1).sqrt().maximum(floor)
+        ratio = torch.where(is_near, 1, (3 / (1 + least + least.square())).sqrt())
+        floor = (ratio * floor * (3 - (ratio * floor).square()) / 2).clamp_max(1)
         # `r (3 I - r^2 X^T X) / 2`.
-        X = product(X, E.mul_(ratio**3 / 2).add_((3 * ratio - ratio**3) / 2 * eye))
+        of_eye, of_E = ((3 * ratio - ratio**3) / 2)[:, None, None], (ratio**3 / 2)[:, None, None]
+        X = product(X, E.mul_(of_E).add_(of_eye * eye))
         if linalg.can_sync(X):
             is_done = is_near if skip_mask is None else is_near | skip_mask
             if bool(is_done.all()):
