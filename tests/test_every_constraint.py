@@ -204,7 +204,7 @@ def test_each_weight_is_in_the_set_after_every_step(case, way, optimizer, init, 
 @each_case
 @pytest.mark.parametrize(("optimizer", "init", "memory_format"), MANY, ids=str)
 def test_each_weight_is_in_the_set_after_each_of_many_steps(case, way, optimizer, init, memory_format):
-    assert_held(case, way, optimizer, init, memory_format, steps=30)
+    assert_held(case, way, optimizer, init, memory_format, steps=15)
 
 
 @one_sided
