@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from specscale.block import Block
-from specscale.linalg import broadcast_to, concat, product
+from specscale.linalg import concat, product
 from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
 from specscale.solvers import Solver
+from specscale.views import SplitWeight
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,21 @@ class Constraint(ABC):
         return self.norm_type.with_solver(self.solver)
 
     @abstractmethod
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
-        """Update the weights in place, each as `(k_i, o, i, ...)`: `MatrixView.split`, a view in every memory format.
+    def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+        """Update the weights in place, by writing to the `tensor` of each.
 
-        Nothing must change where `skip_mask (k,)` is true. `target (k,)` and `measurement.norm` are of one dtype.
+        `len(weight)` matrices of `target (k,)` and `skip_mask (k,)` are a weight's, in the order of `weights`. Nothing
+        must change where `skip_mask` is true. `target` and `measurement.norm` are of one dtype.
         """
 
     def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
         """The norms `(k,)` after `write_`, of the matrices that were not skipped: the target, unless overridden."""
         return target
 
-    def project_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> Tensor:
-        """Put the matrices of `weights`, each `(k_i, o, i, ...)`, back on `target (k,)`, in place.
+    def project_(
+        self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor
+    ) -> Tensor:
+        """Put the matrices of `weights` back on `target (k,)`, in place.
 
         Those where `skip_mask (k,)` is true and those of norm zero, which have no direction, are skipped. Returns
         the norms `(k,)` afterwards.
@@ -62,10 +66,10 @@ class Frobenius(Constraint):
     name = "frobenius"
     norm_type = FrobeniusNorm
 
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+    def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
         factors = torch.where(skip_mask, 1, target / measurement.norm).split([len(weight) for weight in weights])
         for weight, factor in zip(weights, factors, strict=True):
-            weight.mul_(broadcast_to(factor, weight))
+            weight.tensor.mul_(weight.per_matrix(factor))
 
 
 class Spectral(Constraint):
@@ -77,12 +81,11 @@ class Spectral(Constraint):
     name = "spectral"
     norm_type = SpectralNormBySolver
 
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+    def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
         steps = torch.where(skip_mask, 0, target - measurement.norm).split([len(weight) for weight in weights])
         for weight, triple, step in zip(weights, measurement.factors, steps, strict=True):
             # On the split tensor, not on the matrix, a rank-one update is a broadcast product in any memory format.
-            right = triple.right.reshape(len(weight), 1, *weight.shape[2:])
-            weight.addcmul_(broadcast_to(step[:, None] * triple.left, weight), right)
+            weight.tensor.addcmul_(weight.per_row(step[:, None] * triple.left), weight.per_column(triple.right))
 
     def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
         next_value = concat([triple.next_value for triple in measurement.factors])
@@ -100,7 +103,7 @@ class Clipped(Constraint):
     name = "clipped"
     norm_type = SpectralNormByDecomposition
 
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+    def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
         counts = [len(weight) for weight in weights]
         each = zip(weights, measurement.factors, target.split(counts), skip_mask.split(counts), strict=True)
         for weight, (values, vectors), own_target, skip in each:
@@ -109,10 +112,10 @@ class Clipped(Constraint):
             # The relative part of each singular value that is taken off.
             excess = torch.where(above, 1 - own_target[:, None].to(values) / values, 0)
             part = product(vectors * excess[:, None], vectors.mT).to(target)
-            matrices = weight.reshape(*weight.shape[:2], -1).to(part.dtype)
+            matrices = weight.matrices().to(part.dtype)
             is_tall = matrices.shape[-2] >= matrices.shape[-1]
             correction = product(matrices, part) if is_tall else product(part, matrices)
-            weight.sub_(torch.where(skip[:, None, None], 0, correction).reshape(weight.shape))
+            weight.tensor.sub_(weight.per_element(torch.where(skip[:, None, None], 0, correction)))
 
 
 CONSTRAINTS: dict[str, type[Constraint]] = {one.name: one for one in (Frobenius, Spectral, Clipped)}

@@ -31,7 +31,7 @@ def _by_features(weights: list[Weight], model: nn.Module, example_input: Any) ->
         d_out, d_in = weight.view.channels(weight.parameter)
         # Without a kernel, each position of the output comes from one position of the input: the ratio of the sizes is
         # that of the counts, and is known for a projection within attention too, which is never called as a module.
-        if weight.view.split(weight.parameter).ndim > 3:
+        if weight.view.has_kernel:
             if weight.module not in sizes:
                 raise Refusal(
                     f'"features" needs the sizes of {weight.name!r}, which example_input did not reach; '
