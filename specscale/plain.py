@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from specscale.constraints import Constraint
 from specscale.errors import Refusal, public_call
 from specscale.held import INSIDE_PLAIN, HeldWeights, Place, is_source, places_of, put_on
-from specscale.layers import LayerRule, rule_for
+from specscale.layers import LayerRule, RuleBook
 from specscale.linalg import at_least_float32, no_grad_full_precision, product
 from specscale.parametrization import unregister
 from specscale.state import PLAIN_LAYERS, NormScaling, original, scaling_of, version_of
@@ -274,8 +274,7 @@ def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, paramete
     view = taken.weight.view
     is_same_shape = parameter.shape == taken.shape
     if not (is_same_shape and (parameter is taken.parameter or place.module is taken.weight.module)):
-        layer_rule = rule_for(place.layer, place.module, rule.layers)
-        view = (layer_rule.views(place.module) if layer_rule is not None else {}).get(place.tensor, view)
+        view = RuleBook(model, rule.layers).views(place.layer).get(place.tensor, view)
     if kind := shard_kind(parameter):
         return f"it is sharded now: {kind}"
     if not parameter.is_floating_point() or parameter.numel() == 0 or parameter.is_inference():

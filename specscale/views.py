@@ -64,7 +64,7 @@ class SplitWeight:
         return [sizes[axis] if own else 1 for axes, own in zip(self.axes, along, strict=True) for axis in axes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MatrixView:
     """A weight tensor read as a batch of `count` matrices, one row per output.
 
@@ -122,6 +122,10 @@ class MatrixView:
                 raise ValueError(f"{self}: lengths must say how long all but one of {', '.join(open_names)} are")
         if num_open > 1:
             raise ValueError(f"{self}: lengths must say how long all but one of {', '.join(self._batch)} are")
+
+    def __repr__(self) -> str:
+        lengths = f", lengths={self.lengths}" if self.lengths else ""
+        return f"MatrixView(axes={self.axes!r}, count={self.count!r}{lengths})"
 
     @cached_property
     def _names(self) -> list[str]:

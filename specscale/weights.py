@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from specscale.errors import Refusal, nearest, non_finite
-from specscale.layers import LayerRule, rule_for
+from specscale.layers import LayerRule, RuleBook
 from specscale.state import NormScaling, original, scaling_of, scalings_of
 from specscale.views import MatrixView
 
@@ -174,15 +174,16 @@ def select(
 
 def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[list[Weight]]:
     """Each weight of the model as a list: as its first layer holds it, then as each layer that shares it does."""
-    own = list(rules)
-    unused = list(own)
+    book = RuleBook(model, rules)
     # The tensors are kept alive, so that no id is used twice: one that is computed is a new tensor at every look.
     seen: dict[int, tuple[Tensor, list[Weight]]] = {}
     for layer, module in model.named_modules():
-        rule = rule_for(layer, module, own)
-        unused = [one for one in unused if one is not rule]
         with _reading(module):
-            views = rule.views(module) if rule is not None else {}
+            _, named = book.look_up(layer)
+            for path in named:
+                if not _has(module, path):
+                    raise _missing(layer, module, path)
+            views = book.views(layer)
             weights = [Weight(layer, module, tensor, view) for tensor, view in views.items()]
             weights = [weight for weight in weights if _is_read(weight)]
             tensors = [weight.parameter for weight in weights]
@@ -190,23 +191,36 @@ def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[
         for tensor, weight in zip(tensors, weights, strict=True):
             # A weight keeps the name that it was put under scaling with.
             scaling = scaling_of(module, weight.tensor)
-            named = replace(weight, is_only=is_only if scaling is None else scaling.is_only)
-            seen.setdefault(id(tensor), (tensor, []))[1].append(named)
-    if unused:
+            holder = replace(weight, is_only=is_only if scaling is None else scaling.is_only)
+            seen.setdefault(id(tensor), (tensor, []))[1].append(holder)
+    if unused := book.unused:
         kind = getattr(unused[0].layer, "__name__", repr(unused[0].layer))
         raise Refusal(f"the rule for {kind} matches no layer of {type(model).__name__}")
     return [holders for _, holders in seen.values()]
 
 
+def _has(layer: nn.Module, path: str) -> bool:
+    """Whether the layer, or one within it, has the attribute."""
+    within, _, name = path.rpartition(".")
+    try:
+        holder = layer.get_submodule(within)
+    except AttributeError:
+        return False
+    with _reading(holder):
+        return hasattr(holder, name)
+
+
+def _missing(layer: str, module: nn.Module, path: str) -> Refusal:
+    names = ", ".join(repr(own) for own, _ in module.named_parameters(recurse="." in path)) or "none"
+    return Refusal(
+        f"the rule for {type(module).__name__} names {path!r}, which {layer!r} does not have; "
+        f"its parameters are {names}"
+    )
+
+
 def _is_read(weight: Weight) -> bool:
     """Whether the layer's tensor has elements to be read as matrices; refuses one that does not fit its rule."""
     kind = type(weight.module).__name__
-    if not hasattr(weight.module, weight.tensor):
-        names = ", ".join(repr(own) for own, _ in weight.module.named_parameters(recurse=False)) or "none"
-        raise Refusal(
-            f"the rule for {kind} names {weight.tensor!r}, which {weight.layer!r} does not have; "
-            f"its parameters are {names}"
-        )
     parameter = weight.parameter
     if isinstance(parameter, nn.Module):
         raise Refusal(

@@ -92,9 +92,7 @@ LAYERS = {
 }
 RULES = [
     LayerRule(Experts, {"weight": MatrixView("k i o", count=3)}),
-    LayerRule(
-        lambda name, module: name.endswith("heads"), {"weight": MatrixView("(o1 k o2) i", 3, lengths={"o1": 4})}
-    ),
+    LayerRule(lambda name, module: name.endswith("heads"), {"weight": MatrixView("(o1 k o2) i", 3, lengths={"o1": 4})}),
 ]
 
 
