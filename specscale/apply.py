@@ -16,7 +16,7 @@ from specscale.block import Block
 from specscale.constraints import CONSTRAINTS, Constraint
 from specscale.errors import Refusal, one_of, public_call
 from specscale.initialization import orthogonal_like
-from specscale.layers import LayerRule
+from specscale.layers import EMBEDDINGS, LayerRule
 from specscale.parametrization import register, unregister
 from specscale.plain import Rule, refuse_inside_plain
 from specscale.scaler import NormScaler
@@ -62,7 +62,8 @@ def apply_norm_scaling(
         module: any model; its linear, convolution, attention and recurrent weights that require gradients, and
             those that `rules` add, are scaled.
         norm: `"spectral"` (moves the first singular triple alone), `"frobenius"`, or `"clipped"` (as spectral, and
-            lowers every other singular value above the target to it: exact, by a decomposition at every step); or a
+            lowers every other singular value above the target to it: exact, by a decomposition at every step);
+            `"rows"` or `"columns"` (the Frobenius norm of each row, an output, or of each column, an input); or a
             constraint with options of its own.
         init: None keeps the weights; `"orthogonal"` overwrites them by `gain` times orthogonal matrices.
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
@@ -103,7 +104,7 @@ def apply_norm_scaling(
     if isinstance(module, nn.Module):
         refuse_inside_plain(module)
         refuse_wrapped(module)
-    weights = select(module, include, exclude, rules)
+    weights = select(module, include, exclude, rules, named=EMBEDDINGS if constraint.takes_embeddings else ())
     refuse_scaled(weights)
     refuse_unwritable(weights)
     refuse_shared_memory(weights)
@@ -159,7 +160,7 @@ def _plan(
     for weight, value in zip(weights, values, strict=True):
         scaling = NormScaling(
             constraint,
-            weight.view,
+            constraint.view(weight.view, value),
             value,
             seed_name=weight.name,
             is_only=weight.is_only,
@@ -172,11 +173,11 @@ def _plan(
             scaling.retarget_()
         if bool(scaling.skip_mask.any()):
             plan.warnings.append(
-                f"{weight.name!r} holds a zero matrix, which has no direction to scale: it is skipped. "
+                f"{weight.name!r} holds a zero {constraint.part}, which has no direction to scale: it is skipped. "
                 "Give a target other than 'initial' to scale it once it has moved"
             )
         if not bool(scaling.skip_mask.all()):
-            plan.weights.append(replace(weight, parametrization=scaling))
+            plan.weights.append(replace(weight, view=scaling.view, parametrization=scaling))
     if not plan.weights:
         raise Refusal("no weight is selected, since all of them are zero; give a target or an init")
     return plan

@@ -5,6 +5,7 @@ weight, and `norm_after` says what the norm then is, where that is not the targe
 here and one entry in `CONSTRAINTS`; its options are the fields of the class. Checkpoints hold its name.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +16,17 @@ from torch import Tensor
 
 from specscale.block import Block
 from specscale.linalg import concat, product
-from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
+from specscale.norms import (
+    ColumnNorm,
+    FrobeniusNorm,
+    Measurement,
+    Norm,
+    RowNorm,
+    SpectralNormByDecomposition,
+    SpectralNormBySolver,
+)
 from specscale.solvers import Solver
-from specscale.views import SplitWeight
+from specscale.views import MatrixView, SplitWeight
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,22 @@ class Constraint(ABC):
     """The solver, where the norm takes one."""
     name: ClassVar[str]
     norm_type: ClassVar[type[Norm]]
+    part: ClassVar[str] = "matrix"
+    """What of a weight has a norm of its own."""
+    takes_embeddings: ClassVar[bool] = False
+    """Whether it also holds embeddings, where `include` names them: see `specscale.weights.select`."""
 
     @cached_property
     def norm(self) -> Norm:
         return self.norm_type.with_solver(self.solver)
+
+    def view(self, view: MatrixView, weight: Tensor) -> MatrixView:
+        """The matrices that it holds, of a weight of a layer that reads it by `view`: the same, unless overridden."""
+        return view
+
+    def of_orthogonal(self, gain: float, view: MatrixView, weight: Tensor) -> float:
+        """The norm that it holds where each matrix of `view` is `gain` times a semi-orthogonal one."""
+        return self.norm.of_orthogonal(gain, *view.matrix_shape(weight))
 
     @abstractmethod
     def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
@@ -70,6 +91,54 @@ class Frobenius(Constraint):
         factors = torch.where(skip_mask, 1, target / measurement.norm).split([len(weight) for weight in weights])
         for weight, factor in zip(weights, factors, strict=True):
             weight.tensor.mul_(weight.per_matrix(factor))
+
+
+class _Parts(Frobenius):
+    """Frobenius norm scaling of parts of a matrix, all of one size."""
+
+    takes_embeddings = True
+
+    def of_orthogonal(self, gain: float, view: MatrixView, weight: Tensor) -> float:
+        # In the root mean square, since the rows of a tall matrix with orthonormal columns differ. Those of a wide one
+        # all have this norm.
+        parts = self.view(view, weight).count // view.count
+        return super().of_orthogonal(gain, view, weight) / math.sqrt(parts)
+
+
+class Rows(_Parts):
+    """`w <- w t / ||w||` for every row `w`: each output keeps the norm of its weights.
+
+    A row is an output of a linear layer, an output channel of a convolution with all its inputs and its kernel, or the
+    vector of an embedding's token. Afterwards every row is on its target. Weight normalization (Salimans and Kingma,
+    2016) splits a weight in the same way, and learns the norms; nGPT (Loshchilov et al., 2024) holds them at 1. Costs
+    as `Frobenius`: no product, and three passes over the weight; its state is 20 bytes a row. A row of zeros, as that
+    of a padding token, has no direction and stays zero.
+    """
+
+    name = "rows"
+    norm_type = RowNorm
+    part = "row"
+
+    def view(self, view: MatrixView, weight: Tensor) -> MatrixView:
+        return view.each_row(weight)
+
+
+class Columns(_Parts):
+    """`w <- w t / ||w||` for every column `w`: each input keeps the norm of the weights that read it.
+
+    A column is an input of a linear layer, an input channel of a convolution with the kernels of all its outputs, or a
+    feature of an embedding. Afterwards every column is on its target. A matrix whose columns have at most the norm `t`
+    is one that maps every vector of l1 norm 1, as a one-hot one, to l2 norm `t` or less. Costs as `Rows`: no product,
+    and three passes over the weight; its state is 20 bytes a column. A column of zeros has no direction and stays
+    zero.
+    """
+
+    name = "columns"
+    norm_type = ColumnNorm
+    part = "column"
+
+    def view(self, view: MatrixView, weight: Tensor) -> MatrixView:
+        return view.each_column(weight)
 
 
 class Spectral(Constraint):
@@ -118,5 +187,5 @@ class Clipped(Constraint):
             weight.tensor.sub_(weight.per_element(torch.where(skip[:, None, None], 0, correction)))
 
 
-CONSTRAINTS: dict[str, type[Constraint]] = {one.name: one for one in (Frobenius, Spectral, Clipped)}
+CONSTRAINTS: dict[str, type[Constraint]] = {one.name: one for one in (Frobenius, Rows, Columns, Spectral, Clipped)}
 """Every constraint, by the name that callers and checkpoints use."""

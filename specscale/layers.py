@@ -185,12 +185,23 @@ BUILT_IN = [
 """The rules for torch's layers, for those of transformers that are not torch's, and for timm's fused projections."""
 
 
-class RuleBook:
-    """The rules of a call for a model, and the built-in ones behind them: a layer's rule is the first that matches."""
+EMBEDDINGS = [LayerRule(kind, {"weight": MatrixView("o i")}) for kind in (nn.Embedding, nn.EmbeddingBag)]
+"""The rules for embeddings, which are not scaled unless the caller names them.
 
-    def __init__(self, model: nn.Module, rules: Iterable[LayerRule] = ()) -> None:
+The vector of each token is a row, as it is in the output layer that may share the weight.
+"""
+
+
+class RuleBook:
+    """The rules of a call for a model, the built-in ones behind them, and `named` at the end.
+
+    A layer's rule is the first one that matches it.
+    """
+
+    def __init__(self, model: nn.Module, rules: Iterable[LayerRule] = (), named: Iterable[LayerRule] = ()) -> None:
         self._model = model
         self._own = list(rules)
+        self._built_in = [*BUILT_IN, *named]
         self._found: dict[str, tuple[float, Views]] = {}
 
     @property
@@ -203,7 +214,7 @@ class RuleBook:
         """The place of a layer's rule among the rules, and what it names; infinity, and nothing, without a rule."""
         if name not in self._found:
             layer = self._model.get_submodule(name)
-            rules = enumerate((*self._own, *BUILT_IN))
+            rules = enumerate([*self._own, *self._built_in])
             matching = ((number, rule.views(layer)) for number, rule in rules if rule.matches(name, layer))
             self._found[name] = next(matching, (math.inf, {}))
         return self._found[name]

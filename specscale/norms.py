@@ -109,6 +109,30 @@ class FrobeniusNorm(Norm):
         return frobenius_bounds(matrices)
 
 
+class RowNorm(FrobeniusNorm):
+    """The norm of a row, which is a matrix of its own."""
+
+    name = "row-wise Frobenius"
+
+
+class ColumnNorm(FrobeniusNorm):
+    """The norm of a column, which is a matrix of its own."""
+
+    name = "column-wise Frobenius"
+
+    def measure(
+        self,
+        matrices: Iterable[Tensor],
+        states: Sequence[State],
+        *,
+        to_convergence: bool = False,
+        num_iterations: int | None = None,
+    ) -> Measurement:
+        # Torch's norms take three to thirty times as long along the outer axes in memory; its sums are as accurate.
+        norms = [one.square().sum(dim=(-2, -1)).sqrt() for one in matrices]
+        return _exactly(concat(norms), [None] * len(norms))
+
+
 class SpectralNorm(Norm):
     """`||W||`, the largest singular value."""
 

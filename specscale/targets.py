@@ -109,8 +109,8 @@ def resolve_targets(
     targets = resolve("target", setting, weights, model, example_input)
     for weight in weights:
         if isinstance(setting, str):
-            shape = weight.view.matrix_shape(weight.parameter)
-            targets[weight.name] = constraint.norm.of_orthogonal(targets[weight.name], *shape)
+            gain = targets[weight.name]
+            targets[weight.name] = constraint.of_orthogonal(gain, weight.view, weight.parameter)
         dtype = torch.promote_types(weight.parameter.dtype, torch.float32)
         _refuse_out_of_range("target", targets[weight.name], weight, dtype)
     return targets

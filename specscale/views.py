@@ -1,5 +1,6 @@
 """How a weight tensor is read as a batch of matrices, and how matrices are written into it."""
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -80,7 +81,7 @@ class MatrixView:
     >>> MatrixView("i o h w")                  # a transposed convolution: outputs are the second axis
     >>> MatrixView("k i o", count=8)           # eight experts, stacked and transposed
     >>> MatrixView("(o1 k o2) i", count=3, lengths={"o1": 12})      # a fused qkv, each of twelve heads its q, k and v
-    >>> MatrixView("(k o) i", count=512)       # a linear layer of 512 outputs, each row a matrix of its own
+    >>> MatrixView("(k o) i", count=512)       # a linear layer of 512 outputs, each row a matrix: as "rows" has them
 
     Raises:
         TypeError: `axes` is no string, `count` no integer, or `lengths` no mapping from names to integers.
@@ -186,6 +187,33 @@ class MatrixView:
         """`(d_out, d_in)` of one matrix: the lengths of `o` and `i`, or all columns where no axis is called `i`."""
         d_out, n = self.matrix_shape(weight)
         return d_out, self._sizes(weight)["i"] if "i" in self._names else n
+
+    def each_row(self, weight: Tensor) -> "MatrixView":
+        """The weight with each row of each matrix as a matrix of its own, in the order of the weight's axes."""
+        return self._each(self._rows, weight)
+
+    def each_column(self, weight: Tensor) -> "MatrixView":
+        """The weight with each input of each matrix as a matrix of its own, in the order of the weight's axes.
+
+        An input of a convolution is an input channel, with the kernels that all outputs have for it. Where no axis is
+        called `i`, every column is an input.
+        """
+        return self._each(["i"] if "i" in self._names else self._columns, weight)
+
+    def _each(self, names: list[str], weight: Tensor) -> "MatrixView":
+        """The view whose matrices are those of each index along the axes of these names."""
+        sizes = self._sizes(weight)
+        fresh = (f"k{number}" for number in itertools.count(1) if f"k{number}" not in self._names)
+        # An axis keeps its name, at length 1, inside of a new axis that counts the matrices along it.
+        new = {name: next(fresh) for name in names}
+        lengths = {name: sizes[name] for name in self._batch} | {new[name]: sizes[name] for name in names}
+        axes = []
+        for group in self._groups:
+            parts = [part for name in group for part in ([new[name], name] if name in new else [name])]
+            axes.append(f"({' '.join(parts)})" if len(parts) > 1 else parts[0])
+            if len(parts) > 1:
+                lengths |= {name: 1 if name in new else sizes[name] for name in group}
+        return MatrixView(" ".join(axes), self.count * math.prod(sizes[name] for name in names), lengths)
 
     @property
     def has_kernel(self) -> bool:

@@ -1,6 +1,7 @@
 """The weights of a model: which tensors they are, what they are called, and which of them the caller selects."""
 
 import fnmatch
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,8 @@ from specscale.layers import LayerRule, RuleBook
 from specscale.state import NormScaling, original, scaling_of, scalings_of
 from specscale.views import MatrixView
 
-Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Predicate = Callable[[str, nn.Module], bool]
+Pattern = str | type[nn.Module] | Predicate
 Patterns = Pattern | Iterable[Pattern] | None
 
 
@@ -133,10 +135,13 @@ def select(
     rules: Iterable[LayerRule] = (),
     *,
     frozen: bool = False,
+    named: Iterable[LayerRule] = (),
 ) -> list[Weight]:
     """The weights that `include` and `exclude` leave, in the model's order; with `frozen`, frozen ones too.
 
-    A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers.
+    A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers. The
+    rules in `named` come last, and the weights that only they find are those that a pattern of `include` names: one
+    that matches no other weight.
 
     Raises:
         Refusal: `model` is no module, a pattern is neither a string, a type nor a predicate, or a rule is no
@@ -150,16 +155,30 @@ def select(
         if not isinstance(rule, LayerRule):
             raise Refusal(f"rules takes LayerRule objects, found {type(rule).__name__}", TypeError)
     weights = _weights_with_holders(model, rules)
+    usual = {(one.layer, one.tensor): one for holders in weights for one in holders}
+    if named and include is not None:
+        every = _weights_with_holders(model, rules, named)
+        weights = [[usual.get((one.layer, one.tensor), one) for one in holders] for holders in every]
     # A module without weights cannot be included; to exclude it is no mistake.
     with_weights = dict.fromkeys(name for holders in weights for one in holders for name in _with_parents(one.layer))
-    included = _matcher("include", include, with_weights)
-    excluded = _matcher("exclude", exclude, [name for name, _ in model.named_modules()])
+    including = _predicates("include", include, with_weights)
+    excluding = _predicates("exclude", exclude, [name for name, _ in model.named_modules()])
+
+    def matches(one: Weight, predicates: Iterable[Predicate]) -> bool:
+        return any(predicate(one.layer, one.module) for predicate in predicates)
+
+    held = weights
+    if named:
+        naming = [predicate for predicate in including if not any(matches(one, [predicate]) for one in usual.values())]
+        known = set(usual.values())
+        held = [[one for one in holders if one in known or matches(one, naming)] for holders in weights]
     selected = [
         holders[0]
-        for holders in weights
-        if (frozen or holders[0].is_trainable)
-        and (include is None or any(included(one.layer, one.module) for one in holders))
-        and not any(excluded(one.layer, one.module) for one in holders)
+        for holders in held
+        if holders
+        and (frozen or holders[0].is_trainable)
+        and (include is None or any(matches(one, including) for one in holders))
+        and not any(matches(one, excluding) for one in holders)
     ]
     refuse_without_values(selected)
     refuse_sharded(selected)
@@ -172,15 +191,17 @@ def select(
     return selected
 
 
-def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[list[Weight]]:
+def _weights_with_holders(
+    model: nn.Module, rules: Iterable[LayerRule], named: Iterable[LayerRule] = ()
+) -> list[list[Weight]]:
     """Each weight of the model as a list: as its first layer holds it, then as each layer that shares it does."""
-    book = RuleBook(model, rules)
+    book = RuleBook(model, rules, named)
     # The tensors are kept alive, so that no id is used twice: one that is computed is a new tensor at every look.
     seen: dict[int, tuple[Tensor, list[Weight]]] = {}
     for layer, module in model.named_modules():
         with _reading(module):
-            _, named = book.look_up(layer)
-            for path in named:
+            _, paths = book.look_up(layer)
+            for path in paths:
                 if not _has(module, path):
                     raise _missing(layer, module, path)
             views = book.views(layer)
@@ -247,8 +268,8 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
-def _matcher(option: str, patterns: Patterns, names: Iterable[str]) -> Callable[[str, nn.Module], bool]:
-    """Whether a pattern matches a module: a string by its name or that of a module it lies in, others by itself."""
+def _predicates(option: str, patterns: Patterns, names: Iterable[str]) -> list[Predicate]:
+    """Whether each pattern matches a module: a string by its name or that of a module it lies in, others by itself."""
     if patterns is None:
         patterns = []
     elif isinstance(patterns, str) or not isinstance(patterns, Iterable):
@@ -266,12 +287,12 @@ def _matcher(option: str, patterns: Patterns, names: Iterable[str]) -> Callable[
                 f"{option} pattern {pattern!r} matches no module; the nearest names are {nearest(pattern, names)}"
             )
 
-    def matches(name: str, module: nn.Module, pattern: Pattern) -> bool:
+    def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
         if isinstance(pattern, str):
             return any(fnmatch.fnmatchcase(one, pattern) for one in _with_parents(name))
         return isinstance(module, pattern) if isinstance(pattern, type) else pattern(name, module)
 
-    return lambda name, module: any(matches(name, module, pattern) for pattern in patterns)
+    return [functools.partial(matches, pattern) for pattern in patterns]
 
 
 def refuse_without_values(weights: Iterable[Weight]) -> None:

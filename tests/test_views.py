@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from einops import EinopsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +99,33 @@ def test_the_matrices_are_those_of_an_index_and_the_way_back_is_exact(drawn):
     view.write_(weight, new)
     assert torch.equal(view.matrices(weight), new)
     assert view.split(weight).tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
+@given(views_and_shapes())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_each_row_and_each_column_become_matrices(drawn):
+    view, shape, _, _, names = drawn
+    weight = torch.randn(shape)
+    matrices = view.matrices(weight)
+    k, m, n = matrices.shape
+    views = [(view.each_row(weight), matrices.norm(dim=2))]
+    # A column has the columns of one input channel, which is the outermost axis of the columns or the only one here.
+    if [name for name in names if name in "ihw"][:1] in (["i"], []):
+        d_in = view.channels(weight)[1]
+        views.append((view.each_column(weight), matrices.reshape(k, m, d_in, n // d_in).norm(dim=(1, 3))))
+    for each, expected in views:
+        split = each.split(weight)
+        assert split.tensor.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        assert each.count == expected.numel()
+        norms = split.matrices().norm(dim=(1, 2))
+        torch.testing.assert_close(norms.sort().values, expected.flatten().sort().values)
+
+
+def test_a_view_of_rows_does_not_fit_another_weight():
+    view = MatrixView("o i").each_row(torch.zeros(6, 4))
+    with pytest.raises(EinopsError):
+        view.split(torch.zeros(12, 4))
+    assert MatrixView("i o h w").each_column(torch.zeros(6, 4, 2, 2)).matrix_shape(torch.zeros(6, 4, 2, 2)) == (4, 4)
 
 
 def test_a_fused_qkv_with_its_heads_outermost():
