@@ -101,8 +101,12 @@ class FrobeniusNorm(Norm):
     ) -> Measurement:
         # Rows first: short sums keep float32 accurate, and a float64 total cannot overflow.
         # One weight after another, since each may be a copy.
-        rows = [torch.linalg.vector_norm(one, dim=-1) for one in matrices]
-        norms = [torch.linalg.vector_norm(one, dim=-1, dtype=widest_dtype(one.device)) for one in rows]
+        # The compiler of torch 2.9 keeps an axis of length 1 that it should reduce.
+        rows = [torch.linalg.vector_norm(one, dim=-1).reshape(one.shape[:-1]) for one in matrices]
+        norms = [
+            torch.linalg.vector_norm(one, dim=-1, dtype=widest_dtype(one.device)).reshape(one.shape[:-1])
+            for one in rows
+        ]
         return _exactly(concat(norms).to(rows[0].dtype), [None] * len(rows))
 
     def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:

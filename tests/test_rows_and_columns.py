@@ -285,3 +285,15 @@ def test_kernels_leave_thin_matrices_to_torch():
     for norm, fits in (("frobenius", True), ("rows", False), ("columns", False)):
         scaling = apply_norm_scaling(nn.Linear(40, 30), norm)
         assert [grouped.fits(weight) for weight in scaling.weights] == [fits]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_compiled_step_holds_them(norm):
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(7, 1), nn.Linear(1, 7), nn.ConvTranspose2d(8, 6, 2, groups=2))
+    scaling = apply_norm_scaling(model, norm, target=0.5)
+    torch.compile(scaling.step, fullgraph=True, backend="aot_eager")()
+    for weight in scaling.weights:
+        held = vector_norm(weight.view.matrices(weight.parameter.detach().double()), dim=(1, 2))
+        torch.testing.assert_close(held, torch.full_like(held, 0.5), rtol=1e-6, atol=0)
