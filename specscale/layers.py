@@ -61,6 +61,16 @@ class LayerRule:
         return views
 
 
+def module_at(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that name, if there is one."""
+    module: nn.Module | None = model
+    for part in name.split(".") if name else ():
+        if module is None:
+            return None
+        module = module._modules.get(part)
+    return module
+
+
 def _check_views(views: Views) -> None:
     """Raise TypeError where `views` does not map tensors' names to views."""
     if not isinstance(views, Mapping) or not all(isinstance(view, MatrixView) for view in views.values()):
@@ -126,10 +136,7 @@ def _per_head(fused: str, *sizes: str) -> Callable[[nn.Module], Views]:
 
     def views(attention: nn.Module) -> Views:
         # The layer may have been replaced, as by an adapter or a quantized one.
-        try:
-            projection = attention.get_submodule(fused)
-        except AttributeError:
-            return {}
+        projection = module_at(attention, fused)
         if not isinstance(projection, nn.Linear | nn.Conv2d) or not getattr(attention, "head_first", True):
             return {}
         columns = "i h w" if isinstance(projection, nn.Conv2d) else "i"
@@ -213,7 +220,8 @@ class RuleBook:
     def look_up(self, name: str) -> tuple[float, Views]:
         """The place of a layer's rule among the rules, and what it names; infinity, and nothing, without a rule."""
         if name not in self._found:
-            layer = self._model.get_submodule(name)
+            layer = module_at(self._model, name)
+            assert layer is not None
             rules = enumerate([*self._own, *self._built_in])
             matching = ((number, rule.views(layer)) for number, rule in rules if rule.matches(name, layer))
             self._found[name] = next(matching, (math.inf, {}))

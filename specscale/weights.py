@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from specscale.errors import Refusal, nearest, non_finite
-from specscale.layers import LayerRule, RuleBook
+from specscale.layers import LayerRule, RuleBook, module_at
 from specscale.state import NormScaling, original, scaling_of, scalings_of
 from specscale.views import MatrixView
 
@@ -223,9 +223,8 @@ def _weights_with_holders(
 def _has(layer: nn.Module, path: str) -> bool:
     """Whether the layer, or one within it, has the attribute."""
     within, _, name = path.rpartition(".")
-    try:
-        holder = layer.get_submodule(within)
-    except AttributeError:
+    holder = module_at(layer, within)
+    if holder is None:
         return False
     with _reading(holder):
         return hasattr(holder, name)

@@ -218,3 +218,10 @@ def test_a_path_to_nothing_is_refused(path):
     rule = LayerRule(Own, {path: MatrixView("o i")})
     with pytest.raises(ValueError, match=rf"the rule for Own names '{path}', which '0' .*are 'mix.weight', 'mix.bias'"):
         apply_norm_scaling(nn.Sequential(Own()), rules=rule)
+
+
+def test_a_layer_may_be_called_like_a_method():
+    model = nn.Module()
+    model.half, model.float = nn.Sequential(Own()), nn.Linear(3, 2)
+    rule = LayerRule(nn.Sequential, {"0.mix.weight": MatrixView("(k o) i", 4)})
+    assert counts(model, [rule]) == {"half.0.mix": 4, "half.0.out": 1, "float": 1}
