@@ -35,7 +35,7 @@ from torch import Tensor
 
 from specscale import kernels
 from specscale.block import Block
-from specscale.constraints import Cap, Frobenius, Spectral
+from specscale.constraints import Cap, Constraint, Frobenius, Normalize, Spectral
 from specscale.kernels import SIDE, SMALL_SIZE
 from specscale.norms import SpectralNormBySolver
 from specscale.views import SplitWeight
@@ -120,7 +120,7 @@ def fits(weight: Weight) -> bool:
     # Not rows and columns: as matrices, they are so thin that a program has next to nothing to do, and so many that the
     # table of an MLP of 5 x 2000 takes the host 2.4 seconds. Torch's operations take them all at once.
     is_known = type(constraint) is Frobenius or (
-        isinstance(constraint, Spectral | Cap)
+        _map(constraint) is not None
         and isinstance(constraint.norm, SpectralNormBySolver)
         and isinstance(constraint.norm.solver, Block)
         and constraint.norm.solver.width == 16
@@ -149,6 +149,17 @@ def fits(weight: Weight) -> bool:
     )
 
 
+def _map(constraint: Constraint) -> int | None:
+    """What the kernels of a spectral step do to the weight; None where they do not know the constraint.
+
+    By its very type: one that is derived from it may do something else.
+    """
+    if type(constraint) is Normalize:
+        return int((kernels.SCALE_DOWN if constraint.one_sided else kernels.SCALE).value)
+    known = {Spectral: kernels.MOVE_FIRST, Cap: kernels.LOWER}.get(type(constraint))
+    return None if known is None else int(known.value)
+
+
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -160,8 +171,8 @@ class GroupedStep:
         parameter = weights[0].parameter
         self.device, self.dtype = parameter.device, _TYPES[parameter.dtype]
         self.vector = 16 // parameter.element_size()
-        constraint = weights[0].scaling.constraint
-        self.is_spectral, self.is_cap = isinstance(constraint, Spectral | Cap), isinstance(constraint, Cap)
+        self.map = _map(weights[0].scaling.constraint)
+        self.is_spectral = self.map is not None
         self.num_matrices = sum(weight.view.count for weight in weights)
         # The default dtype and the default device are the user's.
         own: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
@@ -306,12 +317,12 @@ class GroupedStep:
             yield Launch(kernels.orthogonalize, self.num_matrices, (self.table,), first)
             yield Launch(kernels.images_of_rest, len(rows), (self.table, rows), products | first)
             args = (self.table, SKIP, norm.solver.tolerance)
-            constants = first | {"LAST": is_last, "IS_CAP": self.is_cap}
+            constants = first | {"LAST": is_last, "MAP": self.map}
             yield Launch(kernels.rayleigh_ritz, self.num_matrices, args, constants)
             if not is_last:
                 yield Launch(kernels.combine, *both, {"TILE": TILE})
         both = (len(on_weight) + len(columns), (self.table, on_weight, columns, len(on_weight)))
-        yield Launch(kernels.update, *both, typed | {"TILE": TILE, "IS_CAP": self.is_cap})
+        yield Launch(kernels.update, *both, typed | {"TILE": TILE, "MAP": self.map})
 
 
 SKIP: Any = object()

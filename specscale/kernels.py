@@ -40,6 +40,9 @@ GRAM_V_SIZE, GRAM_Y_SIZE = 768, 512
 """A tile's part of Gram matrices: that of `[V, R]`; and first `Y^T Y`, later `[Y, T]^T T`."""
 _GRAM_V_SIZE, _GRAM_Y_SIZE = tl.constexpr(GRAM_V_SIZE), tl.constexpr(GRAM_Y_SIZE)
 
+MOVE_FIRST, LOWER, SCALE, SCALE_DOWN = (tl.constexpr(i) for i in range(4))
+"""What is done to a weight: `Spectral`, `Cap`, and `Normalize` with both sides or one."""
+
 SIDE = 128
 """Rows and columns of a tile of the weight that one program updates, `STRIP` at a time."""
 _SIDE, STRIP = tl.constexpr(SIDE), tl.constexpr(16)
@@ -517,7 +520,7 @@ def _excess_part(relative, eye):
 
 
 @triton.jit(do_not_specialize_on_alignment=["skip"])
-def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexpr, IS_CAP: tl.constexpr):
+def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexpr, MAP: tl.constexpr):
     """`block.rayleigh_ritz`; where the error is small enough, the length of the update and what is reported."""
     row = table + tl.program_id(0) * FIELDS
     small = _floats(tl.load(row + SMALL))
@@ -598,7 +601,7 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
         rise = tl.sqrt(tl.maximum(top, TINY)) / tl.sqrt(before) - 1
         if not FIRST:
             error = tl.minimum(error, tl.maximum(rise, EPS) * (count / 2))
-        if IS_CAP:
+        if MAP == LOWER:
             old_diagonal = tl.sum(_matrix(small + SQUARES, 16, 16) * eye16, axis=0)
             before_all = tl.maximum(tl.sum(tl.where(d < 15, old_diagonal, 0.0), axis=0), TINY)
             rise_of_all = (tl.sum(tl.where(d < 15, diagonal, 0.0), axis=0) / before_all - 1) / 2
@@ -622,7 +625,7 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
             is_off = _is_off(row, skip)
             is_skipped = _is_skipped(row, value)
             tl.store(small + IS_KEPT, tl.where(is_finite & (is_off == 0) & (is_exact == 0), 1.0, 0.0))
-            if IS_CAP:
+            if MAP == LOWER:
                 is_skipped = is_skipped | (value <= target)
                 # What couples the block with the rest, without the column that searches: see `block.Ritz.coupling`.
                 kept = tl.dot(tl.where(r[None, :] == q[:, None], 1.0, 0.0), of_basis, input_precision="ieee")
@@ -647,6 +650,12 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
                 change = tl.dot(frame, tl.dot(X, part, input_precision=PRECISION), input_precision=PRECISION)
                 tl.store(small + OF_CHANGE + o, change * (-scale * factor))
                 tl.store(small + FACTOR, factor)
+                tl.store(small + STEP, tl.where(is_off | is_skipped, 0.0, 1.0))
+                norm = tl.where(is_skipped, value, target)
+            elif MAP != MOVE_FIRST:
+                if MAP == SCALE_DOWN:
+                    is_skipped = is_skipped | (value <= target)
+                tl.store(small + FACTOR, target / value)
                 tl.store(small + STEP, tl.where(is_off | is_skipped, 0.0, 1.0))
                 norm = tl.where(is_skipped, value, target)
             else:
@@ -758,8 +767,8 @@ def _change_strip(row, p, q, factor, change, DTYPE: tl.constexpr, VECTOR: tl.con
 
 @triton.jit
 def update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
-            TILE: tl.constexpr, IS_CAP: tl.constexpr):  # fmt: skip
-    """`A <- A + (t - s) u v^T`, or for a cap `f A - (A V) F V^T`; by the last programs the block for the next step."""
+            TILE: tl.constexpr, MAP: tl.constexpr):  # fmt: skip
+    """`A <- A + (t - s) u v^T`, `f A - f (A V) F V^T` or `f A`; by the last programs the block for the next step."""
     pid = tl.program_id(0)
     if pid < num_update_tiles:
         row = table + tl.load(update_tiles + 4 * pid) * FIELDS
@@ -774,23 +783,24 @@ def update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.conste
             y, t, v, r = tl.load(row + Y_), tl.load(row + T_), tl.load(row + V_), tl.load(row + R_)
             p_first, p_second = tl.where(swap, v, y), tl.where(swap, r, t)
             q_first, q_second = tl.where(swap, y, v), tl.where(swap, t, r)
-            OF_LEFT: tl.constexpr = OF_CHANGE if IS_CAP else OF_IMAGES
+            OF_LEFT: tl.constexpr = OF_CHANGE if MAP == LOWER else OF_IMAGES
             of_p, of_q = tl.where(swap, OF_BASIS, OF_LEFT), tl.where(swap, OF_LEFT, OF_BASIS)
             p_size, q_size = tl.where(swap, n, m), tl.where(swap, m, n)
-            if IS_CAP:
-                factor = tl.load(small + FACTOR)
+            if MAP == LOWER:
                 block_q = tl.trans(_combined(q_first, q_second, q, q_size, small + of_q))
-                for strip in range(0, _SIDE, STRIP):
-                    p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
+            elif MAP == MOVE_FIRST:
+                along_q = step * _first_column(q_first, q_second, q, q_size, small + of_q)
+            for strip in range(0, _SIDE, STRIP):
+                p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
+                if MAP == LOWER:
                     block_p = _combined(p_first, p_second, p, p_size, small + of_p)
                     change = tl.dot(block_p, block_q, input_precision=PRECISION)
-                    _change_strip(row, p, q, factor, change, DTYPE, VECTOR)
-            else:
-                along_q = step * _first_column(q_first, q_second, q, q_size, small + of_q)
-                for strip in range(0, _SIDE, STRIP):
-                    p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
+                    _change_strip(row, p, q, tl.load(small + FACTOR), change, DTYPE, VECTOR)
+                elif MAP == MOVE_FIRST:
                     along_p = _first_column(p_first, p_second, p, p_size, small + of_p)
                     _change_strip(row, p, q, 1.0, along_p[:, None] * along_q[None, :], DTYPE, VECTOR)
+                else:
+                    _change_strip(row, p, q, tl.load(small + FACTOR), 0.0, DTYPE, VECTOR)
     else:
         pid -= num_update_tiles
         row = table + tl.load(column_tiles + 2 * pid) * FIELDS

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lib.scaling_checks import refuse_to_wait
 from specscale import LayerRule, MatrixView, NonFiniteWeightError, apply_norm_scaling, plans, step
 from specscale.block import Block
-from specscale.constraints import Cap
+from specscale.constraints import Cap, Normalize
 from specscale.random import keys, signs
 from specscale.weights import find_weights
 
@@ -232,6 +232,24 @@ def test_a_step_of_a_cap_is_the_one_of_torch(way, count, target, drift):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_cap_of_every_layer_is_the_one_of_torch(way, dtype):
     check_cap_against_twin(way, LAYERS, dtype, 2, 0.8, 0.1)
+
+
+@pytest.mark.parametrize("norm", [Normalize(), Normalize(one_sided=True)], ids=["both", "one-sided"])
+def test_a_step_of_normalize_is_the_one_of_torch(way, norm):
+    by_torch, by_kernels = (
+        scaled(["wide", "small", "groups channels_last"], norm, device=way.device) for _ in range(2)
+    )
+    drift_([by_torch, by_kernels], 0.1, 0)
+    # One of the two matrices is below its target now.
+    for handle in (by_torch, by_kernels):
+        with torch.no_grad():
+            matrix_of(SimpleNamespace(weights=handle.weights[-1:]), 0).mul_(0.5)
+    before = matrix_of(SimpleNamespace(weights=by_kernels.weights[-1:]), 0).clone()
+    step_by_torch(by_torch, 2)
+    step_by_kernels(way, by_kernels, 2)
+    assert_same(by_torch, by_kernels)
+    after = matrix_of(SimpleNamespace(weights=by_kernels.weights[-1:]), 0)
+    assert torch.equal(before, after) == norm.one_sided
 
 
 def test_a_matrix_takes_no_iteration_that_it_does_not_need(way):
@@ -816,7 +834,7 @@ def launched_variants(dtype, monkeypatch, counts):
     """Every kernel with every set of constants that a step launches it with."""
     monkeypatch.setattr("specscale.apply.solve_anew_", lambda scaling, weight: None)
     found = set()
-    for norm in ("spectral", "cap", "frobenius"):
+    for norm in ("spectral", "cap", "normalize", Normalize(one_sided=True), "frobenius"):
         weights = apply_norm_scaling(nn.Linear(40, 50, dtype=dtype), norm, target=1.0, init=None).weights
         step = grouped.GroupedStep(weights)
         found |= {(one.kernel, tuple(one.constants.items())) for count in counts for one in step.launches(count)}
