@@ -23,7 +23,7 @@ V_, Y_, R_, T_, PRODUCTS, GRAM_V, GRAM_Y, SMALL = (tl.constexpr(i) for i in rang
 """Scratch: blocks, images, residuals, their images, partial sums, and small matrices."""
 NUM_I, NUM_J, NUM_CHUNKS, IS_EXACT = (tl.constexpr(i) for i in range(21, 25))
 TARGET, SKIP_MASK, NORM, RESIDUAL, ERROR, INDEX, AGE, STATS, NUM_MATRICES = (tl.constexpr(i) for i in range(25, 34))
-NUM_TILES, PARTIAL_SQUARES, WEIGHT_NUMBER = (tl.constexpr(i) for i in range(34, 37))
+NUM_TILES, PARTIAL_SQUARES, WEIGHT_NUMBER, NORM_BEFORE = (tl.constexpr(i) for i in range(34, 38))
 
 # Offsets in a matrix's small scratch.
 SQUARES, FRAME_Y, FRAME_S, GRAM, LENGTHS, OF_BASIS, OF_IMAGES = (
@@ -452,9 +452,10 @@ def _is_skipped(row, value):
 
 
 @triton.jit
-def _report(row, is_off, norm, residual, error, count):
+def _report(row, is_off, norm_before, norm, residual, error, count):
     """Write the buffers of a matrix, where it is not off, and its stats."""
     if is_off == 0:
+        tl.store(_float(tl.load(row + NORM_BEFORE)), norm_before)
         tl.store(_float(tl.load(row + NORM)), norm)
         tl.store(_float(tl.load(row + RESIDUAL)), residual)
         tl.store(_float(tl.load(row + ERROR)), error)
@@ -583,6 +584,7 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
             _report(
                 row,
                 is_off,
+                value,
                 norm,
                 tl.where(is_estimate, residual, 0.0),
                 tl.where(is_estimate, error, 0.0),
@@ -762,4 +764,4 @@ def rescale(table, update_tiles, skip, DTYPE: tl.constexpr, VECTOR: tl.constexpr
             p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
             _change_strip(row, p, q, target / norm, zero_p, zero_q, DTYPE, VECTOR)
     if number == 0:
-        _report(row, is_off, tl.where(is_skipped, norm, target), 0.0, 0.0, 0.0)
+        _report(row, is_off, norm, tl.where(is_skipped, norm, target), 0.0, 0.0, 0.0)

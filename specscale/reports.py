@@ -35,6 +35,7 @@ COLUMNS = (
     Column("target", lambda scaling: scaling.target, "{:.4g}".format),
     Column("norm", lambda scaling: scaling.norm, "{:.4g}".format),
     Column("excess", lambda scaling: scaling.excess(scaling.norm), "{:+.2%}".format),
+    Column("drift", lambda scaling: scaling.drift(), "{:.4g}".format),
     Column("residual", lambda scaling: scaling.residual, _or_exact),
     Column("error", lambda scaling: scaling.error, _or_exact),
 )

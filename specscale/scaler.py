@@ -232,13 +232,15 @@ class NormScaler:
 
     @public_call()
     def metrics(self) -> dict[str, float]:
-        """`target/<layer>`, `norm/`, `excess/`, `residual/` and `error/` of every weight, from the buffers.
+        """`target/<layer>`, `norm/`, `excess/`, `drift/`, `residual/` and `error/` of every weight, from the buffers.
 
-        The excess is norm / target - 1. The residual is the solver's, `||W^T u - s v|| / s` of the triple that its last
-        iteration started from; the error is its own estimate of how far, relative, the first singular value was too
-        low after it. Both are zero where the norm is exact. A weight that is several matrices reports the largest
-        of each. Under spectral scaling the norm is the larger of the target and the solver's second singular value, an
-        estimate from below: `audit()` certifies it.
+        The excess is norm / target - 1. The drift is the norm that the optimizer had left before the last step put it
+        back, over the target; it is kept through steps that are skipped, and is norm / target where no step has been
+        taken since the scaling was applied, its targets set anew or a checkpoint loaded. The residual is the solver's,
+        `||W^T u - s v|| / s` of the triple that its last iteration started from; the error is its own estimate of how
+        far, relative, the first singular value was too low after it. Both are zero where the norm is exact. A weight
+        that is several matrices reports the largest of each. Under spectral scaling the norm is the larger of the
+        target and the solver's second singular value, an estimate from below: `audit()` certifies it.
 
         A warning names the weights that have been changed since they were last scaled (by a write that torch counts:
         one to `.data` is not seen), and those that have left the model with their layers.

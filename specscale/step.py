@@ -210,7 +210,7 @@ def project_weights_(batches: list[Batch], skips: Iterable[Tensor | None] = repe
             skip_mask = skip_mask | is_off
         splits = [weight.view.split(weight.parameter.detach()) for weight in weights]
         norm = scalings[0].constraint.project_(splits, measurement, target, skip_mask)
-        _collect(scalings, measurement._replace(norm=norm), buffers, values, is_off)
+        _collect(scalings, measurement, norm, buffers, values, is_off)
     torch._foreach_copy_(buffers, values)
 
 
@@ -221,25 +221,33 @@ def solve_anew_(scaling: NormScaling, weight: Tensor) -> None:
     measurement = scaling.constraint.norm.measure([scaling.matrices(weight)], [state], to_convergence=True)
     buffers: list[Tensor] = []
     values: list[Tensor] = []
-    _collect([scaling], measurement, buffers, values)
+    _collect([scaling], measurement, measurement.norm, buffers, values)
     torch._foreach_copy_(buffers, values)
 
 
 def _collect(
     scalings: list[NormScaling],
     measurement: Measurement,
+    norm_after: Tensor,
     buffers: list[Tensor],
     values: list[Tensor],
     is_off: Tensor | None = None,
 ) -> None:
     """Append the buffers of the scalings, and beside each what the measurement found for it: one copy writes all.
 
-    A matrix where `is_off (k,)` is true keeps its values.
+    `norm_after (k,)` are the norms now; those that were measured are the ones before. A matrix where `is_off (k,)` is
+    true keeps its values.
     """
     counts = [scaling.view.count for scaling in scalings]
     found: list[dict[str, Tensor]] = [dict(state) for state in measurement.states]
+    measured = {
+        "norm": norm_after,
+        "norm_before": measurement.norm,
+        "residual": measurement.residual,
+        "error": measurement.error,
+    }
     for name in MEASURED:
-        for own, value in zip(found, getattr(measurement, name).split(counts), strict=True):
+        for own, value in zip(found, measured[name].split(counts), strict=True):
             own[name] = value
     offs = [None] * len(scalings) if is_off is None else is_off.split(counts)
     for scaling, own, off in zip(scalings, found, offs, strict=True):

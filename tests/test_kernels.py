@@ -162,6 +162,7 @@ def assert_same(by_torch, by_kernels, dtype=torch.float32, weight_tolerance=1e-5
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * largest, msg=note(mine.name))
         one, two = mine.scaling, other.scaling
         torch.testing.assert_close(two.norm, one.norm, rtol=3e-6, atol=0, msg=note(mine.name))
+        torch.testing.assert_close(two.norm_before, one.norm_before, rtol=tolerance, atol=0, msg=note(mine.name))
         torch.testing.assert_close(two.residual, one.residual, rtol=residual_tolerance, atol=1e-5, msg=note(mine.name))
         torch.testing.assert_close(two.error, one.error, rtol=5e-2, atol=1e-6, msg=note(mine.name))
         if hasattr(one, "age"):
