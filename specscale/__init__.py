@@ -5,9 +5,10 @@ from specscale.block import Block
 from specscale.errors import NonFiniteWeightError
 from specscale.initialization import orthogonal_init_
 from specscale.layers import LayerRule
-from specscale.reports import Audit, Certificate, singular_values, spectral_norms
+from specscale.reports import Audit, Certificate
 from specscale.scaler import NormScaler
 from specscale.solvers import SVD, Power
+from specscale.spectra import ModelNorms, WeightNorms, measure, singular_values, spectral_norms
 from specscale.state_dicts import plain_state_dict
 from specscale.views import MatrixView
 
@@ -18,11 +19,14 @@ __all__ = [
     "Certificate",
     "LayerRule",
     "MatrixView",
+    "ModelNorms",
     "NonFiniteWeightError",
     "NormScaler",
     "Power",
+    "WeightNorms",
     "apply_norm_scaling",
     "is_norm_scaled",
+    "measure",
     "orthogonal_init_",
     "plain_state_dict",
     "remove_norm_scaling",

@@ -134,9 +134,10 @@ def select(
     *,
     frozen: bool = False,
 ) -> list[Weight]:
-    """The weights that `include` and `exclude` leave, in the model's order; with `frozen`, frozen ones too.
+    """The weights that `include` and `exclude` leave, in the model's order.
 
-    A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers.
+    With `frozen`, for calls that only read, frozen ones too, and those that are scaled by a rule that is not given
+    here. A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers.
 
     Raises:
         Refusal: `model` is no module, a pattern is neither a string, a type nor a predicate, or a rule is no
@@ -149,7 +150,7 @@ def select(
     for rule in rules:
         if not isinstance(rule, LayerRule):
             raise Refusal(f"rules takes LayerRule objects, found {type(rule).__name__}", TypeError)
-    weights = _weights_with_holders(model, rules)
+    weights = _weights_with_holders(model, rules, as_scaled=frozen)
     # A module without weights cannot be included; to exclude it is no mistake.
     with_weights = dict.fromkeys(name for holders in weights for one in holders for name in _with_parents(one.layer))
     included = _matcher("include", include, with_weights)
@@ -172,8 +173,13 @@ def select(
     return selected
 
 
-def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[list[Weight]]:
-    """Each weight of the model as a list: as its first layer holds it, then as each layer that shares it does."""
+def _weights_with_holders(
+    model: nn.Module, rules: Iterable[LayerRule], *, as_scaled: bool = False
+) -> list[list[Weight]]:
+    """Each weight of the model as a list: as its first layer holds it, then as each layer that shares it does.
+
+    With `as_scaled`, every scaled tensor is a weight too, as the matrices that are scaled; `rules` come before that.
+    """
     own = list(rules)
     unused = list(own)
     # The tensors are kept alive, so that no id is used twice: one that is computed is a new tensor at every look.
@@ -183,6 +189,8 @@ def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[
         unused = [one for one in unused if one is not rule]
         with _reading(module):
             views = rule.views(module) if rule is not None else {}
+            if as_scaled and not any(rule is one for one in own):
+                views = {**views, **{tensor: scaling.view for tensor, scaling in scalings_of(module)}}
             weights = [Weight(layer, module, tensor, view) for tensor, view in views.items()]
             weights = [weight for weight in weights if _is_read(weight)]
             tensors = [weight.parameter for weight in weights]
