@@ -96,7 +96,7 @@ def _norms(weight: Weight) -> WeightNorms:
 
 def norms_of(name: str, matrices: Tensor) -> WeightNorms:
     """The norms of `matrices (k, m, n)`."""
-    spectral, frobenius = _spectral_and_frobenius(matrices)
+    spectral, frobenius = spectral_and_frobenius(matrices)
     # Of a matrix of zeros and of one that is not finite, the spectral norm is zero or NaN, and so is this.
     stable_rank = torch.where(spectral > 0, (frobenius / spectral).square(), spectral)
     numbers = torch.stack([spectral.max(), frobenius.max(), stable_rank.min()]).tolist()
@@ -104,7 +104,7 @@ def norms_of(name: str, matrices: Tensor) -> WeightNorms:
     return WeightNorms(name, count, (m, n), *numbers)
 
 
-def _spectral_and_frobenius(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def spectral_and_frobenius(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Two norms of each of `matrices (k, m, n)`, float64, from the smaller Gram matrix; NaN where it is not finite."""
     scaled, scale = scaled_to_one(at_least_float32(matrices))
     square = gram(scaled if scaled.shape[-2] >= scaled.shape[-1] else scaled.mT)
@@ -134,7 +134,7 @@ def spectral_norms(
         ValueError: a pattern matches nothing, a rule does not fit a layer, or no weight is selected.
     """
     return {
-        weight.name: _spectral_and_frobenius(weight.view.matrices(weight.parameter))[0].max().item()
+        weight.name: spectral_and_frobenius(weight.view.matrices(weight.parameter))[0].max().item()
         for weight in select(module, include, exclude, rules, frozen=True)
     }
 
