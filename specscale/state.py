@@ -27,6 +27,9 @@ NOT_SAVED = frozenset({"norm_before"})
 PLAIN_LAYERS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """The layers that are plain for a while, by `NormScaler.plain()`. A copy of such a layer is plain for good."""
 
+REGISTERED: "weakref.WeakSet[NormScaling]" = weakref.WeakSet()
+"""The scalings that are on a layer, of all models, with those that `NormScaler.plain()` has taken off for a while."""
+
 
 class NormScaling(nn.Module):
     """The state of one scaled weight: its targets, its norms and what the solver continues from, all buffers.
@@ -171,6 +174,11 @@ class NormScaling(nn.Module):
         # The module's own way takes ten times as long, for each weight at each step.
         self.__dict__["_recorded"] = recorded
 
+    @property
+    def recorded_id(self) -> int | None:
+        """The id of the weight that `mark_current` has recorded."""
+        return None if self._recorded is None else self._recorded[0]
+
     def is_stale(self, weight: Tensor) -> bool:
         """Whether the weight is known to have been written to since `mark_current`."""
         return self._recorded is not None and self._recorded[0] == id(weight) and self._recorded[1] != weight._version
@@ -187,6 +195,8 @@ class NormScaling(nn.Module):
         copied.__dict__ = copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_recorded"}, memo)
         # What has been written since is not known here: such a copy counts as current.
         copied.mark_current(None if self._recorded is None else memo.get(self._recorded[0]))
+        if self in REGISTERED:
+            REGISTERED.add(copied)
         return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

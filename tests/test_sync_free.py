@@ -129,6 +129,8 @@ def test_two_optimizers_of_two_norms_share_a_handle(accelerator):
     apply_norm_scaling(model, "spectral", exclude=["conv", "grouped", "up"])
     scaling = NormScaler.of(model)
     parts = [model.conv, model.wide]
+    for layer in (model.grouped, model.up, model.qkv, model.head):
+        layer.requires_grad_(False)
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]
     for optimizer in optimizers:
         scaling.attach(optimizer)
