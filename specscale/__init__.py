@@ -7,9 +7,10 @@ from specscale.constraints import Cap, Normalize, Orthogonal
 from specscale.errors import NonFiniteWeightError
 from specscale.initialization import orthogonal_init_
 from specscale.layers import LayerRule
-from specscale.reports import Audit, Certificate, singular_values, spectral_norms
+from specscale.reports import Audit, Certificate
 from specscale.scaler import NormScaler
 from specscale.solvers import SVD, Power
+from specscale.spectra import ModelNorms, WeightNorms, measure, singular_values, spectral_norms
 from specscale.state_dicts import plain_state_dict
 from specscale.targets import Relative
 from specscale.views import MatrixView
@@ -22,14 +23,17 @@ __all__ = [
     "Certificate",
     "LayerRule",
     "MatrixView",
+    "ModelNorms",
     "NonFiniteWeightError",
     "NormScaler",
     "Normalize",
     "Orthogonal",
     "Power",
     "Relative",
+    "WeightNorms",
     "apply_norm_scaling",
     "is_norm_scaled",
+    "measure",
     "orthogonal_init_",
     "plain_state_dict",
     "remove_norm_scaling",

@@ -26,6 +26,7 @@ from specscale.state import NormScaling
 from specscale.state_dicts import check_before_loading, end_unused_checks
 from specscale.step import solve_anew_
 from specscale.targets import GAINS, Gains, Targets, check_setting, resolve_gains, resolve_targets
+from specscale.watch import watch_optimizers
 from specscale.weights import (
     Patterns,
     Weight,
@@ -133,6 +134,7 @@ def apply_norm_scaling(
     _set_targets(plan, resolve_targets(target, plan.scalings, module, example_input, plan.warnings))
     if init is None and gain != "channels":
         plan.warnings.append("gain has no effect without init='orthogonal'")
+    watch_optimizers()
     for text in plan.warnings:
         warnings.warn(f"apply_norm_scaling: {text}", stacklevel=3)
     return NormScaler(module, _commit(module, plan), Rule(target, tuple(rules)))

@@ -1,6 +1,8 @@
 """Following an optimizer: hooks that scale, after each of its steps, the weights that it has moved."""
 
 import inspect
+import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from specscale.errors import Refusal, public_call
+from specscale.errors import Refusal, public_call, some_of
 from specscale.held import HeldWeights
 from specscale.saved_names import plain_name
 from specscale.step import ScalingStep
@@ -16,6 +18,9 @@ from specscale.weights import Weight, refuse_sharded
 
 HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(max).__code__  # type: ignore[attr-defined]
 """The code of the wrapper with which torch calls hooks around an optimizer's `step`."""
+
+_ATTACHED: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+"""The optimizers that any handle has been attached to."""
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -73,6 +78,7 @@ class StepHook:
                 self._owned.append((weight, group, version, _is_zero(group.get("lr"))))
         if not is_compiling:
             self.held.warn_of_lost("step", stacklevel=5)
+            warn_of_unowned(self.held, "step", stacklevel=5)
 
     @public_call("step")
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -158,17 +164,44 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
     parameters = _parameters(optimizer)
     _refuse_other_order(owned, parameters, [optimizer.state.get(parameter, {}) for parameter in parameters])
     # Another handle of the same model scales the same weights, hence the look into the optimizer's own list.
-    others = [getattr(other, "__self__", None) for other in optimizer._optimizer_step_post_hooks.values()]
-    held_by_others = [w for other in others if isinstance(other, StepHook) for w in other.held.with_lost]
+    held_by_others = [weight for other in hooks_of(optimizer) for weight in other.held.with_lost]
     taken = {w.scaling for w in held_by_others} | {id(w.parameter) for w in held_by_others}
     if any(weight.scaling in taken or id(weight.parameter) in taken for weight in owned):
         raise Refusal(f"this {kind} is attached already; a second hook would scale twice")
     hook = StepHook(held, step)
+    _ATTACHED.add(optimizer)
+    held.has_new_owner = True
     return (
         optimizer.register_step_pre_hook(hook.before_step),
         optimizer.register_step_post_hook(hook.after_step),
         optimizer.register_load_state_dict_pre_hook(hook.before_load),
     )
+
+
+def hooks_of(optimizer: torch.optim.Optimizer) -> list[StepHook]:
+    """What handles have put on the optimizer."""
+    hooks = (getattr(hook, "__self__", None) for hook in optimizer._optimizer_step_post_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, StepHook)]
+
+
+def warn_of_unowned(held: HeldWeights, call: str, stacklevel: int) -> None:
+    """Name, once after an optimizer was attached, the weights that train and that no attached optimizer has.
+
+    Not when it is attached: the optimizer of the others may be attached next, by this handle or by another.
+    """
+    if not held.has_new_owner:
+        return
+    held.has_new_owner = False
+    owners = [optimizer for optimizer in _ATTACHED if hooks_of(optimizer)]
+    owned = {id(parameter) for optimizer in owners for parameter in _parameters(optimizer)}
+    weights = [weight for weight in held.current() if weight.parameter.requires_grad]
+    unowned = [weight.name for weight in weights if id(weight.parameter) not in owned]
+    if unowned:
+        warnings.warn(
+            f"{call}: {len(unowned)} of {len(weights)} weights are in no attached optimizer, and no step scales them: "
+            f"{some_of(unowned)}. Attach the optimizer that trains them, or freeze or exclude what is not trained",
+            stacklevel=stacklevel,
+        )
 
 
 def _refuse_other_order(weights: list[Weight], parameters: list[Tensor], states: list[Mapping[str, Any]]) -> None:

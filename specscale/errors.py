@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -57,6 +57,12 @@ def one_of(choices: Iterable[str]) -> str:
     """The choices as an error text lists them: `'a', 'b' or 'c'`."""
     *head, last = (repr(choice) for choice in choices)
     return f"{', '.join(head)} or {last}" if head else last
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names, and how many there are more."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(map(repr, names[:5]))}{more}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

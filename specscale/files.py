@@ -1,4 +1,4 @@
-"""A checkpoint file of any trainer, made plain: every scaled state dict in it, and the optimizers' states."""
+"""A checkpoint file of any trainer: read without running code, and made plain, every scaled state dict in it."""
 
 import argparse
 import copy
@@ -36,14 +36,33 @@ def make_file_plain(source: Path, target: Path, *, trust_pickle: bool = False) -
     """
     if not source.is_file():
         raise Refusal(f"there is no file {str(source)!r}")
-    kinds = {path: _kind(path) for path in (source, target)}
-    if kinds[source] != kinds[target]:
+    if _kind(source) != _kind(target):
         raise Refusal(f"{str(target)!r} is not of the format of {str(source)!r}, which is written as it is read")
-    if kinds[source] == SAFETENSORS:
-        return _make_safetensors_plain(source, target)
-    content, report = make_plain(_load(source, trust_pickle), source)
-    _write(target, lambda path: torch.save(content, path))
+    found, metadata = _read(source, trust_pickle)
+    content, report = make_plain(found, source)
+    if _kind(source) == SAFETENSORS:
+        from safetensors.torch import save_file
+
+        _write(target, lambda path: save_file(content, path, metadata))
+    else:
+        _write(target, lambda path: torch.save(content, path))
     return report
+
+
+def read(source: Path, *, trust_pickle: bool = False) -> Any:
+    """What the file holds. Without `trust_pickle`, nothing is read that could run code.
+
+    Raises:
+        Refusal: the file is not there, of no known format or not to be read.
+    """
+    if not source.is_file():
+        raise Refusal(f"there is no file {str(source)!r}")
+    return _read(source, trust_pickle)[0]
+
+
+def _read(source: Path, trust_pickle: bool) -> tuple[Any, Any]:
+    """The file's content, and the metadata of one of safetensors."""
+    return _load_safetensors(source) if _kind(source) == SAFETENSORS else (_load(source, trust_pickle), None)
 
 
 def _kind(path: Path) -> str:
@@ -52,20 +71,16 @@ def _kind(path: Path) -> str:
     return SAFETENSORS if path.name.endswith(SAFETENSORS) else "torch"
 
 
-def _make_safetensors_plain(source: Path, target: Path) -> list[str]:
+def _load_safetensors(source: Path) -> tuple[dict[str, Any], Any]:
     try:
         from safetensors import SafetensorError, safe_open
-        from safetensors.torch import save_file
     except ImportError as error:
         raise Refusal(f"{str(source)!r} needs the package safetensors: pip install safetensors") from error
     try:
         with safe_open(source, "pt") as file:
-            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     except SafetensorError as error:
         raise _failed("read", source, error) from error
-    content, report = make_plain(tensors, source)
-    _write(target, lambda path: save_file(content, path, metadata))
-    return report
 
 
 def _load(path: Path, trust_pickle: bool) -> Any:
@@ -132,11 +147,11 @@ def make_plain(content: Any, source: Path) -> tuple[Any, list[str]]:
 def _mappings(value: Any) -> Iterator[Mapping[Any, Any]]:
     if isinstance(value, dict):
         yield value
-    for _, child in _children(value):
+    for _, child in children(value):
         yield from _mappings(child)
 
 
-def _children(value: Any) -> list[tuple[Any, Any]]:
+def children(value: Any) -> list[tuple[Any, Any]]:
     """The keys and values of a container, those that are containers themselves."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
     return [(key, child) for key, child in pairs if isinstance(child, dict) or type(child) in (list, tuple)]
@@ -151,13 +166,13 @@ class _Walk:
 
     def plain(self, value: Any, path: str) -> Any:
         """The value made plain; `_DROPPED` where it cannot be, and must not be in the file."""
-        if _is_of_an_optimizer(value):
+        if is_of_an_optimizer(value):
             return self._optimizer(value, path)
         if isinstance(value, dict) and (weights := self._weights_in(value)):
             value = plain_from_saved(value, weights)
-            self._say(path, f"{_count(weights, 'weight')} made plain")
-        made = {key: self.plain(child, _inner(path, value, key)) for key, child in _children(value)}
-        return value if all(made[key] is child for key, child in _children(value)) else _with(value, made)
+            self._say(path, f"{count_of(weights, 'weight')} made plain")
+        made = {key: self.plain(child, inner_path(path, value, key)) for key, child in children(value)}
+        return value if all(made[key] is child for key, child in children(value)) else _with(value, made)
 
     def _say(self, path: str, what: str) -> None:
         self.report.append(f"{path or 'the whole file'}: {what}")
@@ -199,12 +214,13 @@ class _Walk:
             if "param_names" in group:
                 new["param_names"] = list(plain.values())
             plain_groups.append({**group, **new})
-        self._say(path, f"{_count(renamed, 'parameter')} put into the plain order, with their state")
+        self._say(path, f"{count_of(renamed, 'parameter')} put into the plain order, with their state")
         state = {new: saved["state"][old] for old, new in renamed.items() if old in saved["state"]}
         return {**saved, "state": state, "param_groups": plain_groups}
 
 
-def _is_of_an_optimizer(value: Any) -> bool:
+def is_of_an_optimizer(value: Any) -> bool:
+    """Whether it is the state dict of a torch optimizer."""
     groups = value.get("param_groups") if isinstance(value, dict) and isinstance(value.get("state"), dict) else None
     return isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
 
@@ -223,11 +239,13 @@ def _is_same(name: str, known: str) -> bool:
     return short == long or (not short.startswith("parametrizations.") and long.endswith(f".{short}"))
 
 
-def _count(things: Sized, name: str) -> str:
+def count_of(things: Sized, name: str) -> str:
+    """So many things of that name."""
     return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
-def _inner(path: str, value: Any, key: Any) -> str:
+def inner_path(path: str, value: Any, key: Any) -> str:
+    """The path of what a container has at a key."""
     return f"{path}.{key}".lstrip(".") if isinstance(value, dict) else f"{path}[{key}]"
 
 

@@ -239,6 +239,7 @@ class GroupedStep:
                 kernels.TARGET: scaling.target[k:].data_ptr(),
                 kernels.SKIP_MASK: scaling.skip_mask[k:].data_ptr(),
                 kernels.NORM: scaling.norm[k:].data_ptr(),
+                kernels.NORM_BEFORE: scaling.norm_before[k:].data_ptr(),
                 kernels.RESIDUAL: scaling.residual[k:].data_ptr(),
                 kernels.ERROR: scaling.error[k:].data_ptr(),
                 kernels.STATS: self.stats[0, number:].data_ptr(),

@@ -31,6 +31,8 @@ class HeldWeights:
         """Those whose layer has left the model with the parameter. It may come back."""
         self._unsaid: dict[str, list[Weight]] = {"step": [], "metrics": []}
         """The lost weights that a call has not named yet."""
+        self.has_new_owner = False
+        """Whether an optimizer was attached since `attach.warn_of_unowned` looked at what is owned."""
 
     @property
     def with_lost(self) -> list[Weight]:

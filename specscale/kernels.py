@@ -24,7 +24,7 @@ V_, Y_, R_, T_, PRODUCTS, GRAM_V, GRAM_Y, SMALL = (tl.constexpr(i) for i in rang
 """Scratch: blocks, images, residuals, their images, partial sums, and small matrices."""
 NUM_I, NUM_J, NUM_CHUNKS, IS_EXACT = (tl.constexpr(i) for i in range(21, 25))
 TARGET, SKIP_MASK, NORM, RESIDUAL, ERROR, INDEX, AGE, STATS, NUM_MATRICES = (tl.constexpr(i) for i in range(25, 34))
-NUM_TILES, PARTIAL_SQUARES, WEIGHT_NUMBER = (tl.constexpr(i) for i in range(34, 37))
+NUM_TILES, PARTIAL_SQUARES, WEIGHT_NUMBER, NORM_BEFORE = (tl.constexpr(i) for i in range(34, 38))
 
 # Offsets in a matrix's small scratch.
 SQUARES, FRAME_Y, FRAME_S, GRAM, LENGTHS, OF_BASIS, OF_IMAGES = (
@@ -462,9 +462,10 @@ def _is_skipped(row, value):
 
 
 @triton.jit
-def _report(row, is_off, norm, residual, error, count):
+def _report(row, is_off, norm_before, norm, residual, error, count):
     """Write the buffers of a matrix, where it is not off, and its stats."""
     if is_off == 0:
+        tl.store(_float(tl.load(row + NORM_BEFORE)), norm_before)
         tl.store(_float(tl.load(row + NORM)), norm)
         tl.store(_float(tl.load(row + RESIDUAL)), residual)
         tl.store(_float(tl.load(row + ERROR)), error)
@@ -667,6 +668,7 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
             _report(
                 row,
                 is_off,
+                value,
                 norm,
                 tl.where(is_estimate, residual, 0.0),
                 tl.where(is_estimate, error, 0.0),
@@ -856,4 +858,4 @@ def rescale(table, update_tiles, skip, DTYPE: tl.constexpr, VECTOR: tl.constexpr
             p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
             _change_strip(row, p, q, target / norm, 0.0, DTYPE, VECTOR)
     if number == 0:
-        _report(row, is_off, tl.where(is_skipped, norm, target), 0.0, 0.0, 0.0)
+        _report(row, is_off, norm, tl.where(is_skipped, norm, target), 0.0, 0.0, 0.0)

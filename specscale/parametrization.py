@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.nn.utils import parametrize
 
-from specscale.state import NormScaling, others_on_top, parametrizations_of, scaling_of, scalings_of
+from specscale.state import REGISTERED, NormScaling, others_on_top, parametrizations_of, scaling_of, scalings_of
 from specscale.state_dicts import complete_state_dict, refuse_pickling, solve_what_was_missing
 
 
@@ -14,6 +14,7 @@ def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     parametrize.register_parametrization(module, tensor, scaling, unsafe=True)
     _shorten_access(module, tensor)
     _explain_refusals(module, tensor)
+    REGISTERED.add(scaling)
     scaling.load_hooks = (
         module.register_load_state_dict_pre_hook(complete_state_dict),
         module.register_load_state_dict_post_hook(solve_what_was_missing),
@@ -85,6 +86,7 @@ def unregister(module: nn.Module, tensor: str) -> None:
     """
     scaling = scaling_of(module, tensor)
     assert scaling is not None
+    REGISTERED.discard(scaling)
     for hook in scaling.load_hooks:
         hook.remove()
     if others_on_top(module, tensor):

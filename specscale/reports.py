@@ -1,20 +1,17 @@
-"""What the norms of a model's weights are: metrics and table from the buffers, certified audit, norms of any model."""
+"""What the norms of a scaled model's weights are: metrics and table from the buffers, and the certified audit."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from specscale.block import Block
-from specscale.errors import ADVICE, Refusal, non_finite, public_call
-from specscale.layers import LayerRule
-from specscale.linalg import at_least_float32, in_float64, no_grad_full_precision, scaled_to_one, smaller_gram
-from specscale.solvers import DenseMatrices
+from specscale.errors import ADVICE, Refusal, non_finite
+from specscale.linalg import in_float64, no_grad_full_precision
 from specscale.state import NormScaling
-from specscale.weights import Patterns, Weight, refuse_non_finite, select
+from specscale.weights import Weight, refuse_non_finite
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,7 @@ COLUMNS = (
     Column("target", lambda scaling: scaling.target, "{:.4g}".format),
     Column("norm", lambda scaling: scaling.norm, "{:.4g}".format),
     Column("excess", lambda scaling: scaling.excess(scaling.norm), "{:+.2%}".format),
+    Column("drift", lambda scaling: scaling.drift(), "{:.4g}".format),
     Column("residual", lambda scaling: scaling.residual, _or_exact),
     Column("error", lambda scaling: scaling.error, _or_exact),
 )
@@ -58,7 +56,7 @@ def table(weights: list[Weight]) -> str:
         m, n = weight.scaling.matrix_shape(weight.parameter)
         numbers = (column.text(number) for column, number in zip(COLUMNS, _row(weight).values(), strict=True))
         rows.append((weight.name, str(weight.view.count), f"{m}x{n}", *numbers))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _row(weight: Weight) -> dict[str, float]:
@@ -77,7 +75,7 @@ def _warn_if_stale(weights: list[Weight], stacklevel: int) -> None:
         )
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """The rows in columns of equal width: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -145,7 +143,7 @@ class Audit:
             summary = (
                 f"a norm by lanczos may be larger by {self.tolerance:.0e}, and by more with probability {self.miss:.0e}"
             )
-        return f"{_aligned(rows)}\n{summary}"
+        return f"{aligned(rows)}\n{summary}"
 
 
 @no_grad_full_precision
@@ -176,55 +174,3 @@ def _certificate(weight: Weight, tolerance: float, miss: float, seed: int) -> Ce
         method=bounds.method,
         miss=bounds.miss,
     )
-
-
-@public_call()
-@no_grad_full_precision
-def spectral_norms(
-    module: nn.Module, *, include: Patterns = None, exclude: Patterns = None, rules: Iterable[LayerRule] = ()
-) -> dict[str, float]:
-    """The spectral norm of every weight of a model, scaled or plain, frozen or not, by layer name.
-
-    By the block solver, until the residual is 1e-5 relative or for 300 iterations. A weight that is several matrices is
-    reported by its largest norm, and one that is computed from parameters by the norm of the result.
-
-    Raises:
-        TypeError: `module` is no module, or an option has a wrong type.
-        ValueError: a pattern matches nothing, a rule does not fit a layer, or no weight is selected.
-    """
-    solver = Block()
-    norms = {}
-    for weight in select(module, include, exclude, rules, frozen=True):
-        matrices = at_least_float32(weight.view.matrices(weight.parameter))
-        key = torch.arange(len(matrices), device=matrices.device)
-        _, m, n = matrices.shape
-        state = solver.init_state(key, (m, n), matrices.dtype)
-        (solution,) = solver.solve([DenseMatrices(matrices)], [state], to_convergence=True)
-        norms[weight.name] = solution.triple.value.max().item()
-    return norms
-
-
-@public_call()
-@no_grad_full_precision
-def singular_values(
-    module: nn.Module, *, include: Patterns = None, exclude: Patterns = None, rules: Iterable[LayerRule] = ()
-) -> dict[str, Tensor]:
-    """All singular values of every weight of a model, scaled or plain, frozen or not, by layer name.
-
-    Each `(k, min(m, n))`, float64, in descending order, for a weight that is `k` matrices `(m, n)`. From the smaller
-    Gram matrix in float64, so that each value is right to 1e-8 of the largest, and float32's own rounding of the weight
-    is larger than that. Slow for wide layers: `min(m, n)^3` operations a matrix.
-
-    Raises:
-        TypeError: `module` is no module, or an option has a wrong type.
-        ValueError: a pattern matches nothing, a rule does not fit a layer, or no weight is selected.
-        NonFiniteWeightError: a weight holds NaN or infinity.
-    """
-    weights = select(module, include, exclude, rules, frozen=True)
-    refuse_non_finite(weights, "load good weights")
-    values = {}
-    for weight in weights:
-        scaled, scale = scaled_to_one(at_least_float32(weight.view.matrices(weight.parameter)))
-        squares = torch.linalg.eigvalsh(smaller_gram(scaled))
-        values[weight.name] = squares.flip(-1).clamp_min(0).sqrt() * in_float64(scale)[:, None]
-    return values

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from specscale import reports
-from specscale.attach import attach, owned_by
+from specscale.attach import attach, owned_by, warn_of_unowned
 from specscale.errors import Refusal, public_call
 from specscale.held import HeldWeights
 from specscale.parametrization import unregister
@@ -30,7 +30,7 @@ class NormScaler:
 
     >>> scaling = apply_norm_scaling(model, "spectral", init="orthogonal")
     >>> scaling.attach(optimizer)     # every optimizer.step() now ends on the targets
-    >>> print(scaling)                # layer, shape, target, norm, excess
+    >>> print(scaling)                # layer, shape, target, norm, excess, drift
     >>> scaling.remove()              # a plain model again
     """
 
@@ -102,6 +102,9 @@ class NormScaler:
     @public_call()
     def attach(self, optimizer: torch.optim.Optimizer) -> "NormScaler":
         """Scale, after every step of the optimizer, the weights that it has stepped.
+
+        Several optimizers can be attached, each for its weights; at the first step or `metrics()`, a warning names the
+        weights that are not frozen and in none of them.
 
         The optimizer keeps the handle alive. Nothing moves, and no state changes, in a step that a GradScaler skips,
         for a weight without a gradient, and for one whose group has the learning rate 0, as a number or as a tensor: a
@@ -239,11 +242,15 @@ class NormScaler:
 
     @public_call()
     def metrics(self) -> dict[str, float]:
-        """`target/<layer>`, `norm/`, `excess/`, `residual/` and `error/` of every weight, from the buffers.
+        """`target/<layer>`, `norm/`, `excess/`, `drift/`, `residual/` and `error/` of every weight, from the buffers.
 
-        The excess is norm / target - 1. The residual is the solver's, `||W^T u - s v|| / s` of the triple that its last
-        iteration started from; the error is its own estimate of how far, relative, the first singular value was too
-        low after it. Both are zero where the norm is exact. Under `"orthogonal"`, the residual is an estimate of
+        The excess is norm / target - 1. Below 0, the norm is under its target: the next step raises it, unless the
+        constraint has an upper limit alone, as a cap, which leaves such a norm as it is. The drift is the norm that the
+        optimizer had left before the last step put it back, over the target; it is kept through steps that are skipped,
+        and is norm / target where no step has been taken since the scaling was applied, its targets set anew or a
+        checkpoint loaded. The residual is the solver's, `||W^T u - s v|| / s` of the triple that its last iteration
+        started from; the error is its own estimate of how far, relative, the first singular value was too low after it.
+        Both are zero where the norm is exact. Under `"orthogonal"`, the residual is an estimate of
         `||I - W^T W / t^2||` after the step. A weight that is several matrices reports the largest of each. Under
         spectral scaling the norm is the larger of the target and the solver's second singular value, an estimate from
         below: `audit()` certifies it.
@@ -256,6 +263,7 @@ class NormScaler:
         """
         weights = self._held.current()
         self._held.warn_of_lost("metrics", stacklevel=4)
+        warn_of_unowned(self._held, "metrics", stacklevel=4)
         _refuse_unreadable(weights)
         return reports.metrics(weights)
 
@@ -311,7 +319,10 @@ class NormScaler:
         except Refusal:
             return f"NormScaler(of {type(self._model).__name__}, which is plain for a while)"
         constraints = "".join(f", {name}" for name in dict.fromkeys(one.scaling.constraint.name for one in weights))
-        return f"NormScaler({len(weights)} weights of {type(self._model).__name__}{constraints})"
+        attached = ", ".join(sorted(type(optimizer).__name__ for optimizer in self._optimizers)) or "no optimizer"
+        return (
+            f"NormScaler({len(weights)} weights of {type(self._model).__name__}{constraints}, attached to {attached})"
+        )
 
 
 def _refuse_unreadable(weights: list[Weight]) -> None:

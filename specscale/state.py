@@ -19,14 +19,19 @@ from specscale.random import normal
 from specscale.schedules import AnySchedule, Schedule, own_factor
 from specscale.views import MatrixView
 
-MEASURED = ("norm", "residual", "error")
+MEASURED = ("norm", "norm_before", "residual", "error")
 """The buffers that a measurement fills, beside the solver's."""
 
 SCHEDULED = ("base_target", "num_steps")
 """The buffers of a weight that has a schedule."""
+NOT_SAVED = frozenset({"norm_before"})
+"""The buffers that are in no state dict: until the next step, they tell of the last one."""
 
 PLAIN_LAYERS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """The layers that are plain for a while, by `NormScaler.plain()`. A copy of such a layer is plain for good."""
+
+REGISTERED: "weakref.WeakSet[NormScaling]" = weakref.WeakSet()
+"""The scalings that are on a layer, of all models, with those that `NormScaler.plain()` has taken off for a while."""
 
 
 class NormScaling(nn.Module):
@@ -39,6 +44,8 @@ class NormScaling(nn.Module):
     - `target_<constraint>`: the target norm. A checkpoint names its constraint by this key.
     - `skip_mask`: 1 for a matrix that is not scaled, 0 for the others.
     - `norm`: the norm after the last step.
+    - `norm_before`: the norm before it, as the optimizer had left it; in no state dict. The same as `norm` where none
+      has been taken since the weight was measured anew or loaded.
     - `residual`, `error`: the solver's residual and its estimate of its relative error.
 
     With a schedule, there are two more, and `target_<constraint>` is what is in force:
@@ -50,6 +57,7 @@ class NormScaling(nn.Module):
     """
 
     norm: Tensor
+    norm_before: Tensor
     residual: Tensor
     error: Tensor
     skip_mask: Tensor
@@ -92,7 +100,8 @@ class NormScaling(nn.Module):
             delattr(self, name)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for buffer in (*MEASURED, *self.held_buffers):
-            self.register_buffer(buffer, torch.zeros(view.count, dtype=dtype, device=weight.device))
+            zeros = torch.zeros(view.count, dtype=dtype, device=weight.device)
+            self.register_buffer(buffer, zeros, persistent=buffer not in NOT_SAVED)
         # The state of no matrices has the shapes and costs nothing; the first solve fills the buffers.
         state = self.init_solver_state(weight, count=0)
         self._solver_buffers = tuple(state)
@@ -148,6 +157,18 @@ class NormScaling(nn.Module):
         excess = in_float64(norm) / in_float64(self.target) - 1
         return torch.where(self.skip_mask.to(excess) > 0, -torch.inf, excess)
 
+    def drift(self) -> Tensor:
+        """`(k,)`, float64: `norm_before / target`; minus infinity where `skip_mask` is 1, as in `excess`."""
+        return self.excess(self.norm_before) + 1
+
+    def forget_step_(self) -> None:
+        """Say of no step what the norm was before it: the weight has been loaded with its norm."""
+        if self.norm_before.device == self.norm.device:
+            self.norm_before.copy_(self.norm)
+        else:
+            # What is loaded by assignment takes the buffers that are saved to another device.
+            self.register_buffer("norm_before", self.norm.clone(), persistent=False)
+
     def solver_state(self) -> dict[str, Tensor]:
         """The solver's buffers, by name."""
         return {name: self.get_buffer(name) for name in self._solver_buffers}
@@ -168,6 +189,7 @@ class NormScaling(nn.Module):
     def retarget_(self) -> None:
         """Hold the norms that were measured last; a matrix of zeros has no direction and is skipped."""
         self._hold_(self.norm, is_base=False)
+        self.forget_step_()
 
     def _hold_(self, target: Tensor, is_base: bool) -> None:
         self.skip_mask.copy_(target == 0)
@@ -192,6 +214,11 @@ class NormScaling(nn.Module):
         # The module's own way takes ten times as long, for each weight at each step.
         self.__dict__["_recorded"] = recorded
 
+    @property
+    def recorded_id(self) -> int | None:
+        """The id of the weight that `mark_current` has recorded."""
+        return None if self._recorded is None else self._recorded[0]
+
     def is_stale(self, weight: Tensor) -> bool:
         """Whether the weight is known to have been written to since `mark_current`."""
         return self._recorded is not None and self._recorded[0] == id(weight) and self._recorded[1] != weight._version
@@ -210,6 +237,8 @@ class NormScaling(nn.Module):
         copied.__dict__ = copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_recorded"}, memo)
         # What has been written since is not known here: such a copy counts as current.
         copied.mark_current(None if self._recorded is None else memo.get(self._recorded[0]))
+        if self in REGISTERED:
+            REGISTERED.add(copied)
         return copied
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -222,7 +251,7 @@ class NormScaling(nn.Module):
         for name, before in kept.items():
             after = self.get_buffer(name)
             if after.is_floating_point() and after.dtype.itemsize < 4:
-                self.register_buffer(name, before.to(after.device))
+                self.register_buffer(name, before.to(after.device), persistent=name not in NOT_SAVED)
             elif before.is_meta and not after.is_meta:
                 # From the meta device, by `to_empty`, comes memory without values: until a checkpoint brings some, no
                 # step may use them.

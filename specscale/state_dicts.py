@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from specscale.constraints import CONSTRAINTS
 from specscale.errors import Refusal, one_of, public_call
 from specscale.saved_names import SavedParametrization, in_plain_order, parametrizations_in, plain_name, saved_scalings
-from specscale.state import SCHEDULED, NormScaling, original, others_on_top, scalings_of
+from specscale.state import NOT_SAVED, SCHEDULED, NormScaling, original, others_on_top, scalings_of
 from specscale.step import solve_anew_
 from specscale.weights import Weight, scaled_weights
 
@@ -44,7 +44,7 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         _rename_old_buffers(saved, scaling)
         layer = prefix.removesuffix(".")
         _rename_target(saved, Weight(layer, module, tensor, scaling.view, scaling.is_only, scaling))
-        own = dict(scaling.named_buffers())
+        own = {name: buffer for name, buffer in scaling.named_buffers() if name not in NOT_SAVED}
         if scaling.target_name not in saved and not scaling.target.is_meta and bool(scaling.target.isnan().any()):
             raise Refusal(
                 f"the checkpoint has no target of {prefix + tensor!r}, and the model has none since to_empty; load a "
@@ -207,6 +207,7 @@ def solve_what_was_missing(module: nn.Module, _: Any) -> None:
         if scaling.needs_solve:
             scaling.needs_solve = False
             solve_anew_(scaling, parameter)
+        scaling.forget_step_()
 
 
 @public_call()

@@ -217,8 +217,8 @@ def project_weights_(batches: list[Batch], skips: Iterable[Tensor | None] = repe
             is_off = concat([one.expand(weight.view.count) for one, weight in zip(off, weights, strict=True)])
             skip_mask = skip_mask | is_off
         splits = [weight.view.split(weight.parameter.detach()) for weight in weights]
-        measurement = scalings[0].constraint.project_(splits, measurement, target, skip_mask)
-        _collect(scalings, measurement, buffers, values, is_off)
+        after = scalings[0].constraint.project_(splits, measurement, target, skip_mask)
+        _collect(scalings, after, measurement.norm, buffers, values, is_off)
     torch._foreach_copy_(buffers, values)
 
 
@@ -229,25 +229,28 @@ def solve_anew_(scaling: NormScaling, weight: Tensor) -> None:
     measurement = scaling.constraint.norm.measure([scaling.matrices(weight)], [state], to_convergence=True)
     buffers: list[Tensor] = []
     values: list[Tensor] = []
-    _collect([scaling], measurement, buffers, values)
+    _collect([scaling], measurement, measurement.norm, buffers, values)
     torch._foreach_copy_(buffers, values)
 
 
 def _collect(
     scalings: list[NormScaling],
-    measurement: Measurement,
+    after: Measurement,
+    norm_before: Tensor,
     buffers: list[Tensor],
     values: list[Tensor],
     is_off: Tensor | None = None,
 ) -> None:
     """Append the buffers of the scalings, and beside each what the measurement found for it: one copy writes all.
 
-    A matrix where `is_off (k,)` is true keeps its values.
+    `after` has the norms now, and `norm_before (k,)` are those that were measured. A matrix where `is_off (k,)` is true
+    keeps its values.
     """
     counts = [scaling.view.count for scaling in scalings]
-    found: list[dict[str, Tensor]] = [dict(state) for state in measurement.states]
+    found: list[dict[str, Tensor]] = [dict(state) for state in after.states]
+    measured = {"norm": after.norm, "norm_before": norm_before, "residual": after.residual, "error": after.error}
     for name in MEASURED:
-        for own, value in zip(found, getattr(measurement, name).split(counts), strict=True):
+        for own, value in zip(found, measured[name].split(counts), strict=True):
             own[name] = value
     offs = [None] * len(scalings) if is_off is None else is_off.split(counts)
     for scaling, own, off in zip(scalings, found, offs, strict=True):

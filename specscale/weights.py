@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from specscale.errors import Refusal, nearest, non_finite
-from specscale.layers import LayerRule, RuleBook, module_at
+from specscale.layers import LayerRule, RuleBook, Views, module_at
 from specscale.state import NormScaling, original, scaling_of, scalings_of
 from specscale.views import MatrixView
 
@@ -126,7 +126,7 @@ def find_weights(model: nn.Module, rules: Iterable[LayerRule] = ()) -> list[Weig
     Raises:
         Refusal: a rule matches nothing, or does not fit a layer.
     """
-    return [holders[0] for holders in _weights_with_holders(model, rules)]
+    return [holders[0] for holders in _weights_with_holders(model, list(rules))]
 
 
 def select(
@@ -138,9 +138,10 @@ def select(
     frozen: bool = False,
     named: Iterable[LayerRule] = (),
 ) -> list[Weight]:
-    """The weights that `include` and `exclude` leave, in the model's order; with `frozen`, frozen ones too.
+    """The weights that `include` and `exclude` leave, in the model's order.
 
-    A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers. The
+    With `frozen`, for calls that only read, frozen ones too, and those that are scaled by a rule that is not given
+    here. A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers. The
     rules in `named` come last, and the weights that only they find are those that a pattern of `include` names: one
     that matches no other weight.
 
@@ -155,7 +156,7 @@ def select(
     for rule in rules:
         if not isinstance(rule, LayerRule):
             raise Refusal(f"rules takes LayerRule objects, found {type(rule).__name__}", TypeError)
-    weights = _weights_with_holders(model, rules)
+    weights = _weights_with_holders(model, rules, as_scaled=frozen)
     usual = {(one.layer, one.tensor): one for holders in weights for one in holders}
     if named and include is not None:
         every = _weights_with_holders(model, rules, named)
@@ -193,19 +194,24 @@ def select(
 
 
 def _weights_with_holders(
-    model: nn.Module, rules: Iterable[LayerRule], named: Iterable[LayerRule] = ()
+    model: nn.Module, rules: list[LayerRule], named: Iterable[LayerRule] = (), *, as_scaled: bool = False
 ) -> list[list[Weight]]:
-    """Each weight of the model as a list: as its first layer holds it, then as each layer that shares it does."""
+    """Each weight of the model as a list: as its first layer holds it, then as each layer that shares it does.
+
+    With `as_scaled`, a tensor that is scaled by a rule that is not given here is a weight too.
+    """
     book = RuleBook(model, rules, named)
     # The tensors are kept alive, so that no id is used twice: one that is computed is a new tensor at every look.
     seen: dict[int, tuple[Tensor, list[Weight]]] = {}
     for layer, module in model.named_modules():
         with _reading(module):
-            _, paths = book.look_up(layer)
+            number, paths = book.look_up(layer)
             for path in paths:
                 if not _has(module, path):
                     raise _missing(layer, module, path)
-            views = book.views(layer)
+            views = dict(book.views(layer))
+            if as_scaled and number >= len(rules):
+                views |= _views_of_scaled(module, views)
             weights = [Weight(layer, module, tensor, view) for tensor, view in views.items()]
             weights = [weight for weight in weights if _is_read(weight)]
             tensors = [weight.parameter for weight in weights]
@@ -219,6 +225,15 @@ def _weights_with_holders(
         kind = getattr(unused[0].layer, "__name__", repr(unused[0].layer))
         raise Refusal(f"the rule for {kind} matches no layer of {type(model).__name__}")
     return [holders for _, holders in seen.values()]
+
+
+def _views_of_scaled(module: nn.Module, known: Views) -> Views:
+    """The matrices that a layer's tensors are scaled as; those of whole layers where the constraint holds parts."""
+    return {
+        tensor: scaling.view
+        for tensor, scaling in scalings_of(module)
+        if tensor not in known or scaling.constraint.part == "matrix"
+    }
 
 
 def _has(layer: nn.Module, path: str) -> bool:

@@ -13,3 +13,8 @@ def off_target(weight):
         # The first singular value is put on the target: where it then is the second, another one is the norm.
         held = torch.linalg.svdvals(matrices)
     return (held / target - 1).abs().min(dim=1).values.max().item()
+
+
+def saved(metrics):
+    """The metrics that a checkpoint brings back: all but those of the last step."""
+    return {name: value for name, value in metrics.items() if not name.startswith("drift/")}

@@ -22,7 +22,7 @@ from specscale import (
 )
 from specscale.state import NormScaling
 
-COLUMN_NAMES = ("target", "norm", "excess", "residual", "error")
+COLUMN_NAMES = ("target", "norm", "excess", "drift", "residual", "error")
 
 
 class Everything(nn.Module):
@@ -157,7 +157,7 @@ def test_the_handle_of_a_model_names_its_layers_as_the_model_does():
     apply_norm_scaling(model.decoder, "spectral")
     scaling = NormScaler.of(model)
     assert [w.name for w in scaling.weights] == ["encoder.0", "encoder.2", "decoder.0", "decoder.2"]
-    assert len(scaling.metrics()) == 4 * 5
+    assert len(scaling.metrics()) == 4 * 6
 
 
 def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
@@ -495,7 +495,7 @@ def test_a_weight_that_a_rule_named_keeps_its_name_without_the_rule():
     rule = LayerRule(nn.Linear, {"weight": MatrixView("o i"), "gain": MatrixView("o i")})
     names = [weight.name for weight in apply_norm_scaling(model, rules=rule).weights]
     assert names == ["layer.weight", "layer.gain"]
-    assert list(spectral_norms(model)) == names[:1]
+    assert list(spectral_norms(model)) == names
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "spectral", "clipped"])

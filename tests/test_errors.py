@@ -189,7 +189,7 @@ def test_a_handle_without_weights_says_so(call):
     with pytest.raises(ValueError, match=rf"{call}: no weight of Module is under this scaling any more"):
         getattr(scaling, call)()
     assert scaling.metrics() == {}
-    assert repr(scaling) == "NormScaler(0 weights of Module)"
+    assert repr(scaling) == "NormScaler(0 weights of Module, attached to SGD)"
 
 
 def test_an_error_has_the_name_of_the_call_and_shows_where_it_came_from():
