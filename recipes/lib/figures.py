@@ -21,7 +21,8 @@ COLOURS = dict(zip(NORMS, cycle(("#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8
 LINE_STYLES = dict(zip(TARGET_SOURCES, cycle(("-", "--", ":", "-."))))
 
 
-def _grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+def grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes `(rows, columns)`; `size` is the width and height of each."""
     width, height = size
     figure, axes = plt.subplots(
         rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained", **options
@@ -31,7 +32,8 @@ def _grid(rows: int, columns: int, size: tuple[float, float], **options: Any) ->
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure to a file, and let go of it."""
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -76,7 +78,7 @@ def loss(runs: Runs, path: Path) -> None:
 
 def _train_beside_test(runs: Runs, key: str, path: Path) -> None:
     """A panel for each split, with all conditions."""
-    figure, axes = _grid(1, 2, (5, 4), sharey=True)
+    figure, axes = grid(1, 2, (5, 4), sharey=True)
     for axis, split in zip(axes[0], ("train", "test"), strict=True):
         for name, seeds in runs.items():
             for number, run in enumerate(seeds):
@@ -85,12 +87,12 @@ def _train_beside_test(runs: Runs, key: str, path: Path) -> None:
         _set_epoch_axis(axis, split)
     axes[0][0].set_ylabel(_axis_label(key))
     axes[0][1].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def model_family(presets: dict[str, Runs], path: Path) -> None:
     """Accuracy and loss of several models and all their conditions, training above test, as in the post."""
-    figure, axes = _grid(2, 2, (5.5, 4))
+    figure, axes = grid(2, 2, (5.5, 4))
     widths = dict(zip(presets, (1.2, 2.4, 3.2), strict=False))
     for row, split in zip(axes, ("train", "test"), strict=True):
         for axis, key in zip(row, ("accuracy", "loss"), strict=True):
@@ -101,12 +103,12 @@ def model_family(presets: dict[str, Runs], path: Path) -> None:
             _set_epoch_axis(axis, f"{split} {key}")
             axis.set_ylabel(_axis_label(key))
     axes[1][1].legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves(runs: Runs, path: Path) -> None:
     """Training and test together, by condition: how far they part."""
-    figure, axes = _grid(len(runs), 2, (5, 3.2), sharex=True, sharey="col")
+    figure, axes = grid(len(runs), 2, (5, 3.2), sharex=True, sharey="col")
     for row, (name, seeds) in zip(axes, runs.items(), strict=True):
         for axis, key in zip(row, ("accuracy", "loss"), strict=True):
             for split, colour in (("train", "#1b7fbd"), ("test", "#d1495b")):
@@ -117,7 +119,7 @@ def curves(runs: Runs, path: Path) -> None:
     for axis in axes[:-1].flat:
         axis.set_xlabel("")
     axes[0][0].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _layers_by_epoch(
@@ -131,7 +133,7 @@ def _layers_by_epoch(
     panels = {name: points for name, points in panels.items() if points and points[0][1]}
     if not panels:
         return
-    figure, axes = _grid(1, len(panels), (4.2, 4), sharey=True)
+    figure, axes = grid(1, len(panels), (4.2, 4), sharey=True)
     for axis, (name, points) in zip(axes[0], panels.items(), strict=True):
         names = list(points[0][1])
         for depth, layer in enumerate(names):
@@ -153,7 +155,7 @@ def _layers_by_epoch(
     axes[0][0].set_ylabel(label)
     if len(names) <= 8:
         axes[0][-1].legend(frameon=False, title="layer", fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def spectral_norms(runs: Runs, path: Path) -> None:
@@ -196,7 +198,7 @@ def ranks(runs: Runs, path: Path) -> None:
     if not runs:
         return
     keys = rank_keys(next(iter(runs.values()))[0].snapshots[0])
-    figure, axes = _grid(len(runs), len(keys), (4, 3), sharex=True, sharey=True)
+    figure, axes = grid(len(runs), len(keys), (4, 3), sharex=True, sharey=True)
     for row, (name, seeds) in zip(axes, runs.items(), strict=True):
         snapshots = seeds[0].snapshots
         epochs = [snapshot["epoch"] for snapshot in snapshots]
@@ -211,7 +213,7 @@ def ranks(runs: Runs, path: Path) -> None:
         row[0].set_ylabel("share of full rank")
     if len(names) <= 8:
         axes[0][-1].legend(frameon=False, title="layer", fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def spectra(runs: Runs, path: Path) -> None:
@@ -221,7 +223,7 @@ def spectra(runs: Runs, path: Path) -> None:
         return
     names = list(per_layer(next(iter(runs.values()))[0].snapshots[0], "singular_values"))
     chosen = sorted({round(i * (len(names) - 1) / 5) for i in range(6)}) if len(names) > 6 else range(len(names))
-    figure, axes = _grid(len(runs), len(chosen), (3.2, 2.8), sharex=True, sharey=True)
+    figure, axes = grid(len(runs), len(chosen), (3.2, 2.8), sharex=True, sharey=True)
     for row, (condition, seeds) in zip(axes, runs.items(), strict=True):
         snapshots = seeds[0].snapshots
         for axis, position in zip(row, chosen, strict=True):
@@ -236,7 +238,7 @@ def spectra(runs: Runs, path: Path) -> None:
     # Targets are of the order of one: smaller singular values do not matter. All panels share the axis.
     axes[0][0].set_ylim(bottom=max(1e-3, axes[0][0].get_ylim()[0]))
     axes[0][-1].legend(frameon=False, fontsize="x-small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def operator_norms(runs: Runs, path: Path) -> None:
@@ -248,7 +250,7 @@ def operator_norms(runs: Runs, path: Path) -> None:
     }
     if not runs:
         return
-    figure, axes = _grid(1, len(runs), (5, 4), sharey=True)
+    figure, axes = grid(1, len(runs), (5, 4), sharey=True)
     for axis, (name, seeds) in zip(axes[0], runs.items(), strict=True):
         snapshots = seeds[0].snapshots
         for number, snapshot in enumerate(snapshots):
@@ -259,7 +261,7 @@ def operator_norms(runs: Runs, path: Path) -> None:
         axis.set(title=name, xlabel="convolution, first to last")
     axes[0][0].set_ylabel("operator norm / flattened spectral norm")
     axes[0][-1].legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 FIGURES = {
