@@ -7,8 +7,8 @@ from typing import Any
 
 import matplotlib
 
-from lib.presets import NORMS, SPECTRAL_NORMS, TARGET_SOURCES
-from lib.runs import Run, Runs, per_layer, rank_keys
+from lib.presets import NORMS, TARGET_SOURCES
+from lib.runs import Run, Runs, excess_by_epoch, per_layer, rank_keys
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # A new norm or target source takes the next style, from the first one again when they run out.
-COLOURS = dict(zip(NORMS, cycle(("#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04"))))
+PALETTE = ("#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04", "#00a5a5", "#e377c2", "#8c564b", "#9db100")
+COLOURS = dict(zip(NORMS, cycle(PALETTE)))
 LINE_STYLES = dict(zip(TARGET_SOURCES, cycle(("-", "--", ":", "-."))))
 
 
@@ -168,15 +169,8 @@ def spectral_norms(runs: Runs, path: Path) -> None:
 
 
 def excess(runs: Runs, path: Path) -> None:
-    """How far each spectral norm is above its target; dotted lines are drops of the learning rate."""
-
-    def values(run: Run) -> Iterable[tuple[int, dict[str, float]]]:
-        targets = run.summary["targets"] if run.config["norm"] in SPECTRAL_NORMS else {}
-        for line in run.epochs:
-            norms = per_layer(line, "spectral_norm")
-            yield line["epoch"], {name: norms[name] / target - 1 for name, target in targets.items()}
-
-    _layers_by_epoch(runs, "||W|| / target - 1", values, path, log=False)
+    """How far the norm of each weight is above its target; dotted lines are drops of the learning rate."""
+    _layers_by_epoch(runs, "||W|| / target - 1", excess_by_epoch, path, log=False)
 
 
 def iterations(runs: Runs, path: Path) -> None:

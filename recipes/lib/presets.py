@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from specscale.apply import SOLVERS
 from specscale.constraints import CONSTRAINTS
+from specscale.norms import SpectralNormByDecomposition
 
 NORMS = ("none", *CONSTRAINTS)
 """Everything that a model can be trained under, in the order of tables and figures."""
@@ -19,6 +20,13 @@ TARGET_SOURCES = ("described", "published", "channels")
 
 Norm = Literal[NORMS]
 TargetSource = Literal[TARGET_SOURCES]
+
+
+def waits_for_device(norm: str, solver: str = "block") -> bool:
+    """Whether a scaling step takes exact decompositions: they make the host wait, and so no graph captures the step."""
+    if norm == "none":
+        return False
+    return CONSTRAINTS[norm].norm_type is SpectralNormByDecomposition or (norm == "spectral" and solver == "svd")
 
 
 @dataclass(frozen=True)
