@@ -1,4 +1,4 @@
-"""The critic on points in the plane by its real command."""
+"""The critic on points in the plane by its options and by its real command."""
 
 import json
 import sys
@@ -9,11 +9,16 @@ from test_recipe import ROOT, run
 from gan import CONDITIONS, LIMIT, Options, main, table_of
 
 
-def test_every_constraint_holds_the_critic_and_torchs_does_not(tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "gan.py"), "--widths", "40", "--steps", "12", "--lr", "1e-2"]
-    code, said = run([*command, "--batch-size", "16", "--num-threads", "1", "--out", "out"], tmp_path)
-    assert code == 0, said
+@pytest.mark.parametrize("how", ["called", pytest.param("command", marks=pytest.mark.slow)])
+def test_every_constraint_holds_the_critic_and_torchs_does_not(how, tmp_path, capsys):
     out = tmp_path / "out"
+    if how == "called":
+        main(Options(widths=(40,), steps=12, lr=1e-2, batch_size=16, out=out))
+        said = capsys.readouterr().out
+    else:
+        command = [sys.executable, str(ROOT / "recipes" / "gan.py"), "--widths", "40", "--steps", "12", "--lr", "1e-2"]
+        code, said = run([*command, "--batch-size", "16", "--num-threads", "1", "--out", "out"], tmp_path)
+        assert code == 0, said
     assert {path.name for path in out.iterdir()} == {"gan.json", "gan.md", "gan.png"}
     record = json.loads((out / "gan.json").read_text())
     assert (out / "gan.md").read_text() == table_of(record["critics"])

@@ -62,7 +62,7 @@ def _marker(num_points: int) -> str:
     return "o" if num_points < 10 else ""
 
 
-def _shade(position: int, count: int) -> Any:
+def shade(position: int, count: int) -> Any:
     """A colour, darker for earlier positions."""
     return plt.cm.viridis(0.9 * position / max(count - 1, 1))
 
@@ -138,7 +138,7 @@ def _layers_by_epoch(
     for axis, (name, points) in zip(axes[0], panels.items(), strict=True):
         names = list(points[0][1])
         for depth, layer in enumerate(names):
-            colour = _shade(depth, len(names))
+            colour = shade(depth, len(names))
             marker = _marker(len(points))
             axis.plot([e for e, _ in points], [v[layer] for _, v in points], color=colour, marker=marker, ms=4)
             axis.lines[-1].set_label(layer if len(names) <= 8 else "")
@@ -200,7 +200,7 @@ def ranks(runs: Runs, path: Path) -> None:
             names = list(per_layer(snapshots[0], key))
             for depth, layer in enumerate(names):
                 shares = [one[f"{key}/{layer}"] / len(one[f"singular_values/{layer}"]) for one in snapshots]
-                axis.plot(epochs, shares, color=_shade(depth, len(names)), marker="o", ms=3)
+                axis.plot(epochs, shares, color=shade(depth, len(names)), marker="o", ms=3)
                 axis.lines[-1].set_label(layer if len(names) <= 8 else "")
             _set_epoch_axis(axis, f"{name}: {key.replace('_', ' ')}")
             axis.label_outer()
@@ -224,7 +224,7 @@ def spectra(runs: Runs, path: Path) -> None:
             for number, snapshot in enumerate(snapshots):
                 values = snapshot[f"singular_values/{names[position]}"]
                 shares = [(index + 0.5) / len(values) for index in range(len(values))]
-                axis.plot(shares, values, color=_shade(number, len(snapshots)), label=f"epoch {snapshot['epoch']}")
+                axis.plot(shares, values, color=shade(number, len(snapshots)), label=f"epoch {snapshot['epoch']}")
             axis.set(title=f"{condition}: {names[position]}", yscale="log")
         row[0].set_ylabel("singular value")
     for axis in axes[-1]:
@@ -250,7 +250,7 @@ def operator_norms(runs: Runs, path: Path) -> None:
         for number, snapshot in enumerate(snapshots):
             norms = per_layer(snapshot, "operator_norm")
             ratios = [norm / snapshot[f"singular_values/{layer}"][0] for layer, norm in norms.items()]
-            colour = _shade(number, len(snapshots))
+            colour = shade(number, len(snapshots))
             axis.plot(range(1, len(ratios) + 1), ratios, "o-", ms=3, color=colour, label=f"epoch {snapshot['epoch']}")
         axis.set(title=name, xlabel="convolution, first to last")
     axes[0][0].set_ylabel("operator norm / flattened spectral norm")
