@@ -33,6 +33,8 @@ from specscale import NormScaler, apply_norm_scaling
 
 LIMIT = 1.001
 """A norm above it counts as above the target."""
+FLOOR = 1e-6
+"""The smallest distance above 1 that the figure shows."""
 CRITIC_STEPS = 5
 """Steps of the critic for each of the generator, as in the first Wasserstein GANs."""
 
@@ -188,21 +190,22 @@ def rows(width: int, players: list[Player]) -> list[dict[str, Any]]:
 
 
 def draw(norms: dict[int, dict[str, list[float]]], path: Path) -> None:
-    """The largest norm of any weight after each step, by constraint, a panel for each width."""
-    from matplotlib.ticker import MaxNLocator
+    """How far the largest norm of any weight is above 1 after each step, by constraint, a panel for each width.
 
+    What is less than float32's rounding above 1, or below it, is drawn at the bottom.
+    """
     from lib.figures import grid, save
 
-    figure, axes = grid(1, len(norms), (5, 3.6), sharey=True)
+    figure, axes = grid(1, len(norms), (4.6, 3.8), sharey=True)
     for axis, (width, by_name) in zip(axes[0], norms.items(), strict=True):
         for name, values in by_name.items():
             if name != "none":
-                axis.plot(range(1, len(values) + 1), values, label=name, lw=1.2)
-        axis.axhline(1, color="black", lw=0.8, ls=":")
-        axis.set(title=f"width {width}", xlabel="step of the critic")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0][0].set_ylabel("largest spectral norm of a weight")
-    axes[0][-1].legend(frameon=False, fontsize="small")
+                above = [max(value - 1, FLOOR) for value in values]
+                axis.plot(range(1, len(values) + 1), above, label=name, lw=1.2)
+        axis.axhline(LIMIT - 1, color="black", lw=0.8, ls=":")
+        axis.set(title=f"width {width}", xlabel="step of the critic", yscale="log", ylim=(FLOOR / 1.5, None))
+    axes[0][0].set_ylabel("largest spectral norm - 1")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside right center")
     save(figure, path)
 
 
@@ -217,7 +220,7 @@ def main(options: Options) -> None:
     for width in options.widths:
         players = play(options, width, device)
         table += rows(width, players)
-        norms[width] = {player.name: [float(f"{max(step):.7g}") for step in player.norms] for player in players}
+        norms[width] = {player.name: [float(f"{max(step):.9g}") for step in player.norms] for player in players}
     options.out.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(options).items() if name != "out"}
     numbers = settings | provenance() | {"critics": table, "largest norm by step": norms}
