@@ -49,7 +49,7 @@ class Config:
     """Download CIFAR-100 into data_root if it is not there."""
     norms: tuple[Norm, ...] = ("none", "frobenius", "spectral")
     """Norms to constrain, one run for each. none: no constraint, but the same scaled orthogonal init as the others.
-    clipped: spectral, and every other singular value above the target is clipped to it."""
+    docs/norms.md says what the others do."""
     targets: TargetSource = "described"
     """Source of the init's gains and of the target norms. described: from each layer's activation sizes.
     published: as in the post's code. channels: like described, but from the numbers of channels alone."""
