@@ -5,7 +5,7 @@ that a call that fails leaves the model as it was.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,14 +20,17 @@ from specscale.layers import LayerRule
 from specscale.parametrization import register, unregister
 from specscale.plain import Rule, refuse_inside_plain
 from specscale.scaler import NormScaler
+from specscale.schedules import AnySchedule, check_schedule
 from specscale.solvers import SVD, Power, Solver
 from specscale.state import NormScaling
 from specscale.state_dicts import check_before_loading, end_unused_checks
 from specscale.step import solve_anew_
-from specscale.targets import GAINS, Gain, Target, check_setting, resolve_gains, resolve_targets
+from specscale.targets import GAINS, Gains, Targets, check_setting, resolve_gains, resolve_targets
 from specscale.weights import (
     Patterns,
     Weight,
+    by_pattern,
+    pattern_name,
     refuse_non_finite,
     refuse_scaled,
     refuse_shared_memory,
@@ -44,15 +47,16 @@ SOLVERS: dict[str, Solver] = {"block": Block(), "power": Power(), "svd": SVD()}
 @public_call()
 def apply_norm_scaling(
     module: nn.Module,
-    norm: str | Constraint = "spectral",
+    norm: str | Constraint | Mapping[Any, str | Constraint] = "spectral",
     *,
     init: str | None = None,
-    target: Target | None = None,
+    target: Targets | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     rules: Iterable[LayerRule] = (),
     solver: str | Solver = "block",
-    gain: Gain = "channels",
+    gain: Gains = "channels",
+    schedule: AnySchedule | Mapping[Any, AnySchedule] | None = None,
     example_input: Any = None,
     generator: torch.Generator | None = None,
 ) -> NormScaler:
@@ -63,18 +67,26 @@ def apply_norm_scaling(
             those that `rules` add, are scaled.
         norm: `"spectral"` (moves the first singular triple alone), `"frobenius"`, or `"clipped"` (as spectral, and
             lowers every other singular value above the target to it: exact, by a decomposition at every step); or a
-            constraint with options of its own.
+            constraint with options of its own; or a mapping from patterns, as `include` takes them, to these. The first
+            pattern that matches a weight's layer wins, `"*"` matches all, and every weight must be matched.
         init: None keeps the weights; `"orthogonal"` overwrites them by `gain` times orthogonal matrices.
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
-            `"features"` or `"matrix"` (the norm of an orthogonal matrix with that gain); the norm itself as a number,
-            or as a function `(name, module) -> float`.
+            `"features"` or `"matrix"` (the norm of an orthogonal matrix with that gain); `Relative(0.5)` (half of the
+            initial norm); the norm itself as a number; a function of the weight's name and its layer; or a mapping from
+            patterns to these. The function returns a number, which is the norm of *each* of the weight's matrices (of
+            q, k and v each, where they are fused), or one number for each of its `k` matrices. If it has a parameter
+            called `norms`, `(name, module, norms)`, it gets their initial norms, a tensor `(k,)`.
         include: shell patterns on module names, each taking everything below the modules that it matches, types of
             layers, or predicates `(name, module) -> bool`; None means all.
         exclude: the weights that are not scaled, in the same ways.
         rules: which tensors of other layers are weights too, and as which matrices; they come before the built-in ones.
         solver: of the spectral norm: `"block"`, `"power"`, `"svd"`, or an instance such as `Block(width=8)`.
         gain: of the init: `"channels"` (`sqrt(d_out / d_in)` of the feature or channel counts), `"features"` (of the
-            sizes of the layer's output and input), `"matrix"` (of the weight's matrices), a number, or a function.
+            sizes of the layer's output and input), `"matrix"` (of the weight's matrices), a number, a function
+            `(name, module) -> float`, or a mapping from patterns to these.
+        schedule: of the targets: `schedules.Cosine(final=0.1, steps=1000)`, another of `specscale.schedules`, or a
+            function from a step, an `int`, to a factor; or a mapping from patterns to these. After `n` steps that have
+            scaled a weight, its target is the factor at `n` times what `target` says.
         example_input: for `"features"`, a batch that the model can be called with.
         generator: the init's source of randomness; None means torch's global one.
 
@@ -83,17 +95,18 @@ def apply_norm_scaling(
 
     Raises:
         TypeError: `module` is no module, or an option has a wrong type.
-        ValueError: an unknown name, a pattern that matches nothing, a rule that does not fit a layer, no weight
-            selected, a gain or target that is not finite and positive, a weight that is scaled already, computed from
-            others, in the memory of another, sharded or not finite, a model under DistributedDataParallel. The model
-            is then as it was.
+        ValueError: an unknown name, a pattern that matches nothing, a weight that no pattern of a mapping matches, a
+            rule that does not fit a layer, no weight selected, a gain or target that is not finite and positive, a
+            weight that is scaled already, computed from others, in the memory of another, sharded or not finite, a
+            model under DistributedDataParallel. The model is then as it was.
     """
     target = "initial" if target is None else target
-    constraint = _constraint(norm, solver)
+    constraints = _constraints(norm, solver)
     if init not in (None, "orthogonal"):
         raise Refusal(f"unknown init {init!r}; choose None or 'orthogonal'")
     check_setting("gain", gain, GAINS)
     check_setting("target", target, ("initial", *GAINS))
+    check_schedule(schedule)
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise Refusal(f"generator must be a torch.Generator, found {type(generator).__name__}", TypeError)
     if torch.is_inference_mode_enabled():
@@ -107,9 +120,11 @@ def apply_norm_scaling(
     refuse_scaled(weights)
     refuse_unwritable(weights)
     refuse_shared_memory(weights)
-    targets = resolve_targets(target, constraint, weights, module, example_input)
+    constraint_of = {weight: one for one, own in by_pattern("norm", constraints, weights, module) for weight in own}
     gains = None if init is None else resolve_gains(gain, weights, module, example_input)
-    plan = _plan(constraint, weights, targets, gains, generator)
+    schedule_of = {weight: one for one, own in by_pattern("schedule", schedule, weights, module) for weight in own}
+    plan = _plan(constraint_of, schedule_of, weights, gains, generator)
+    _set_targets(plan, resolve_targets(target, plan.scalings, module, example_input, plan.warnings))
     if init is None and gain != "channels":
         plan.warnings.append("gain has no effect without init='orthogonal'")
     for text in plan.warnings:
@@ -117,11 +132,20 @@ def apply_norm_scaling(
     return NormScaler(module, _commit(module, plan), Rule(target, tuple(rules)))
 
 
-def _constraint(norm: str | Constraint, solver: str | Solver) -> Constraint:
+def _constraints(norm: Any, solver: str | Solver) -> Constraint | dict[Any, Constraint]:
+    """The constraint of a norm, or of each pattern's norm, with the solver."""
+    if isinstance(norm, Mapping):
+        return {
+            pattern: _constraint(one, solver, f" for pattern {pattern_name(pattern)}") for pattern, one in norm.items()
+        }
+    return _constraint(norm, solver)
+
+
+def _constraint(norm: Any, solver: str | Solver, where: str = "") -> Constraint:
     if isinstance(norm, str) and norm in CONSTRAINTS:
         norm = CONSTRAINTS[norm]()
     if not isinstance(norm, Constraint):
-        raise Refusal(f"unknown norm {norm!r}; choose {one_of(CONSTRAINTS)}")
+        raise Refusal(f"unknown norm {norm!r}{where}; choose {one_of(CONSTRAINTS)}")
     if isinstance(solver, str):
         if solver not in SOLVERS:
             raise Refusal(f"unknown solver {solver!r}; choose {one_of(SOLVERS)}")
@@ -135,17 +159,19 @@ def _constraint(norm: str | Constraint, solver: str | Solver) -> Constraint:
 class _Plan:
     """What a commit registers and writes."""
 
+    scalings: dict[Weight, NormScaling] = field(default_factory=dict)
+    """The scaling of each selected weight, which has been measured."""
     weights: list[Weight] = field(default_factory=list)
-    """The weights to be scaled, each with its scaling."""
+    """The weights to be scaled, each with its scaling and its targets."""
     values: list[tuple[Weight, Tensor]] = field(default_factory=list)
     """The values of the init."""
     warnings: list[str] = field(default_factory=list)
 
 
 def _plan(
-    constraint: Constraint,
+    constraints: dict[Weight, Constraint],
+    schedules: dict[Weight, AnySchedule | None],
     weights: list[Weight],
-    targets: dict[str, float] | None,
     gains: dict[str, float] | None,
     generator: torch.Generator | None,
 ) -> _Plan:
@@ -157,19 +183,23 @@ def _plan(
         plan.values.extend((weight, orthogonal_like(weight, gains[weight.name], generator)) for weight in weights)
     values = [value for _, value in plan.values] or [weight.parameter for weight in weights]
     for weight, value in zip(weights, values, strict=True):
-        scaling = NormScaling(
-            constraint,
+        scaling = plan.scalings[weight] = NormScaling(
+            constraints[weight],
             weight.view,
             value,
             seed_name=weight.name,
             is_only=weight.is_only,
             parameter_order=tuple(weight.module._parameters),
+            schedule=schedules[weight],
         )
         solve_anew_(scaling, value)
-        if targets is not None:
-            scaling.target.fill_(targets[weight.name])
-        else:
-            scaling.retarget_()
+    return plan
+
+
+def _set_targets(plan: _Plan, targets: dict[Weight, list[float]]) -> None:
+    """Give the scalings their targets; a weight that has no matrix to scale is left out of the plan."""
+    for weight, scaling in plan.scalings.items():
+        scaling.set_target_(targets[weight], is_base=True)
         if bool(scaling.skip_mask.any()):
             plan.warnings.append(
                 f"{weight.name!r} holds a zero matrix, which has no direction to scale: it is skipped. "
@@ -179,7 +209,6 @@ def _plan(
             plan.weights.append(replace(weight, parametrization=scaling))
     if not plan.weights:
         raise Refusal("no weight is selected, since all of them are zero; give a target or an init")
-    return plan
 
 
 @torch.no_grad()

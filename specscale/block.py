@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from specscale import linalg
 from specscale.linalg import add_product, concat, gram, multiplier, product, scaled_to_one, unit
 from specscale.random import keys, normal, signs
-from specscale.solvers import Matrices, Solution, State, Triple
+from specscale.solvers import Matrices, Solution, State, Subspace, Triple
 
 NOISE = 0.05
 """The length of the noise that is added to the residual of the last column, relative to the largest Ritz value."""
@@ -60,6 +60,9 @@ CANCELLATION = 0.1
 DEPENDENT = 1e-4
 """Of a residual's square, the part that must be outside the residuals before it, for its direction to be known."""
 
+CAUTION = 0.1
+"""See `rayleigh_ritz`: in a crowded spectrum, a value that rises by 1e-4 in the tenth iteration is 1e-3 too low."""
+
 REFRESH = 4
 """Iterations after which images are computed from the matrix again, since rounding adds up in those carried along."""
 
@@ -83,6 +86,9 @@ class Block:
     """Iterate until the estimated relative error of the singular value is at most this."""
     max_iterations: int = 8
     """The most iterations of one step; a thorough solve takes up to 60."""
+    keeps_subspace: bool = False
+    """Return what is known on the whole block too, and do not stop while the first value still rises: for constraints
+    that must see every value above the target. Set by those that need it."""
 
     def __post_init__(self) -> None:
         if self.width < 2 or self.max_iterations < 1 or not self.tolerance > 0:
@@ -132,7 +138,8 @@ class Block:
             (small if self.is_small(*one.shape[1:]) else large).append(i)
         found: dict[int, Solution] = {}
         if small:
-            found.update(zip(small, _solve_small([oriented[i] for i in small], self.width), strict=True))
+            solutions = _solve_small([oriented[i] for i in small], self.width, self.keeps_subspace)
+            found.update(zip(small, solutions, strict=True))
         if large:
             blocks = [_Iterate(oriented[i], states[i]) for i in large]
             if num_iterations is not None:
@@ -146,18 +153,18 @@ class Block:
             next_values = second_value(concat([block.squares for block in blocks]))
             next_values = next_values.split([len(block.V) for block in blocks])
             found.update(
-                (i, block.solution(next_value, to_convergence))
+                (i, block.solution(next_value, to_convergence, self.keeps_subspace))
                 for i, block, next_value in zip(large, blocks, next_values, strict=True)
             )
         return [found[i] if one is oriented[i] else found[i].transposed() for i, one in enumerate(matrices)]
 
     def _iterate_so_often(self, blocks: list["_Iterate"], num_iterations: int) -> None:
         """Iterate, and count for each matrix how often until its error was small enough; the host reads nothing."""
-        is_missing = _iterate(blocks) > self.tolerance
+        is_missing = _iterate(blocks, self.keeps_subspace) > self.tolerance
         needed = torch.ones_like(is_missing, dtype=blocks[0].V.dtype)
         for _ in range(num_iterations - 1):
             needed = needed + is_missing
-            is_missing = is_missing & (_iterate(blocks) > self.tolerance)
+            is_missing = is_missing & (_iterate(blocks, self.keeps_subspace) > self.tolerance)
         for block, count in zip(blocks, needed.split([len(block.V) for block in blocks]), strict=True):
             block.needed = count
 
@@ -174,7 +181,7 @@ class Block:
             limits[block] = tolerance, limit, residual_limit
         number = 0
         while blocks:
-            _iterate(blocks)
+            _iterate(blocks, self.keeps_subspace)
             number += 1
             # A matrix that is not finite has none of these, and nothing to wait for.
             columns = [
@@ -247,7 +254,7 @@ class _Iterate:
             R[..., -1] += length[:, None] * signs(keys(self.state["age"]), R.shape[1:2])
         return R
 
-    def solution(self, next_value: Tensor, to_convergence: bool) -> Solution:
+    def solution(self, next_value: Tensor, to_convergence: bool, keeps_subspace: bool) -> Solution:
         """The triple, whose scaled next value is given, and the state to continue from."""
         value, next_value = (
             torch.where(self.is_finite, self.scale * x, torch.nan) for x in (self.ritz.value, next_value)
@@ -260,12 +267,16 @@ class _Iterate:
         needed = torch.full_like(value, self.num_iterations) if self.needed is None else self.needed
         residual, error = (torch.where(self.is_finite, x, 0) for x in (self.ritz.residual, self.ritz.error))
         needed = torch.where(self.is_finite, needed, 1)
-        triple = Triple(value, left, unit(basis[..., 0]), next_value, residual, error, needed)
+        subspace = None
+        if keeps_subspace:
+            coupling = norm_from_gram(self.ritz.rest[:, :-1, :-1])
+            subspace = Subspace(self.Y, self.V, self.squares, self.scale, edge(self.squares), coupling)
+        triple = Triple(value, left, unit(basis[..., 0]), next_value, residual, error, needed, subspace)
         age = torch.zeros_like(self.state["age"]) if to_convergence else self.state["age"] + 1
         return Solution(triple, {"basis": basis, "age": age})
 
 
-def _iterate(blocks: list[_Iterate]) -> Tensor:
+def _iterate(blocks: list[_Iterate], is_cautious: bool) -> Tensor:
     """One iteration of every batch; the small problems are one batch. Returns the estimated errors of all of them."""
     counts = [len(block.V) for block in blocks]
     is_finite = concat([block.is_finite for block in blocks])[:, None, None]
@@ -282,7 +293,7 @@ def _iterate(blocks: list[_Iterate]) -> Tensor:
         T = add_product(product(block.image(R), M), block.Y, K, alpha=-1)
         images.append(torch.cat([block.Y, T], dim=-1))
     gram_w = torch.where(is_finite, concat([gram(image) for image in images]), 0)
-    ritz = rayleigh_ritz(gram_w, squares, frame, blocks[0].num_iterations + 1)
+    ritz = rayleigh_ritz(gram_w, squares, frame, blocks[0].num_iterations + 1, is_cautious)
     parts = (part.split(counts) for part in ritz)
     for block, basis, image, *own in zip(blocks, bases, images, *parts, strict=True):
         block.ritz = Ritz(*own)
@@ -304,6 +315,8 @@ class Frame(NamedTuple):
     """`(R M - V K)^T (R M - V K)`: nearly the identity, where columns are there."""
     lengths: Tensor
     """`(k, b)`: the lengths of the columns of `R` less their part in `V`."""
+    rest: Tensor
+    """`(k, b, b)`: the Gram matrix of `R` less its part in `V`."""
 
 
 def orthogonalize(gram_s: Tensor, squares: Tensor) -> Frame:
@@ -329,7 +342,7 @@ def orthogonalize(gram_s: Tensor, squares: Tensor) -> Frame:
     # Once more without the columns that were dropped: what they are is rounding, and would be taken off the others.
     factor = _shifted_factor(normalized, exists)
     M = inverse[..., None] * _inverse_of_triangle(factor).mT * exists[:, None]
-    return Frame(L, product(L, overlap, M), M, product(M.mT, rest, M), rest_squares.clamp_min(0).sqrt())
+    return Frame(L, product(L, overlap, M), M, product(M.mT, rest, M), rest_squares.clamp_min(0).sqrt(), rest)
 
 
 class Ritz(NamedTuple):
@@ -349,13 +362,16 @@ class Ritz(NamedTuple):
     """`(k,)`: see `estimated_error`."""
     rise: Tensor
     """`(k,)`: how far, relative, the step has raised the largest value."""
+    rest: Tensor
+    """`(k, b, b)`: `Frame.rest`."""
 
 
-def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, number: int) -> Ritz:
+def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, number: int, is_cautious: bool) -> Ritz:
     """The dominant subspace of `[Y L, T]^T [Y L, T]`, approximately, with the exact first vector in front.
 
     From `gram_w (k, 2 b, 2 b)`, the Gram matrix of `[Y, T]`, and from `squares (k, b, b)`, `Y^T Y`. `number` counts
-    the iterations of the step from 1.
+    the iterations of the step from 1. A cautious error is at least `CAUTION` times what a rise like the last one in
+    every iteration so far would be.
     """
     width = squares.shape[-1]
     L, T = frame.L, frame.gram
@@ -379,11 +395,34 @@ def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, number: int) ->
     rho = frame.lengths[:, :-1].square().mean(-1).sqrt() / before.clamp_min(tiny)
     rise = top.clamp_min(tiny) / before.sqrt().clamp_min(tiny) - 1
     error = estimated_error(rho, 1 - values[:, :-1].amin(-1) / top.clamp_min(tiny), rise, number)
+    if is_cautious:
+        error = torch.maximum(error, rise * (CAUTION * number))
     head = product(L, X[:, :width])
     tail = X[:, width:]
     of_basis = torch.cat([head - product(frame.K, tail), product(frame.M, tail)], dim=-2)
     of_images = torch.cat([head, tail], dim=-2)
-    return Ritz(of_basis, of_images, squares_after, values[:, 0], residual, error, rise)
+    return Ritz(of_basis, of_images, squares_after, values[:, 0], residual, error, rise, frame.rest)
+
+
+def edge(squares: Tensor) -> Tensor:
+    """`(k,)`: the smallest value among the columns of a block, or that of the last, which searches, if it is larger.
+
+    An estimate of the largest singular value outside, from `squares (k, b, b)`, the Gram matrix of the images.
+    """
+    values = squares.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    return torch.maximum(values[:, :-1].amin(-1), values[:, -1])
+
+
+def norm_from_gram(square: Tensor) -> Tensor:
+    """`||R||` from `R^T R (k, b, b)`, from above: at most 1.2 times, for 15 columns.
+
+    It is the eighth root of the trace of its eighth power.
+    """
+    trace = square.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(square.dtype).tiny)
+    power = square / trace[:, None, None]
+    for _ in range(3):
+        power = product(power, power)
+    return (trace * power.diagonal(dim1=-2, dim2=-1).sum(-1).pow(1 / 8)).sqrt()
 
 
 def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor]:
@@ -460,7 +499,7 @@ def estimated_error(rho: Tensor, gap: Tensor, rise: Tensor, number: int) -> Tens
     return torch.minimum(rho * ratio.square().div(16).clamp_max(1), rise * (number / 2))
 
 
-def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:
+def _solve_small(matrices: list[Matrices], width: int, keeps_subspace: bool) -> list[Solution]:
     """Matrices `(k, M, N)`, `N <= 2 width`, from their Gram matrices."""
     scaled, scales = zip(*(scaled_to_one(one.dense()) for one in matrices), strict=True)
     pad = [2 * width - one.shape[-1] for one in scaled]
@@ -469,13 +508,21 @@ def _solve_small(matrices: list[Matrices], width: int) -> list[Solution]:
     X, squares, _ = dominant_subspace(H, G, width, 2 * ROUNDS)
     next_values = second_value(squares)
     counts = [len(one) for one in scaled]
+    rest = edge(squares) if keeps_subspace else next_values
+    coupling = norm_from_gram(gram(add_product(product(H, X), X, squares, alpha=-1))) if keeps_subspace else next_values
+    parts = (part.split(counts) for part in (X, next_values, squares, rest, coupling))
     solutions = []
-    for one, scale, x, next_value in zip(scaled, scales, X.split(counts), next_values.split(counts), strict=True):
+    for one, scale, x, next_value, *known in zip(scaled, scales, *parts, strict=True):
         right = x[:, : one.shape[-1], 0]
         image = product(one, right[..., None])[..., 0]
         value = image.norm(dim=-1) / right.norm(dim=-1)
         zero = torch.zeros_like(value)
-        triple = Triple(value * scale, unit(image), unit(right), next_value * scale, zero, zero, zero)
+        subspace = None
+        if keeps_subspace:
+            columns = x[:, : one.shape[-1]]
+            own_squares, own_rest, own_coupling = known
+            subspace = Subspace(product(one, columns), columns, own_squares, scale, own_rest, own_coupling)
+        triple = Triple(value * scale, unit(image), unit(right), next_value * scale, zero, zero, zero, subspace)
         solutions.append(Solution(triple, {}))
     return solutions
 

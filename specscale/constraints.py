@@ -6,7 +6,8 @@ here and one entry in `CONSTRAINTS`; its options are the fields of the class. Ch
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from specscale.block import Block
-from specscale.linalg import broadcast_to, concat, product
+from specscale.linalg import add_product, broadcast_to, can_sync, concat, may_be_rounded, product
+from specscale.lowering import excess_part, level_and_factor, norm_afterwards
 from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
 from specscale.solvers import Solver
 
@@ -115,5 +117,66 @@ class Clipped(Constraint):
             weight.sub_(torch.where(skip[:, None, None], 0, correction).reshape(weight.shape))
 
 
-CONSTRAINTS: dict[str, type[Constraint]] = {one.name: one for one in (Frobenius, Spectral, Clipped)}
+class Cap(Constraint):
+    """`||W|| <= t`: a matrix below its target stays as it is, bit for bit.
+
+    Of a matrix above, every singular value above the target that the solver's block of 16 vectors holds is lowered to
+    the target. Where more values are above it than the block holds, or the block is known too roughly, the whole matrix
+    is scaled down by what is left: see `specscale.lowering`. Both keep a margin from the solver's residuals, so that
+    the norm afterwards is a little below the target.
+    """
+
+    name = "cap"
+    norm_type = SpectralNormBySolver
+
+    @cached_property
+    def norm(self) -> Norm:
+        solver = replace(self.solver, keeps_subspace=True) if isinstance(self.solver, Block) else self.solver
+        return self.norm_type.with_solver(solver)
+
+    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+        is_above = ~skip_mask & (measurement.norm > target)
+        if can_sync(target) and not bool(is_above.any()):
+            return
+        levels, factors = self._levels_and_factors(measurement, target)
+        counts = [len(weight) for weight in weights]
+        each = (numbers.split(counts) for numbers in (levels, factors, is_above))
+        for weight, triple, level, factor, change in zip(weights, measurement.factors, *each, strict=True):
+            known = triple.subspace
+            part = product(known.left, excess_part(known.squares, level.to(known.squares)))
+            lower_(weight, factor, part * (factor * known.scale)[:, None, None], known.right, change)
+
+    def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
+        level, factor = self._levels_and_factors(measurement, target)
+        scale, rest, coupling = _known(measurement)
+        after = scale * norm_afterwards(measurement.norm / scale, rest, coupling, level, factor)
+        return torch.where(measurement.norm > target, after.to(target.dtype), measurement.norm)
+
+    @staticmethod
+    def _levels_and_factors(measurement: Measurement, target: Tensor) -> tuple[Tensor, Tensor]:
+        scale, rest, coupling = _known(measurement)
+        return level_and_factor(target / scale, rest, coupling)
+
+
+def _known(measurement: Measurement) -> Iterator[Tensor]:
+    """`Subspace.scale`, `rest` and `coupling` of all matrices."""
+    known = [triple.subspace for triple in measurement.factors]
+    return (concat([getattr(one, name) for one in known]) for name in ("scale", "rest", "coupling"))
+
+
+def lower_(weight: Tensor, factor: Tensor, left: Tensor, right: Tensor, change: Tensor) -> None:
+    """`W <- factor W - left right^T` where `change (k,)` is true, of a weight `(k, o, i, ...)`."""
+    is_contiguous = weight.is_contiguous() and weight.dtype == left.dtype
+    matrices = weight.reshape(len(weight), left.shape[-2], right.shape[-2])
+    if is_contiguous and can_sync(weight) and not may_be_rounded(weight):
+        # In place, and only what changes.
+        for k in change.nonzero()[:, 0].tolist():
+            matrices[k].addmm_(left[k], right[k].mT, beta=factor[k].item(), alpha=-1)
+        return
+    matrices = matrices.to(left.dtype)
+    changed = add_product(matrices * factor[:, None, None], left, right.mT, alpha=-1)
+    weight.copy_(torch.where(change[:, None, None], changed, matrices).reshape(weight.shape))
+
+
+CONSTRAINTS: dict[str, type[Constraint]] = {one.name: one for one in (Frobenius, Spectral, Clipped, Cap)}
 """Every constraint, by the name that callers and checkpoints use."""

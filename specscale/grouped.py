@@ -34,7 +34,7 @@ from torch import Tensor
 
 from specscale import kernels
 from specscale.block import Block
-from specscale.constraints import Frobenius, Spectral
+from specscale.constraints import Cap, Frobenius, Spectral
 from specscale.kernels import SIDE, SMALL_SIZE
 from specscale.norms import SpectralNormBySolver
 from specscale.weights import Weight
@@ -93,7 +93,7 @@ def fits(weight: Weight) -> bool:
     parameter, scaling = weight.parameter, weight.scaling
     constraint = scaling.constraint
     is_known = isinstance(constraint, Frobenius) or (
-        isinstance(constraint, Spectral)
+        isinstance(constraint, Spectral | Cap)
         and isinstance(constraint.norm, SpectralNormBySolver)
         and isinstance(constraint.norm.solver, Block)
         and constraint.norm.solver.width == 16
@@ -133,7 +133,8 @@ class GroupedStep:
         parameter = weights[0].parameter
         self.device, self.dtype = parameter.device, _TYPES[parameter.dtype]
         self.vector = 16 // parameter.element_size()
-        self.is_spectral = isinstance(weights[0].scaling.constraint, Spectral)
+        constraint = weights[0].scaling.constraint
+        self.is_spectral, self.is_cap = isinstance(constraint, Spectral | Cap), isinstance(constraint, Cap)
         self.num_matrices = sum(weight.view.count for weight in weights)
         # The default dtype and the default device are the user's.
         own: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
@@ -280,11 +281,12 @@ class GroupedStep:
             yield Launch(kernels.orthogonalize, self.num_matrices, (self.table,), first)
             yield Launch(kernels.images_of_rest, len(rows), (self.table, rows), products | first)
             args = (self.table, SKIP, norm.solver.tolerance)
-            yield Launch(kernels.rayleigh_ritz, self.num_matrices, args, first | {"LAST": is_last})
+            constants = first | {"LAST": is_last, "IS_CAP": self.is_cap}
+            yield Launch(kernels.rayleigh_ritz, self.num_matrices, args, constants)
             if not is_last:
                 yield Launch(kernels.combine, *both, {"TILE": TILE})
         both = (len(on_weight) + len(columns), (self.table, on_weight, columns, len(on_weight)))
-        yield Launch(kernels.update, *both, typed | {"TILE": TILE})
+        yield Launch(kernels.update, *both, typed | {"TILE": TILE, "IS_CAP": self.is_cap})
 
 
 SKIP: Any = object()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from specscale.errors import public_call
 from specscale.layers import LayerRule
 from specscale.linalg import no_grad_full_precision
-from specscale.targets import GAINS, Gain, check_setting, resolve_gains
+from specscale.targets import GAINS, Gains, check_setting, resolve_gains
 from specscale.weights import Patterns, Weight, refuse_unwritable, select
 
 
@@ -40,7 +40,7 @@ def orthogonal_like(weight: Weight, gain: float, generator: torch.Generator | No
 @public_call()
 def orthogonal_init_(
     module: nn.Module,
-    gain: Gain = "channels",
+    gain: Gains = "channels",
     *,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -52,7 +52,8 @@ def orthogonal_init_(
 
     Args:
         module: the model; the weights that `apply_norm_scaling` would scale are overwritten.
-        gain: `"channels"`, `"features"`, `"matrix"`, a number, or a function `(name, module) -> float`.
+        gain: `"channels"`, `"features"`, `"matrix"`, a number, a function `(name, module) -> float`, or a mapping from
+            patterns, as `include` takes them, to these: the first match wins, and every weight must be matched.
         include: shell patterns on module names, each taking everything below the modules that it matches, types of
             layers, or predicates `(name, module) -> bool`; None means all.
         exclude: the weights that are not overwritten, in the same ways.
@@ -65,8 +66,8 @@ def orthogonal_init_(
 
     Raises:
         TypeError: `module` is no module, or an option has a wrong type.
-        ValueError: unknown gain, a gain that is not finite and positive, a pattern that matches nothing, a rule that
-            does not fit a layer, or a weight that is computed from others.
+        ValueError: unknown gain, a gain that is not finite and positive, a pattern that matches nothing, a weight that
+            no pattern of `gain` matches, a rule that does not fit a layer, or a weight that is computed from others.
     """
     check_setting("gain", gain, GAINS)
     weights = select(module, include, exclude, rules)

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from specscale.block import CANCELLATION, DEPENDENT, NOISE, ROUNDING, ROUNDS, SQUARINGS
+from specscale.block import CANCELLATION, CAUTION, DEPENDENT, NOISE, ROUNDING, ROUNDS, SQUARINGS
+from specscale.lowering import GROWING, LEAST_LEVEL, NUM_GROWING, NUM_ROOT, NUM_SETTLING, SAFETY
 
 # A row of the table, int64.
 FIELDS = tl.constexpr(40)
@@ -29,10 +30,12 @@ NUM_TILES, PARTIAL_SQUARES, WEIGHT_NUMBER = (tl.constexpr(i) for i in range(34, 
 SQUARES, FRAME_Y, FRAME_S, GRAM, LENGTHS, OF_BASIS, OF_IMAGES = (
     tl.constexpr(i) for i in (0, 256, 1280, 2304, 3328, 3344, 3856)
 )
-STEP, IS_KEPT, IS_DONE, COUNT = (tl.constexpr(i) for i in range(4368, 4372))
-"""The length of the update; whether the new block is kept; whether the matrix needs no further iteration in this step,
-and how many it has taken."""
-SMALL_SIZE = 4372
+REST, OF_CHANGE = tl.constexpr(4368), tl.constexpr(4624)
+"""The Gram matrix of the residuals outside the block; `[Y, T] OF_CHANGE` times the block is added to the weight."""
+STEP, FACTOR, IS_KEPT, IS_DONE, COUNT = (tl.constexpr(i) for i in range(5136, 5141))
+"""The length of the update, zero where nothing changes; the factor on the weight; whether the new block is kept;
+whether the matrix needs no further iteration in this step, and how many it has taken."""
+SMALL_SIZE = 5141
 GRAM_V_SIZE, GRAM_Y_SIZE = 768, 512
 """A tile's part of Gram matrices: that of `[V, R]`; and first `Y^T Y`, later `[Y, T]^T T`."""
 _GRAM_V_SIZE, _GRAM_Y_SIZE = tl.constexpr(GRAM_V_SIZE), tl.constexpr(GRAM_Y_SIZE)
@@ -41,6 +44,9 @@ SIDE = 128
 """Rows and columns of a tile of the weight that one program updates, `STRIP` at a time."""
 _SIDE, STRIP = tl.constexpr(SIDE), tl.constexpr(16)
 _NOISE, _ROUNDS, _SQUARINGS = tl.constexpr(NOISE), tl.constexpr(ROUNDS), tl.constexpr(SQUARINGS)
+_CAUTION, _SAFETY, _LEAST_LEVEL = tl.constexpr(CAUTION), tl.constexpr(SAFETY), tl.constexpr(LEAST_LEVEL)
+_GROW_1, _GROW_3, _GROW_5 = (tl.constexpr(factor) for factor in GROWING)
+_NUM_GROWING, _NUM_SETTLING, _NUM_ROOT = tl.constexpr(NUM_GROWING), tl.constexpr(NUM_SETTLING), tl.constexpr(NUM_ROOT)
 _ROUNDING, _CANCELLATION, _DEPENDENT = tl.constexpr(ROUNDING), tl.constexpr(CANCELLATION), tl.constexpr(DEPENDENT)
 PRECISION = tl.constexpr("tf32x3")
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
@@ -385,6 +391,7 @@ def orthogonalize(table, FIRST: tl.constexpr):
             M = scales[:, None] * tl.trans(inverse) * tl.where(exists_across, 1.0, 0.0)[None, :]
             K = tl.dot(L, tl.dot(overlap, M, input_precision="ieee"), input_precision="ieee")
             gram = tl.dot(tl.trans(M), tl.dot(rest, M, input_precision="ieee"), input_precision="ieee")
+            _store_gram(small + REST, 16, rest)
             _store_frame(small + FRAME_Y, L, zero, eye)
             _store_frame(small + FRAME_S, L, -K, M)
             _store_frame(small + GRAM, eye, zero, gram)
@@ -475,8 +482,49 @@ def _orthonormal(X, d):
     return X / tl.sqrt(tl.maximum(tl.sum(X * X, axis=0), TINY))[None, :]
 
 
+@triton.jit
+def _norm_from_gram(square, eye):
+    """`block.norm_from_gram`."""
+    trace = tl.maximum(tl.sum(tl.sum(square * eye, axis=1), axis=0), TINY)
+    power = square / trace
+    for _ in range(3):
+        power = tl.dot(power, power, input_precision=PRECISION)
+    return tl.sqrt(trace * tl.exp(tl.log(tl.maximum(tl.sum(tl.sum(power * eye, axis=1), axis=0), TINY)) / 8))
+
+
+@triton.jit
+def _bound(level_squared, rest_squared, coupling):
+    """`lowering.bound`."""
+    half = (level_squared - rest_squared) / 2
+    return (level_squared + rest_squared) / 2 + tl.sqrt(half * half + coupling * coupling)
+
+
+@triton.jit
+def _excess_part(relative, eye):
+    """`lowering._excess_part_by_products`."""
+    above = relative - eye
+    length = tl.maximum(tl.sqrt(tl.sum(tl.sum(above * above, axis=1), axis=0)), TINY)
+    sign = above / length
+    for _ in range(_NUM_GROWING):
+        square = tl.dot(sign, sign, input_precision=PRECISION)
+        grown = eye * _GROW_1 + tl.dot(square, eye * _GROW_3 + square * _GROW_5, input_precision=PRECISION)
+        sign = tl.dot(sign, grown, input_precision=PRECISION)
+    for _ in range(_NUM_SETTLING):
+        settled = 1.5 * eye - 0.5 * tl.dot(sign, sign, input_precision=PRECISION)
+        sign = tl.dot(sign, settled, input_precision=PRECISION)
+    larger = eye + 0.5 * (above + tl.dot(above, sign, input_precision=PRECISION))
+    larger = 0.5 * (larger + tl.trans(larger))
+    length = tl.sqrt(tl.sum(tl.sum(larger * larger, axis=1), axis=0))
+    root, inverse = larger / length, eye
+    for _ in range(_NUM_ROOT):
+        step = 1.5 * eye - 0.5 * tl.dot(inverse, root, input_precision=PRECISION)
+        root = tl.dot(root, step, input_precision=PRECISION)
+        inverse = tl.dot(step, inverse, input_precision=PRECISION)
+    return eye - inverse / tl.sqrt(length)
+
+
 @triton.jit(do_not_specialize_on_alignment=["skip"])
-def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexpr):
+def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexpr, IS_CAP: tl.constexpr):
     """`block.rayleigh_ritz`; where the error is small enough, the length of the update and what is reported."""
     row = table + tl.program_id(0) * FIELDS
     small = _floats(tl.load(row + SMALL))
@@ -553,9 +601,11 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
         rho = tl.sqrt(tl.sum(tl.where(d < 15, residuals * residuals, 0.0), axis=0) / 15) / before
         gap = tl.maximum(1 - tl.sqrt(bottom) / tl.sqrt(tl.maximum(top, TINY)), TINY)
         error = rho * tl.minimum((rho / gap) * (rho / gap) / (8 if FIRST else 16), 1.0)
+        rise = tl.sqrt(tl.maximum(top, TINY)) / tl.sqrt(before) - 1
         if not FIRST:
-            rise = tl.sqrt(tl.maximum(top, TINY)) / tl.sqrt(before) - 1
             error = tl.minimum(error, tl.maximum(rise, EPS) * (count / 2))
+        if IS_CAP:
+            error = tl.maximum(error, rise * count * _CAUTION)
         of_first = tl.sum(tl.where(d == 0, diagonal, 0.0), axis=0)
         length = tl.sum(tl.where(d == 0, lengths, 0.0), axis=0)
         scaled_value = tl.sqrt(of_first / length)
@@ -574,10 +624,37 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
             target = tl.load(_float(tl.load(row + TARGET)))
             is_off = _is_off(row, skip)
             is_skipped = _is_skipped(row, value)
-            step = (target - value) / (scaled_value * length)
-            tl.store(small + STEP, tl.where(is_off | is_skipped, 0.0, step))
             tl.store(small + IS_KEPT, tl.where(is_finite & (is_off == 0) & (is_exact == 0), 1.0, 0.0))
-            norm = tl.where(is_skipped, value, tl.maximum(target, next_value))
+            if IS_CAP:
+                is_skipped = is_skipped | (value <= target)
+                # What couples the block with the rest: see `lowering`.
+                outside = _matrix(small + REST, 16, 16)
+                is_searched = (q[:, None] < 15) & (d[None, :] < 15)
+                couples = tl.dot(H, X, input_precision=PRECISION) - tl.dot(X, squares, input_precision=PRECISION)
+                of_exact = tl.dot(tl.trans(couples), couples, input_precision=PRECISION)
+                c_matrix = tl.where(is_exact, of_exact, tl.where(is_searched, outside, 0.0))
+                coupling = _norm_from_gram(c_matrix, eye16)
+                least = tl.min(tl.where(d < 15, diagonal, float("inf")), axis=0)
+                searched = tl.sum(tl.where(d == 15, diagonal, 0.0), axis=0)
+                b = tl.maximum(tl.maximum(least, searched), 0.0)
+                t = (target / scale) * (target / scale)
+                safe = coupling * _SAFETY
+                room = tl.maximum(t - b, TINY)
+                level = tl.maximum(t - safe * safe / room, tl.maximum(b, t * _LEAST_LEVEL))
+                square_after = _bound(level, b, safe)
+                factor = tl.where(square_after > t * (1 + 8 * EPS), tl.sqrt(t / square_after), 1.0)
+                relative = tl.where(is_skipped, eye16, squares / level)
+                change = tl.dot(X, _excess_part(relative, eye16), input_precision=PRECISION)
+                change = tl.dot(frame, change, input_precision=PRECISION)
+                tl.store(small + OF_CHANGE + o, change * (-scale * factor))
+                tl.store(small + FACTOR, factor)
+                tl.store(small + STEP, tl.where(is_off | is_skipped, 0.0, 1.0))
+                after = scale * factor * tl.sqrt(_bound(tl.minimum(level, scaled_value * scaled_value), b, coupling))
+                norm = tl.where(is_skipped, value, after)
+            else:
+                step = (target - value) / (scaled_value * length)
+                tl.store(small + STEP, tl.where(is_off | is_skipped, 0.0, step))
+                norm = tl.where(is_skipped, value, tl.maximum(target, next_value))
             is_estimate = is_finite & (is_exact == 0)
             residual = tl.sum(tl.where(d == 0, residuals, 0.0), axis=0) / before
             _report(
@@ -660,8 +737,8 @@ def _load_strip(row, p, q, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _change_strip(row, p, q, factor, along_p, along_q, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """Multiply a strip of a tile of the weight by a factor and add a matrix of rank one."""
+def _change_strip(row, p, q, factor, change, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """Multiply a strip of a tile of the weight by a factor and add a change."""
     a = tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE))
     m, n = tl.load(row + M_), tl.load(row + N_)
     mode = tl.load(row + MODE)
@@ -670,21 +747,21 @@ def _change_strip(row, p, q, factor, along_p, along_q, DTYPE: tl.constexpr, VECT
         q_at = _offset(q, tl.load(row + J_LENGTH), tl.load(row + J_OUTER), tl.load(row + J_INNER))
         at = a + p_at[:, None] + q_at[None, :]
         mask = (p[:, None] < m) & (q[None, :] < n)
-        tile = tl.load(at, mask=mask, other=0.0).to(tl.float32) * factor + along_p[:, None] * along_q[None, :]
+        tile = tl.load(at, mask=mask, other=0.0).to(tl.float32) * factor + change
         tl.store(at, tile.to(DTYPE), mask=mask)
     else:
         swap = mode == ROWS_CONTIGUOUS
         stride = tl.multiple_of(tl.where(swap, tl.load(row + J_INNER), tl.load(row + I_INNER)), VECTOR)
         aligned_at = tl.multiple_of(a, 16) + p[:, None] * stride + q[None, :]
         mask = (p[:, None] < tl.where(swap, n, m)) & (q[None, :] < tl.multiple_of(tl.where(swap, m, n), VECTOR))
-        tile = tl.load(aligned_at, mask=mask, other=0.0).to(tl.float32) * factor + along_p[:, None] * along_q[None, :]
+        tile = tl.load(aligned_at, mask=mask, other=0.0).to(tl.float32) * factor + change
         tl.store(aligned_at, tile.to(DTYPE), mask=mask)
 
 
 @triton.jit
 def update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr,
-            TILE: tl.constexpr):  # fmt: skip
-    """`A <- A + (t - s) u v^T`, and by the last programs the block that the next step starts from."""
+            TILE: tl.constexpr, IS_CAP: tl.constexpr):  # fmt: skip
+    """`A <- A + (t - s) u v^T`, or for a cap `f A - (A V) F V^T`; by the last programs the block for the next step."""
     pid = tl.program_id(0)
     if pid < num_update_tiles:
         row = table + tl.load(update_tiles + 4 * pid) * FIELDS
@@ -699,13 +776,23 @@ def update(table, update_tiles, column_tiles, num_update_tiles, DTYPE: tl.conste
             y, t, v, r = tl.load(row + Y_), tl.load(row + T_), tl.load(row + V_), tl.load(row + R_)
             p_first, p_second = tl.where(swap, v, y), tl.where(swap, r, t)
             q_first, q_second = tl.where(swap, y, v), tl.where(swap, t, r)
-            of_p, of_q = tl.where(swap, OF_BASIS, OF_IMAGES), tl.where(swap, OF_IMAGES, OF_BASIS)
+            OF_LEFT: tl.constexpr = OF_CHANGE if IS_CAP else OF_IMAGES
+            of_p, of_q = tl.where(swap, OF_BASIS, OF_LEFT), tl.where(swap, OF_LEFT, OF_BASIS)
             p_size, q_size = tl.where(swap, n, m), tl.where(swap, m, n)
-            along_q = step * _first_column(q_first, q_second, q, q_size, small + of_q)
-            for strip in range(0, _SIDE, STRIP):
-                p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
-                along_p = _first_column(p_first, p_second, p, p_size, small + of_p)
-                _change_strip(row, p, q, 1.0, along_p, along_q, DTYPE, VECTOR)
+            if IS_CAP:
+                factor = tl.load(small + FACTOR)
+                block_q = tl.trans(_combined(q_first, q_second, q, q_size, small + of_q))
+                for strip in range(0, _SIDE, STRIP):
+                    p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
+                    block_p = _combined(p_first, p_second, p, p_size, small + of_p)
+                    change = tl.dot(block_p, block_q, input_precision=PRECISION)
+                    _change_strip(row, p, q, factor, change, DTYPE, VECTOR)
+            else:
+                along_q = step * _first_column(q_first, q_second, q, q_size, small + of_q)
+                for strip in range(0, _SIDE, STRIP):
+                    p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
+                    along_p = _first_column(p_first, p_second, p, p_size, small + of_p)
+                    _change_strip(row, p, q, 1.0, along_p[:, None] * along_q[None, :], DTYPE, VECTOR)
     else:
         pid -= num_update_tiles
         row = table + tl.load(column_tiles + 2 * pid) * FIELDS
@@ -757,9 +844,8 @@ def rescale(table, update_tiles, skip, DTYPE: tl.constexpr, VECTOR: tl.constexpr
     is_skipped = _is_skipped(row, norm)
     if (is_off | is_skipped) == 0:
         q = tl.load(update_tiles + 4 * pid + 2) * _SIDE + tl.arange(0, _SIDE)
-        zero_p, zero_q = tl.zeros((STRIP,), tl.float32), tl.zeros((_SIDE,), tl.float32)
         for strip in range(0, _SIDE, STRIP):
             p = tl.load(update_tiles + 4 * pid + 1) * _SIDE + strip + tl.arange(0, STRIP)
-            _change_strip(row, p, q, target / norm, zero_p, zero_q, DTYPE, VECTOR)
+            _change_strip(row, p, q, target / norm, 0.0, DTYPE, VECTOR)
     if number == 0:
         _report(row, is_off, tl.where(is_skipped, norm, target), 0.0, 0.0, 0.0)

@@ -100,7 +100,7 @@ def product(first: Tensor, *factors: Tensor) -> Tensor:
 
 def multiplier(factor: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """How `product` multiplies factors of that dtype and device: for many small products in a row, decided once."""
-    if not _may_be_rounded(factor):
+    if not may_be_rounded(factor):
         return _product_as_torch_does
     return _product_in_float64 if _has_fast_float64(factor) else product_of_parts
 
@@ -116,7 +116,7 @@ def _product_in_float64(a: Tensor, b: Tensor) -> Tensor:
 
 def add_product(summand: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
     """`summand + alpha (a @ b)` for batches `(k, m, n)` and `(k, n, b)`, as accurate as `product`."""
-    if not _may_be_rounded(a):
+    if not may_be_rounded(a):
         return torch.baddbmm(summand, a, b, alpha=alpha)
     return torch.add(summand, product(a, b), alpha=alpha)
 
@@ -160,7 +160,7 @@ def _leading_part(x: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def _may_be_rounded(factor: Tensor) -> bool:
+def may_be_rounded(factor: Tensor) -> bool:
     """Whether a switch of torch's lets a product with the factor have fewer digits than its dtype."""
     if factor.dtype != torch.float32:
         return False

@@ -11,7 +11,6 @@ from einops import EinopsError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from specscale.constraints import Constraint
 from specscale.errors import Refusal, public_call
 from specscale.held import INSIDE_PLAIN, HeldWeights, Place, is_source, places_of, put_on
 from specscale.layers import LayerRule, rule_for
@@ -20,25 +19,23 @@ from specscale.parametrization import unregister
 from specscale.state import PLAIN_LAYERS, NormScaling, original, scaling_of, version_of
 from specscale.state_dicts import LoadCheck, end_unused_checks, refuse_others_on_top
 from specscale.step import solve_anew_
-from specscale.targets import Target, resolve_targets
+from specscale.targets import Target, Targets, depends_on_norms, resolve_targets
 from specscale.views import MatrixView
-from specscale.weights import Weight, holds_tensor, scaled_weights, shard_kind
+from specscale.weights import Weight, holds_tensor, scaled_weights, shard_kind, value_for
 
 
 @dataclass(frozen=True)
 class Rule:
     """What a call of `apply_norm_scaling` has said, and a weight of another shape needs again."""
 
-    target: Target | None = None
-    """None, `"initial"` and `"features"`, which needs an example input: the norm that the weight has."""
+    target: Targets = "initial"
     layers: tuple[LayerRule, ...] = ()
 
-    def target_of(self, weight: Weight, constraint: Constraint, model: nn.Module) -> float | None:
-        """The target norm of a weight that is not scaled yet, None for the norm that it has."""
-        if self.target is None or self.target in ("initial", "features"):
-            return None
-        targets = resolve_targets(self.target, constraint, [weight], model, None)
-        return None if targets is None else targets[weight.name]
+    def target_for(self, weight: Weight, model: nn.Module) -> Target:
+        """What the call has said of a weight that is not scaled yet."""
+        target: Target = value_for("target", self.target, weight, model)
+        # The call's example input is not kept.
+        return "initial" if isinstance(target, str) and target == "features" else target
 
 
 class PlainModel:
@@ -85,7 +82,7 @@ class PlainModel:
                 try:
                     if not taken.weight.is_scaled:
                         put_on(taken.weight.scaling, find.place)
-                    _renew(taken, find)
+                    _renew(taken, find, self._model)
                 except Exception as error:
                     finds[taken] = _failure(error)
                     if scaling_of(find.place.module, find.place.tensor) is taken.weight.scaling:
@@ -217,8 +214,8 @@ class _Find(NamedTuple):
     place: Place
     parameter: nn.Parameter
     view: MatrixView
-    target: float | None
-    """Of a weight of another shape; None for the norm that it has."""
+    target: Target
+    """What is to be held if the weight has another shape."""
 
 
 def _find(
@@ -284,17 +281,16 @@ def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, paramete
         view.matrix_shape(parameter)
     except EinopsError:
         return f"its shape {tuple(parameter.shape)} does not fit {view}"
-    target = None
+    target: Target = "initial"
     if not (is_same_shape and view == taken.weight.view):
-        weight = Weight(*place, view, taken.weight.is_only)
-        target = rule.target_of(weight, taken.weight.scaling.constraint, model)
-        if target is None and not bool(parameter.isfinite().all()):
+        target = rule.target_for(Weight(*place, view, taken.weight.is_only), model)
+        if depends_on_norms(target) and not bool(parameter.isfinite().all()):
             return "it holds NaN or infinity"
     return _Find(place, parameter, view, target)
 
 
 @torch.no_grad()
-def _renew(taken: _Taken, find: _Find) -> None:
+def _renew(taken: _Taken, find: _Find, model: nn.Module) -> None:
     """Bring a scaling that is on its layer again up to the weight that the layer has."""
     scaling, parameter = taken.weight.scaling, find.parameter
     is_same_matrix = parameter.shape == taken.shape and find.view == scaling.view
@@ -303,19 +299,22 @@ def _renew(taken: _Taken, find: _Find) -> None:
     if fits_state and parameter is taken.parameter and torch.equal(_checksum(parameter), taken.checksum):
         scaling.keep_current(parameter, taken.version)
         return
-    target, skip_mask = scaling.target, scaling.skip_mask
+    held = {name: scaling.get_buffer(name) for name in scaling.held_buffers}
     if not fits_state:
         scaling.reset_(find.view, parameter)
     if parameter.is_meta:
         return
     solve_anew_(scaling, parameter)
     if is_same_matrix:
-        scaling.target.copy_(target)
-        scaling.skip_mask.copy_(skip_mask)
-    elif find.target is not None:
-        scaling.target.fill_(find.target)
+        for name, value in held.items():
+            scaling.get_buffer(name).copy_(value)
     else:
-        scaling.retarget_()
+        if scaling.schedule is not None:
+            scaling.num_steps.fill_(held["num_steps"][0])
+        weight = Weight(*find.place, find.view, scaling.is_only, scaling)
+        (numbers,) = resolve_targets(find.target, {weight: scaling}, model, None, []).values()
+        # What is relative to a norm is so to the one that the weight has at this step of the schedule.
+        scaling.set_target_(numbers, is_base=not depends_on_norms(find.target))
     scaling.mark_current(parameter)
 
 

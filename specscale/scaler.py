@@ -47,6 +47,9 @@ class NormScaler:
     def of(cls, model: nn.Module) -> "NormScaler":
         """The handle of a model that is scaled already, from the model alone.
 
+        A schedule is on the model too, and on its copies. A checkpoint holds the step that it has reached, and no
+        function: that is given to `apply_norm_scaling` before loading.
+
         Raises:
             TypeError: `model` is no module.
             ValueError: it has no scaled weight.
@@ -105,7 +108,8 @@ class NormScaler:
         frozen group, the first step of a warm-up, the step that torch's distributed checkpoints take to make an
         optimizer's state. A weight with a gradient and another rate counts as stepped, though an optimizer may have
         left it where it was: with a gradient of zeros, for one. So does one whose group has no `lr`. At the rate 0, a
-        decay that is not in proportion to it is not seen.
+        decay that is not in proportion to it is not seen. A schedule counts, for each weight, the steps that have
+        scaled it.
 
         Raises:
             TypeError: `optimizer` is no torch optimizer.
@@ -129,7 +133,8 @@ class NormScaler:
         - A weight is looked for as the same parameter, in whatever layer it now is; else as the tensor of the same name
           in the same layer, or in the layer of the same name. Its state is solved anew where its values have changed.
           The target is kept where the shape is; a weight of another shape gets the target of the call of
-          `apply_norm_scaling`, or the norm that it has: with `"initial"`, `"features"` and `NormScaler.of`.
+          `apply_norm_scaling`. Where that is relative to a norm, it is to the one that the weight then has. With
+          `"initial"`, `"features"` and `NormScaler.of`, that norm is the target.
         - A weight that is not found, or computed from other parameters (pruned, quantized), is let go, and a warning
           names it. Layers that are new are not scaled.
         - A new parameter that no attached optimizer holds is named in a warning.
@@ -183,7 +188,7 @@ class NormScaler:
         """Solve the singular vectors anew and take one scaling step: for a copy of the model that holds an average.
 
         An average of weights (EMA, SWA) is not on the targets, and averaged singular vectors are not singular vectors.
-        Frozen weights are scaled too.
+        Frozen weights are scaled too. It is no step of a schedule: the targets are those that are in force.
 
         >>> ema = torch.optim.swa_utils.AveragedModel(model)
         >>> scaling.project(ema)
@@ -198,11 +203,13 @@ class NormScaler:
         scaler = self if model is None else self._of(model, "load the average into a copy of the scaled model first")
         refuse_unwritable(scaler._scaled())
         scaler._solve_anew()
-        scaler._step.take(scaler._scaled())
+        scaler._step.take(scaler._scaled(), counts=False)
 
     @public_call()
     def retarget(self) -> None:
         """Hold, from now on, the norms that the weights have now: for other weights that were loaded.
+
+        A schedule goes on from them, at the step that it has reached.
 
         Raises:
             ValueError: no weight is scaled any more.

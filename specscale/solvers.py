@@ -77,6 +77,26 @@ class DenseMatrices:
         return self.tensor
 
 
+class Subspace(NamedTuple):
+    """What a solver knows of matrices `W (k, m, n)` on `b` directions near the first singular vectors."""
+
+    left: Tensor
+    """`(k, m, b)`: `W V / scale`."""
+    right: Tensor
+    """`(k, n, b)`: `V`, with orthonormal columns."""
+    squares: Tensor
+    """`(k, b, b)`: `left^T left`."""
+    scale: Tensor
+    """`(k,)`: what keeps `left` within the range of its dtype."""
+    rest: Tensor
+    """`(k,)`: an estimate of `||W (1 - V V^T)|| / scale`, the largest value outside; zero where `V` has all."""
+    coupling: Tensor
+    """`(k,)`: an estimate of `||(1 - V V^T) W^T left|| / scale`; zero where the directions are singular vectors."""
+
+    def transposed(self) -> "Subspace":
+        return self._replace(left=self.right, right=self.left)
+
+
 class Triple(NamedTuple):
     """The first singular triple of each matrix `(k, m, n)`, and how well it is known."""
 
@@ -96,10 +116,13 @@ class Triple(NamedTuple):
     num_iterations: Tensor
     """`(k,)`, in the dtype of the values: the iterations until the error was small enough, or all that were taken. Zero
     where the solver is exact."""
+    subspace: Subspace | None
+    """None where the solver was not asked for it: see `Block.keeps_subspace`."""
 
     def transposed(self) -> "Triple":
         """The triple of the transposed matrices."""
-        return self._replace(left=self.right, right=self.left)
+        subspace = None if self.subspace is None else self.subspace.transposed()
+        return self._replace(left=self.right, right=self.left, subspace=subspace)
 
 
 class Solution(NamedTuple):
@@ -221,7 +244,17 @@ class Power(_BatchByBatch):
         # Half of it bounds the distance from some singular value, though it need not be the first.
         error = residual / 2
         count = torch.full_like(error, self.num_iterations)
-        triple = Triple(values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, count)
+        subspace = Subspace(
+            image,
+            columns,
+            product(image.mT, image),
+            scale,
+            rest=image[..., 1].norm(dim=-1),
+            coupling=residual * image[..., 0].square().sum(-1),
+        )
+        triple = Triple(
+            values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, count, subspace
+        )
         # Keep the old vectors if the matrix is zero: its product with them is zero too.
         kept = torch.where(values[:, None] > 0, columns, start)
         state = {"columns": kept} if self.warm else {"age": state["age"] + 1}
@@ -246,4 +279,7 @@ class SVD(_BatchByBatch):
         next_value = values[..., 1] if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
         # The vectors of equal singular values are off by rounding, one part in 1e7; the first value is not.
         zero = torch.zeros_like(next_value)
-        return Solution(Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, zero, zero, zero), {})
+        images = left * (values / torch.where(scale > 0, scale, 1)[..., None])[..., None, :]
+        subspace = Subspace(images, right.mT, product(images.mT, images), scale, zero, zero)
+        triple = Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, zero, zero, zero, subspace)
+        return Solution(triple, {})

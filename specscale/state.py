@@ -16,10 +16,14 @@ from specscale.constraints import Constraint
 from specscale.errors import Refusal
 from specscale.linalg import at_least_float32, in_float64
 from specscale.random import normal
+from specscale.schedules import AnySchedule, Schedule, own_factor
 from specscale.views import MatrixView
 
 MEASURED = ("norm", "residual", "error")
 """The buffers that a measurement fills, beside the solver's."""
+
+SCHEDULED = ("base_target", "num_steps")
+"""The buffers of a weight that has a schedule."""
 
 PLAIN_LAYERS: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """The layers that are plain for a while, by `NormScaler.plain()`. A copy of such a layer is plain for good."""
@@ -37,6 +41,11 @@ class NormScaling(nn.Module):
     - `norm`: the norm after the last step.
     - `residual`, `error`: the solver's residual and its estimate of its relative error.
 
+    With a schedule, there are two more, and `target_<constraint>` is what is in force:
+
+    - `base_target`: the target before its factor.
+    - `num_steps`: the steps that the weight has taken.
+
     The solver adds its state: see `init_state` of `Block`, `Power` and `SVD`.
     """
 
@@ -44,6 +53,8 @@ class NormScaling(nn.Module):
     residual: Tensor
     error: Tensor
     skip_mask: Tensor
+    base_target: Tensor
+    num_steps: Tensor
 
     def __init__(
         self,
@@ -54,9 +65,11 @@ class NormScaling(nn.Module):
         seed_name: str,
         is_only: bool,
         parameter_order: tuple[str, ...],
+        schedule: AnySchedule | None = None,
     ) -> None:
         super().__init__()
         self.constraint = constraint
+        self.schedule = schedule
         self.seed_name = seed_name
         """The weight's name when it was put under scaling, which seeds the random numbers."""
         self.is_only = is_only
@@ -78,7 +91,7 @@ class NormScaling(nn.Module):
         for name in list(self._buffers):
             delattr(self, name)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        for buffer in (*MEASURED, self.target_name, "skip_mask"):
+        for buffer in (*MEASURED, *self.held_buffers):
             self.register_buffer(buffer, torch.zeros(view.count, dtype=dtype, device=weight.device))
         # The state of no matrices has the shapes and costs nothing; the first solve fills the buffers.
         state = self.init_solver_state(weight, count=0)
@@ -89,6 +102,11 @@ class NormScaling(nn.Module):
     @property
     def target_name(self) -> str:
         return f"target_{self.constraint.name}"
+
+    @property
+    def held_buffers(self) -> tuple[str, ...]:
+        """The names of the buffers that say what is held: a solver does not know them."""
+        return (self.target_name, "skip_mask", *(() if self.schedule is None else SCHEDULED))
 
     @property
     def target(self) -> Tensor:
@@ -139,10 +157,33 @@ class NormScaling(nn.Module):
         key, dtype = self.seeds(weight.device)[:count], torch.promote_types(weight.dtype, torch.float32)
         return self.constraint.norm.init_state(key, self.matrix_shape(weight), dtype)
 
+    def set_target_(self, numbers: list[float], *, is_base: bool) -> None:
+        """Hold these norms, one for each matrix; where it is 0, the matrix has no direction and is skipped.
+
+        Under a schedule they are the base targets, or the targets that are in force now.
+        """
+        # The default device is the user's.
+        self._hold_(torch.tensor(numbers, dtype=self.target.dtype, device="cpu").to(self.target.device), is_base)
+
     def retarget_(self) -> None:
         """Hold the norms that were measured last; a matrix of zeros has no direction and is skipped."""
-        self.target.copy_(self.norm)
-        self.skip_mask.copy_(self.norm == 0)
+        self._hold_(self.norm, is_base=False)
+
+    def _hold_(self, target: Tensor, is_base: bool) -> None:
+        self.skip_mask.copy_(target == 0)
+        if self.schedule is None:
+            self.target.copy_(target)
+        else:
+            factors = self.factors(self.num_steps)
+            self.base_target.copy_(target if is_base else target / factors)
+            self.target.copy_(target * factors if is_base else target)
+
+    def factors(self, num_steps: Tensor) -> Tensor:
+        """The schedule's factors `(k,)` after so many steps `(k,)`; a caller's function makes the host wait."""
+        if isinstance(self.schedule, Schedule):
+            return self.schedule.factors(num_steps)
+        assert self.schedule is not None
+        return torch.full_like(num_steps, own_factor(self.schedule, int(num_steps[0])))
 
     def mark_current(self, weight: Tensor | None) -> None:
         """Record the weight's version as the one that the buffers describe; None clears it."""
@@ -164,6 +205,8 @@ class NormScaling(nn.Module):
         # The copy's weight is another one: without this, a copy that is trained without scaling would not be told of.
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
+        # A function may hold anything.
+        memo[id(self.schedule)] = self.schedule
         copied.__dict__ = copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_recorded"}, memo)
         # What has been written since is not known here: such a copy counts as current.
         copied.mark_current(None if self._recorded is None else memo.get(self._recorded[0]))

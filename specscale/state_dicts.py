@@ -1,19 +1,21 @@
 """What state dicts go into a scaled model and come out of it."""
 
 import copy
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from specscale.constraints import CONSTRAINTS
 from specscale.errors import Refusal, one_of, public_call
 from specscale.saved_names import SavedParametrization, in_plain_order, parametrizations_in, plain_name, saved_scalings
-from specscale.state import NormScaling, original, others_on_top, scalings_of
+from specscale.state import SCHEDULED, NormScaling, original, others_on_top, scalings_of
 from specscale.step import solve_anew_
 from specscale.weights import Weight, scaled_weights
 
@@ -48,8 +50,9 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
                 f"the checkpoint has no target of {prefix + tensor!r}, and the model has none since to_empty; load a "
                 "checkpoint of the scaled model, or call apply_norm_scaling once the weights are loaded"
             )
+        _complete_schedule(saved, scaling)
         # These need no solver; without one of the others, all of them are solved anew from the weight.
-        kept = {scaling.target_name, "skip_mask"}
+        kept = set(scaling.held_buffers)
         if _shapes(own, kept) != _shapes(saved, kept):
             scaling.needs_solve = True
             saved = own | {name: saved[name] for name in kept if name in saved}
@@ -88,6 +91,7 @@ class LoadCheck:
         for key, value in state_dict.items():
             home, dot, buffer = key.rpartition(".")
             by_home[home + dot][buffer] = value
+        without_schedule = False
         for weight in self._weights(root):
             layer = f"{prefix}{weight.layer}".removesuffix(".")
             own = f"{layer}." if layer else ""
@@ -96,6 +100,13 @@ class LoadCheck:
                 saved = dict(by_home[home])
                 _rename_old_buffers(saved, weight.scaling)
                 _rename_target(saved, replace(weight, layer=layer))
+                without_schedule |= weight.scaling.schedule is None and "base_target" in saved
+        if without_schedule:
+            warnings.warn(
+                "load_state_dict: the checkpoint's targets followed a schedule, which the model was not given: they "
+                "stay as they were at its last step. To go on, give apply_norm_scaling the schedule before loading",
+                stacklevel=7,
+            )
 
     def end_if_unused(self) -> None:
         """Leave the module as it was before the check, once none of the check's weights is scaled any more."""
@@ -171,6 +182,22 @@ def _rename_target(saved: dict[str, Any], weight: Weight) -> None:
                 f"the checkpoint's target of {weight.name!r} must be finite and positive, found {target.tolist()}"
             )
         saved[weight.scaling.target_name] = target
+
+
+def _complete_schedule(saved: dict[str, Any], scaling: NormScaling) -> None:
+    """Bring a checkpoint's targets under this scaling's schedule, or under none.
+
+    Without a schedule, the targets that were in force are held. Under one, those of a checkpoint without are the base
+    targets, at step 0.
+    """
+    if scaling.schedule is None:
+        for name in SCHEDULED:
+            saved.pop(name, None)
+    elif scaling.target_name in saved and not all(name in saved for name in SCHEDULED):
+        base = saved[scaling.target_name]
+        saved["base_target"], saved["num_steps"] = base, torch.zeros_like(base)
+        if not base.is_meta:
+            saved[scaling.target_name] = base * scaling.factors(saved["num_steps"])
 
 
 def solve_what_was_missing(module: nn.Module, _: Any) -> None:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from specscale import linalg
+from specscale.advance import Advance
 from specscale.constraints import Constraint
 from specscale.errors import ADVICE, non_finite
 from specscale.linalg import broadcast_to, concat, no_grad_full_precision
 from specscale.norms import Measurement
+from specscale.pending import PendingCopies
 from specscale.plans import Plan, Plans, is_capturing
 from specscale.state import MEASURED, NormScaling
 from specscale.weights import Weight
@@ -41,27 +43,28 @@ class ScalingStep:
         self._pending: PendingStats | None = None
         self._plans = Plans()
         self._graphs: CapturedSteps | None = None
+        self._advance = Advance()
 
     @no_grad_full_precision
-    def take(self, weights: list[Weight], skip: Tensor | None = None) -> None:
-        """Put the weights back on their targets.
+    def take(self, weights: list[Weight], skip: Tensor | None = None, *, counts: bool = True) -> None:
+        """Put the weights back on their targets: those of the next step of their schedules, if the step `counts`.
 
         Where `skip`, one number for all weights or for each, is positive, nothing of a weight changes, its state
         included.
 
         Raises:
             Refusal: a weight holds NaN or infinity: on a CPU at this step, which then writes nothing; elsewhere at the
-                last one, which left that weight alone.
+                last one, which left that weight alone. Or a schedule gives no positive number; nothing is written.
         """
         if not weights:
             return
         # Through the module, so that a test can run an accelerator's step on a CPU.
         if all(linalg.can_sync(weight.parameter) for weight in weights):
-            self._take_with_sync(weights, skip)
+            self._take_with_sync(weights, skip, counts)
         else:
-            self._take_without_sync(weights, skip)
+            self._take_without_sync(weights, skip, counts)
 
-    def _take_with_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
+    def _take_with_sync(self, weights: list[Weight], skip: Tensor | None, counts: bool) -> None:
         if skip is not None:
             is_off = (skip > 0).expand(len(weights)).tolist()
             weights = [weight for weight, off in zip(weights, is_off, strict=True) if not off]
@@ -70,11 +73,13 @@ class ScalingStep:
         batches = measure_weights(weights)
         if bad := self._read(PendingStats([Result.of(batch) for batch in batches])):
             raise non_finite(bad, f"no weight was scaled. {ADVICE}")
+        if counts:
+            self._advance.advance_(weights)
         project_weights_(batches)
         for weight in weights:
             weight.scaling.mark_current(weight.parameter)
 
-    def _take_without_sync(self, weights: list[Weight], skip: Tensor | None) -> None:
+    def _take_without_sync(self, weights: list[Weight], skip: Tensor | None, counts: bool) -> None:
         is_compiling = torch.compiler.is_compiling()
         # The step before has ended, unless the host is a whole step ahead. Its error is raised once, so that training
         # can go on from good weights.
@@ -82,6 +87,9 @@ class ScalingStep:
             pending, self._pending = self._pending, None
             if bad := self._read(pending):
                 raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
+        # In place and outside of the captured graphs, which read the targets where they are.
+        if counts:
+            self._advance.advance_(weights, skip)
         # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
         planned = next_num_iterations(weights, {} if is_compiling else self.found)
         # Before any capture of ours: what a plan allocates and copies must not become part of a graph.
@@ -254,20 +262,11 @@ class PendingStats:
 
     def __init__(self, results: list[Result]) -> None:
         self._weights = [result.weights for result in results]
-        # A copy that does not block goes to pinned memory, which `to` allocates.
-        self._stats = [result.stats.to("cpu", non_blocking=True) for result in results]
-        self._copied = []
-        for device in {result.stats.device for result in results if not result.stats.is_cpu}:
-            event = torch.Event(device=device)
-            # Without a stream, it would be the one of the current device, which may be another.
-            event.record(torch.accelerator.current_stream(device))
-            self._copied.append(event)
+        self._stats = PendingCopies([result.stats for result in results])
 
     def read(self) -> Iterator["Found"]:
         """What was found of each weight."""
-        for event in self._copied:
-            event.synchronize()
-        for weights, stats in zip(self._weights, self._stats, strict=True):
+        for weights, stats in zip(self._weights, self._stats.read(), strict=True):
             # Not by operations of torch, which take longer on so few numbers.
             norms, errors, counts = stats.tolist()
             end = 0

@@ -1,19 +1,60 @@
-"""Gains and targets: from a name, a number or a function to one positive number for each weight."""
+"""Gains and targets: from a name, a number or a function to a positive number for each weight or matrix."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from specscale.constraints import Constraint
-from specscale.errors import Refusal, one_of
-from specscale.weights import Weight, evaluation_mode
+from specscale.errors import Refusal, one_of, public_call
+from specscale.state import NormScaling
+from specscale.weights import Weight, by_pattern, evaluation_mode, pattern_name
 
 Gain = str | float | Callable[[str, nn.Module], float]
-Target = Gain
+Target = str | float | Callable[..., float | Iterable[float]]
+Gains = Gain | Mapping[Any, Gain]
+"""A gain for all weights, or one for each pattern (`specscale.weights.Pattern`), of which the first match wins."""
+Targets = Target | Mapping[Any, Target]
+"""The same of targets."""
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A target relative to the norm that each matrix has, whatever the norm: `target=Relative(0.5)` is half of it.
+
+    >>> apply_norm_scaling(gpt, target={"*.attn": "initial", "*.mlp": Relative(0.5)}, exclude="head")
+
+    It is a target function like a caller's own: `lambda name, module, norms: 0.5 * norms`.
+
+    Raises:
+        TypeError: the factor is no number.
+        ValueError: it is not finite and positive.
+    """
+
+    factor: float
+    """The target over the norm that the matrix has when `apply_norm_scaling` returns, after its init."""
+
+    @public_call("Relative")
+    def __post_init__(self) -> None:
+        _positive("factor", self.factor)
+
+    def __call__(self, name: str, module: nn.Module, norms: Tensor) -> Tensor:
+        return self.factor * norms
+
+
+def depends_on_norms(target: Any) -> bool:
+    """Whether a target is made from the norms of the weight: `"initial"`, or a function with a parameter `norms`."""
+    if not callable(target):
+        return bool(target == "initial")
+    try:
+        return "norms" in inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        # What is not written in Python may not say.
+        return False
 
 
 def _by_channels(weights: list[Weight], model: nn.Module, example_input: Any) -> dict[str, float]:
@@ -57,63 +98,139 @@ GAINS = {"channels": _by_channels, "features": _by_features, "matrix": _by_matri
 
 def check_setting(option: str, setting: Any, names: Iterable[str]) -> None:
     """Refuse what is no gain or target, before a model is looked at."""
-    if isinstance(setting, str):
-        if setting not in names:
+    if not isinstance(setting, Mapping):
+        _check_value(option, setting, names)
+        return
+    for pattern, value in setting.items():
+        _check_value(option, value, names, f" for pattern {pattern_name(pattern)}")
+
+
+def _check_value(option: str, value: Any, names: Iterable[str], where: str = "") -> None:
+    if isinstance(value, str):
+        if value not in names:
             raise Refusal(
-                f"unknown {option} {setting!r}; choose {one_of(names)}, a number, or a function (name, module) -> float"
+                f"unknown {option} {value!r}{where}; choose {one_of(names)}, a number, or a function "
+                "(name, module) -> float"
             )
-    elif not callable(setting):
-        _positive(option, setting)
+    elif not callable(value):
+        _positive(option, value, where)
 
 
-def resolve(
-    option: str, setting: Gain, weights: list[Weight], model: nn.Module, example_input: Any
-) -> dict[str, float]:
-    """The number that a gain, a number or a function gives for each weight, by name.
+def _ask(option: str, function: Callable[..., Any], weight: Weight, **more: Any) -> Any:
+    """What the caller's function says of a weight."""
+    try:
+        return function(weight.name, weight.module, **more)
+    except Exception as error:
+        error.add_note(f"raised by the {option} function for {weight.name!r}")
+        raise
+
+
+def resolve_gains(setting: Gains, weights: list[Weight], model: nn.Module, example_input: Any) -> dict[str, float]:
+    """The init's gain for each weight, by name, within the range of the weight's dtype.
 
     Raises:
-        Refusal: a function's value is no number (TypeError); a value is not finite and positive, or `"features"`
-            cannot be measured (ValueError).
+        Refusal: a function's value is no number (TypeError); a value is not finite and positive, `"features"` cannot be
+            measured, or patterns and weights do not fit (ValueError).
     """
-    if isinstance(setting, str):
-        return GAINS[setting](weights, model, example_input)
-    numbers = {}
-    for weight in weights:
-        try:
-            number = setting(weight.name, weight.module) if callable(setting) else setting
-        except Exception as error:
-            error.add_note(f"raised by the {option} function for {weight.name!r}")
-            raise
-        numbers[weight.name] = _positive(option, number, f" for {weight.name!r}")
-    return numbers
-
-
-def resolve_gains(setting: Gain, weights: list[Weight], model: nn.Module, example_input: Any) -> dict[str, float]:
-    """The init's gain for each weight, by name, within the range of the weight's dtype."""
-    gains = resolve("gain", setting, weights, model, example_input)
+    gains: dict[str, float] = {}
+    for value, own in by_pattern("gain", setting, weights, model):
+        if isinstance(value, str):
+            gains |= GAINS[value](own, model, example_input)
+            continue
+        for weight in own:
+            number = _ask("gain", value, weight) if callable(value) else value
+            gains[weight.name] = _positive("gain", number, f" for {weight.name!r}")
     for weight in weights:
         _refuse_out_of_range("gain", gains[weight.name], weight, weight.parameter.dtype)
     return gains
 
 
 def resolve_targets(
-    setting: Target, constraint: Constraint, weights: list[Weight], model: nn.Module, example_input: Any
-) -> dict[str, float] | None:
-    """The target norm of each weight's matrices, by name, within the range of the buffer that holds it.
+    setting: Targets,
+    measured: dict[Weight, NormScaling],
+    model: nn.Module,
+    example_input: Any,
+    warnings: list[str],
+) -> dict[Weight, list[float]]:
+    """The target norm of each matrix of each weight, within the range of the buffer that holds it.
 
-    A named gain means the norm of an orthogonal matrix with that gain; a number is the norm itself. None for
-    `"initial"`: then the norm that `apply_norm_scaling` measures becomes the target (`NormScaling.retarget_`).
+    The scalings hold the norms that were measured, to which a target may be relative. Zero, of a matrix of
+    zeros that has a target relative to its norm, means that it cannot be scaled. What the caller should know is
+    appended to `warnings`.
+
+    Raises:
+        Refusal: a function's value is neither a number nor one for each matrix (TypeError); a value is not finite and
+            positive, their count is not that of the matrices, `"features"` cannot be measured, or patterns and weights
+            do not fit (ValueError).
     """
-    if setting == "initial":
-        return None
-    targets = resolve("target", setting, weights, model, example_input)
-    for weight in weights:
-        if isinstance(setting, str):
-            shape = weight.view.matrix_shape(weight.parameter)
-            targets[weight.name] = constraint.norm.of_orthogonal(targets[weight.name], *shape)
-        dtype = torch.promote_types(weight.parameter.dtype, torch.float32)
-        _refuse_out_of_range("target", targets[weight.name], weight, dtype)
+    targets: dict[Weight, list[float]] = {}
+    far_off: list[str] = []
+    for value, own in by_pattern("target", setting, list(measured), model):
+        if value == "initial":
+            value = Relative(1.0)
+        gains = GAINS[value](own, model, example_input) if isinstance(value, str) else {}
+        for weight in own:
+            scaling = measured[weight]
+            numbers: Any = value
+            if isinstance(value, str):
+                shape = weight.view.matrix_shape(weight.parameter)
+                numbers = scaling.constraint.norm.of_orthogonal(gains[weight.name], *shape)
+            elif callable(value):
+                numbers = _ask_target(value, weight, scaling.norm)
+                if weight.view.count > 1 and isinstance(numbers, Real) and _is_far_off(numbers, scaling.norm):
+                    far_off.append(weight.name)
+            targets[weight] = _checked(numbers, weight, scaling.norm, is_relative=depends_on_norms(value))
+    if far_off:
+        warnings.append(
+            f"the target function's number for {', '.join(map(repr, far_off))} is the norm of each of the weight's "
+            f"matrices, and more than {FAR_OFF} times off what each of them has; return one number for each matrix, "
+            "such as 0.5 * norms from a function (name, module, norms)"
+        )
     return targets
+
+
+FAR_OFF = 1.5
+"""From which ratio to the norms of all of a weight's matrices a single number is thought to be a mistake.
+
+The Frobenius norm of a fused weight of `k` like matrices is `sqrt(k)` times that of each: 1.73 for three.
+"""
+
+
+def _is_far_off(number: Real, norm: Tensor) -> bool:
+    norms = [one for one in norm.tolist() if one > 0]
+    return bool(norms) and all(not one / FAR_OFF <= float(number) <= one * FAR_OFF for one in norms)
+
+
+def _ask_target(function: Callable[..., Any], weight: Weight, norm: Tensor) -> Any:
+    """What a target function says of a weight: a number, or a list of one for each matrix."""
+    norms = {"norms": norm.clone()} if depends_on_norms(function) else {}
+    numbers = _ask("target", function, weight, **norms)
+    if isinstance(numbers, Tensor):
+        return numbers.tolist()
+    # NumPy's arrays are no sequences.
+    if not isinstance(numbers, Iterable) or isinstance(numbers, str):
+        return numbers
+    return [one.tolist() if isinstance(one, Tensor) else one for one in numbers]
+
+
+def _checked(numbers: Any, weight: Weight, norms: Tensor, is_relative: bool) -> list[float]:
+    """A target's number or numbers as one for each matrix of the weight, of which each is good."""
+    where, count = f" for {weight.name!r}", weight.view.count
+    if not isinstance(numbers, list):
+        numbers = [numbers] * count
+    elif len(numbers) != count:
+        raise Refusal(
+            f"target must be one number{where}, or one for each of its {count} matrices, found {len(numbers)}"
+        )
+    dtype = torch.promote_types(weight.parameter.dtype, torch.float32)
+    values = []
+    for number, norm in zip(numbers, norms.tolist(), strict=True):
+        is_of_zeros = is_relative and norm == 0 and isinstance(number, Real) and number == 0
+        value = 0.0 if is_of_zeros else _positive("target", number, where)
+        if not is_of_zeros:
+            _refuse_out_of_range("target", value, weight, dtype)
+        values.append(value)
+    return values
 
 
 def _positive(option: str, number: Any, where: str = "") -> float:

@@ -2,9 +2,10 @@
 
 import fnmatch
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import EinopsError
@@ -241,23 +242,102 @@ def _matcher(option: str, patterns: Patterns, names: Iterable[str]) -> Callable[
         patterns = [patterns]
     patterns, names = list(patterns), list(names)
     for pattern in patterns:
-        if isinstance(pattern, nn.Module) or not (isinstance(pattern, str) or callable(pattern)):
-            raise Refusal(
-                f"{option} takes shell patterns on module names, types of layers, or predicates "
-                f"(name, module) -> bool, found {type(pattern).__name__}",
-                TypeError,
-            )
+        _refuse_no_pattern(option, pattern)
         if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise Refusal(
                 f"{option} pattern {pattern!r} matches no module; the nearest names are {nearest(pattern, names)}"
             )
+    return lambda name, module: any(_matches(name, module, pattern) for pattern in patterns)
 
-    def matches(name: str, module: nn.Module, pattern: Pattern) -> bool:
-        if isinstance(pattern, str):
-            return any(fnmatch.fnmatchcase(one, pattern) for one in _with_parents(name))
-        return isinstance(module, pattern) if isinstance(pattern, type) else pattern(name, module)
 
-    return lambda name, module: any(matches(name, module, pattern) for pattern in patterns)
+def pattern_name(pattern: Any) -> str:
+    """A pattern as an error text shows it."""
+    return repr(pattern) if isinstance(pattern, str) else str(getattr(pattern, "__name__", repr(pattern)))
+
+
+def _refuse_no_pattern(option: str, pattern: Any) -> None:
+    if isinstance(pattern, nn.Module) or not (isinstance(pattern, str) or callable(pattern)):
+        raise Refusal(
+            f"{option} takes shell patterns on module names, types of layers, or predicates "
+            f"(name, module) -> bool, found {type(pattern).__name__}",
+            TypeError,
+        )
+
+
+def _matches(name: str, module: nn.Module, pattern: Pattern) -> bool:
+    if isinstance(pattern, str):
+        return any(fnmatch.fnmatchcase(one, pattern) for one in _with_parents(name))
+    return isinstance(module, pattern) if isinstance(pattern, type) else pattern(name, module)
+
+
+def by_pattern(option: str, setting: Any, weights: list[Weight], model: nn.Module) -> list[tuple[Any, list[Weight]]]:
+    """Each value of a setting, with the weights that it is for: those that its pattern is the first to match.
+
+    A setting that is no mapping is for all weights. A tied weight matches by any of its layers.
+
+    Raises:
+        Refusal: no pattern matches a weight, a pattern matches none, or none that is left for it (ValueError); a key is
+            no pattern (TypeError).
+    """
+    if not isinstance(setting, Mapping):
+        return [(setting, weights)]
+    for pattern in setting:
+        _refuse_no_pattern(option, pattern)
+    layers = _layers_of(weights, model)
+    left = list(weights)
+    parts = []
+    for pattern, value in setting.items():
+        matched = [weight for weight in weights if any(_matches(*layer, pattern) for layer in layers[weight])]
+        own = [weight for weight in left if weight in matched]
+        if not own:
+            shown = pattern_name(pattern)
+            if matched:
+                raise Refusal(
+                    f"{option} pattern {shown} is left no weight: patterns before it match all of its own, and the "
+                    "first match wins; put it in front of them"
+                )
+            names = dict.fromkeys(name for weight in weights for name in _with_parents(weight.layer))
+            raise Refusal(
+                f"{option} pattern {shown} matches no selected weight; the nearest names are "
+                f"{nearest(str(pattern), names)}"
+            )
+        left = [weight for weight in left if weight not in own]
+        parts.append((value, own))
+    if left:
+        raise _no_pattern(option, left)
+    return parts
+
+
+def value_for(option: str, setting: Any, weight: Weight, model: nn.Module) -> Any:
+    """The value of a setting for one weight: see `by_pattern`.
+
+    Raises:
+        Refusal: no pattern matches the weight.
+    """
+    if not isinstance(setting, Mapping):
+        return setting
+    layers = _layers_of([weight], model)[weight]
+    for pattern, value in setting.items():
+        if any(_matches(*layer, pattern) for layer in layers):
+            return value
+    raise _no_pattern(option, [weight])
+
+
+def _no_pattern(option: str, weights: list[Weight]) -> Refusal:
+    names = ", ".join(repr(weight.name) for weight in weights[:3]) + ", ..." * (len(weights) > 3)
+    return Refusal(f"no pattern of {option} matches {names}; add '*' for the rest, or exclude it")
+
+
+def _layers_of(weights: Iterable[Weight], model: nn.Module) -> dict[Weight, list[tuple[str, nn.Module]]]:
+    """The layers that hold each weight, its own first, with their names."""
+    layers = {weight: [(weight.layer, weight.module)] for weight in weights}
+    by_id = {id(weight.parameter): own for weight, own in layers.items()}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            own = by_id.get(id(parameter), [])
+            if own and not isinstance(module, parametrize.ParametrizationList) and module is not own[0][1]:
+                own.append((name, module))
+    return layers
 
 
 def refuse_without_values(weights: Iterable[Weight]) -> None:

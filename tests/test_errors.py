@@ -129,6 +129,15 @@ CASES = {
     "unknown solver": lambda: apply_norm_scaling(net(), solver="qr"),
     "unknown target": lambda: apply_norm_scaling(net(), target="final"),
     "negative target": lambda: apply_norm_scaling(net(), target=-1.0),
+    "two numbers for one matrix": lambda: apply_norm_scaling(net(), target={"head": lambda n, m: [1.0, 2.0], "*": 1.0}),
+    "a weight without a pattern": lambda: apply_norm_scaling(net(), target={"encoder": 1.0}),
+    "a pattern without a weight": lambda: apply_norm_scaling(net(), target={"heads": 1.0, "*": 2.0}),
+    "a pattern that comes too late": lambda: apply_norm_scaling(net(), target={"*": 1.0, "head": 2.0}),
+    "a number for a schedule": lambda: apply_norm_scaling(net(), schedule=0.5),
+    "a negative factor": lambda: apply_norm_scaling(net(), schedule=lambda step: -1.0),
+    "a factor that is no number": lambda: apply_norm_scaling(
+        net(), schedule=lambda step: torch.nan if step else 1.0
+    ).step(),
     "features without an input": lambda: apply_norm_scaling(net(), target="features"),
     "pattern": lambda: apply_norm_scaling(net(), exclude="heads"),
     "nothing left": lambda: apply_norm_scaling(net(), exclude="*"),

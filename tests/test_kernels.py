@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lib.scaling_checks import refuse_to_wait
 from specscale import LayerRule, MatrixView, NonFiniteWeightError, apply_norm_scaling, plans, step
 from specscale.block import Block
+from specscale.constraints import Cap
 from specscale.random import keys, signs
 from specscale.weights import find_weights
 
@@ -153,7 +154,9 @@ def step_by_kernels(way, handle, count, skip=None):
     return taken
 
 
-def assert_same(by_torch, by_kernels, dtype=torch.float32, weight_tolerance=1e-5, residual_tolerance=2e-2):
+def assert_same(
+    by_torch, by_kernels, dtype=torch.float32, weight_tolerance=1e-5, residual_tolerance=2e-2, norm_tolerance=3e-6
+):
     # Twice the rounding of the weight's own dtype, where that is larger.
     tolerance = max(weight_tolerance, 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 0)
     for mine, other in zip(by_torch.weights, by_kernels.weights, strict=True):
@@ -161,7 +164,7 @@ def assert_same(by_torch, by_kernels, dtype=torch.float32, weight_tolerance=1e-5
         largest = expected.abs().amax().item()
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * largest, msg=note(mine.name))
         one, two = mine.scaling, other.scaling
-        torch.testing.assert_close(two.norm, one.norm, rtol=3e-6, atol=0, msg=note(mine.name))
+        torch.testing.assert_close(two.norm, one.norm, rtol=norm_tolerance, atol=0, msg=note(mine.name))
         torch.testing.assert_close(two.residual, one.residual, rtol=residual_tolerance, atol=1e-5, msg=note(mine.name))
         torch.testing.assert_close(two.error, one.error, rtol=5e-2, atol=1e-6, msg=note(mine.name))
         if hasattr(one, "age"):
@@ -193,6 +196,34 @@ def check_against_twin(way, names, norm, dtype, count, steps):
 
 def test_a_step_is_the_one_of_torch(way):
     check_against_twin(way, FEW, "spectral", torch.float32, 1, 1)
+
+
+CAP_LAYERS = ["rows contiguous", "wide", "32 columns", "small", "transposed channels_last", "groups channels_last"]
+
+
+def check_cap_against_twin(way, names, dtype, count, target, drift):
+    by_torch, by_kernels = (
+        scaled(names, Cap(), dtype, way.device, target=target, solver=Block(tolerance=1e-30)) for _ in range(2)
+    )
+    drift_([by_torch, by_kernels], drift, 0)
+    step_by_torch(by_torch, count)
+    step_by_kernels(way, by_kernels, count)
+    # The parts of the values above are known to 1e-4.
+    assert_same(by_torch, by_kernels, dtype, 1e-4, norm_tolerance=1e-3)
+    for weight in by_kernels.weights if dtype == torch.float32 else []:
+        values = torch.linalg.svdvals(weight.scaling.matrices(weight.parameter).double())
+        assert values.max() <= target * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(("count", "target", "drift"), [(2, 1.0, 0.05), (1, 0.3, 0.3), (3, 2.0, 0.05)])
+def test_a_step_of_a_cap_is_the_one_of_torch(way, count, target, drift):
+    check_cap_against_twin(way, CAP_LAYERS, torch.float32, count, target, drift)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_cap_of_every_layer_is_the_one_of_torch(way, dtype):
+    check_cap_against_twin(way, LAYERS, dtype, 2, 0.8, 0.1)
 
 
 def test_a_matrix_takes_no_iteration_that_it_does_not_need(way):
@@ -777,7 +808,7 @@ def launched_variants(dtype, monkeypatch, counts):
     """Every kernel with every set of constants that a step launches it with."""
     monkeypatch.setattr("specscale.apply.solve_anew_", lambda scaling, weight: None)
     found = set()
-    for norm in ("spectral", "frobenius"):
+    for norm in ("spectral", "cap", "frobenius"):
         weights = apply_norm_scaling(nn.Linear(40, 50, dtype=dtype), norm, target=1.0, init=None).weights
         step = grouped.GroupedStep(weights)
         found |= {(one.kernel, tuple(one.constants.items())) for count in counts for one in step.launches(count)}

@@ -370,7 +370,7 @@ def test_autocast_keeps_its_copies_of_the_weights():
 def test_the_switch_of_the_factors_own_device_counts(monkeypatch):
     def rounded(device):
         factor = SimpleNamespace(dtype=torch.float32, is_cpu=device == "cpu", is_cuda=device == "cuda")
-        return linalg._may_be_rounded(factor)
+        return linalg.may_be_rounded(factor)
 
     devices = ["cpu", "cuda", "xpu"]
     everywhere = ("high", "medium", "all tf32")
@@ -384,7 +384,7 @@ def test_the_switch_of_the_factors_own_device_counts(monkeypatch):
             setting()
             for device in devices:
                 assert rounded(device) == (name in expected[device]), (name, device)
-            assert not linalg._may_be_rounded(torch.ones(1, dtype=torch.float64, device="cpu"))
+            assert not linalg.may_be_rounded(torch.ones(1, dtype=torch.float64, device="cpu"))
     own = SimpleNamespace(matmul=SimpleNamespace(fp32_precision="none"), allow_tf32=True)
     monkeypatch.setattr(torch.backends, "mkldnn", own)
     assert [device for device in devices if rounded(device)] == ["xpu"]
