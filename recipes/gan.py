@@ -54,7 +54,7 @@ def hold(norm: Any) -> Callable[[nn.Module], NormScaler]:
 CONDITIONS: dict[str, Callable[[nn.Module], NormScaler | None]] = {
     "none": lambda critic: None,
     TORCH: torch_spectral_norm,
-    **{norm: hold(norm) for norm in ("spectral", "clipped")},
+    **{norm: hold(norm) for norm in ("spectral", "clipped", "cap")},
 }
 """What the critic is put under, by name. The times are relative to the first one."""
 

@@ -35,6 +35,7 @@ def test_every_constraint_holds_the_critic_and_torchs_does_not(how, tmp_path, ca
     assert rows["none"]["ratio to none"] == 1
     assert rows["torch spectral_norm"]["worst norm"] > 1.01
     assert rows["clipped"]["worst norm"] < 1 + 1e-5
+    assert rows["cap"]["worst norm"] < LIMIT
 
 
 def test_options_that_cannot_work_are_refused():
