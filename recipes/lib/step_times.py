@@ -177,7 +177,7 @@ def take_turns(
     turn: int,
     deadline: float = float("inf"),
 ) -> None:
-    """Train in rounds: in each, every condition takes `turn` steps on the same batches.
+    """Train in rounds: in each, every condition takes `turn` steps on the same batches, and another one comes first.
 
     Args:
         conditions: what is timed; the times of the rounds are kept in them.
@@ -191,7 +191,8 @@ def take_turns(
         if number > warmup + 3 and time.monotonic() > deadline:
             break
         own = list(itertools.islice(batches, turn))
-        for condition in conditions:
+        first = number % len(conditions)
+        for condition in conditions[first:] + conditions[:first]:
             if condition.name == COLD_POWER and number > warmup + SLOW_ROUNDS:
                 continue
             condition.turn(own)
