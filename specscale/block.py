@@ -63,6 +63,9 @@ DEPENDENT = 1e-4
 CAUTION = 0.1
 """See `rayleigh_ritz`: in a crowded spectrum, a value that rises by 1e-4 in the tenth iteration is 1e-3 too low."""
 
+CAUTION_OF_ALL = 0.2
+"""The weight of the rise of all values of a block beside that of the first one."""
+
 REFRESH = 4
 """Iterations after which images are computed from the matrix again, since rounding adds up in those carried along."""
 
@@ -116,12 +119,14 @@ class Block:
         return 4 * self.width * (m + n)
 
     def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
+        # What must see every value above the target has no second chance after a jump.
+        spare = 2 if self.keeps_subspace else 1
         if num_iterations is None or error is None:
-            return min(2, self.max_iterations)
+            return min(2 * spare, self.max_iterations)
         # An iteration divides the error by about eight; it may be infinite.
         missing = int(math.log(min(error, 1.0) / self.tolerance, 8)) if error > self.tolerance else 0
-        # One more than were needed, since steps differ; the kernels leave out those that are not needed.
-        return min(num_iterations + 1 + missing, self.max_iterations)
+        # More than were needed, since steps differ; the kernels leave out those that are not needed.
+        return min(num_iterations + spare + missing, self.max_iterations)
 
     def solve(
         self,
@@ -269,8 +274,7 @@ class _Iterate:
         needed = torch.where(self.is_finite, needed, 1)
         subspace = None
         if keeps_subspace:
-            coupling = norm_from_gram(self.ritz.rest[:, :-1, :-1])
-            subspace = Subspace(self.Y, self.V, self.squares, self.scale, edge(self.squares), coupling)
+            subspace = Subspace(self.Y, self.V, self.squares, self.scale, edge(self.squares), self.ritz.coupling)
         triple = Triple(value, left, unit(basis[..., 0]), next_value, residual, error, needed, subspace)
         age = torch.zeros_like(self.state["age"]) if to_convergence else self.state["age"] + 1
         return Solution(triple, {"basis": basis, "age": age})
@@ -362,8 +366,8 @@ class Ritz(NamedTuple):
     """`(k,)`: see `estimated_error`."""
     rise: Tensor
     """`(k,)`: how far, relative, the step has raised the largest value."""
-    rest: Tensor
-    """`(k, b, b)`: `Frame.rest`."""
+    coupling: Tensor
+    """`(k, b, b)`: an estimate of `R^T R` of the new block: its columns' parts of the `R` before the step."""
 
 
 def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, number: int, is_cautious: bool) -> Ritz:
@@ -396,12 +400,17 @@ def rayleigh_ritz(gram_w: Tensor, squares: Tensor, frame: Frame, number: int, is
     rise = top.clamp_min(tiny) / before.sqrt().clamp_min(tiny) - 1
     error = estimated_error(rho, 1 - values[:, :-1].amin(-1) / top.clamp_min(tiny), rise, number)
     if is_cautious:
-        error = torch.maximum(error, rise * (CAUTION * number))
+        before_all, after_all = (one.diagonal(dim1=-2, dim2=-1)[:, :-1].sum(-1) for one in (squares, squares_after))
+        rise_of_all = (after_all / before_all.clamp_min(tiny) - 1) / 2
+        error = torch.maximum(error, torch.maximum(rise, CAUTION_OF_ALL * rise_of_all) * (CAUTION * number))
     head = product(L, X[:, :width])
     tail = X[:, width:]
     of_basis = torch.cat([head - product(frame.K, tail), product(frame.M, tail)], dim=-2)
     of_images = torch.cat([head, tail], dim=-2)
-    return Ritz(of_basis, of_images, squares_after, values[:, 0], residual, error, rise, frame.rest)
+    # Without the column that searches, into which noise was added.
+    kept = of_basis[:, : width - 1]
+    coupling = product(kept.mT, frame.rest[:, :-1, :-1], kept)
+    return Ritz(of_basis, of_images, squares_after, values[:, 0], residual, error, rise, coupling)
 
 
 def edge(squares: Tensor) -> Tensor:
@@ -411,18 +420,6 @@ def edge(squares: Tensor) -> Tensor:
     """
     values = squares.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     return torch.maximum(values[:, :-1].amin(-1), values[:, -1])
-
-
-def norm_from_gram(square: Tensor) -> Tensor:
-    """`||R||` from `R^T R (k, b, b)`, from above: at most 1.2 times, for 15 columns.
-
-    It is the eighth root of the trace of its eighth power.
-    """
-    trace = square.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(square.dtype).tiny)
-    power = square / trace[:, None, None]
-    for _ in range(3):
-        power = product(power, power)
-    return (trace * power.diagonal(dim1=-2, dim2=-1).sum(-1).pow(1 / 8)).sqrt()
 
 
 def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor]:
@@ -509,7 +506,7 @@ def _solve_small(matrices: list[Matrices], width: int, keeps_subspace: bool) -> 
     next_values = second_value(squares)
     counts = [len(one) for one in scaled]
     rest = edge(squares) if keeps_subspace else next_values
-    coupling = norm_from_gram(gram(add_product(product(H, X), X, squares, alpha=-1))) if keeps_subspace else next_values
+    coupling = gram(add_product(product(H, X), X, squares, alpha=-1)) if keeps_subspace else next_values
     parts = (part.split(counts) for part in (X, next_values, squares, rest, coupling))
     solutions = []
     for one, scale, x, next_value, *known in zip(scaled, scales, *parts, strict=True):

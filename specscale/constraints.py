@@ -6,7 +6,6 @@ here and one entry in `CONSTRAINTS`; its options are the fields of the class. Ch
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from specscale.block import Block
 from specscale.linalg import add_product, broadcast_to, can_sync, concat, may_be_rounded, product
-from specscale.lowering import excess_part, level_and_factor, norm_afterwards
+from specscale.lowering import lowering
 from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
 from specscale.solvers import Solver
 
@@ -138,30 +137,16 @@ class Cap(Constraint):
         is_above = ~skip_mask & (measurement.norm > target)
         if can_sync(target) and not bool(is_above.any()):
             return
-        levels, factors = self._levels_and_factors(measurement, target)
         counts = [len(weight) for weight in weights]
-        each = (numbers.split(counts) for numbers in (levels, factors, is_above))
-        for weight, triple, level, factor, change in zip(weights, measurement.factors, *each, strict=True):
+        each = (numbers.split(counts) for numbers in (target, is_above))
+        for weight, triple, own_target, change in zip(weights, measurement.factors, *each, strict=True):
             known = triple.subspace
-            part = product(known.left, excess_part(known.squares, level.to(known.squares)))
-            lower_(weight, factor, part * (factor * known.scale)[:, None, None], known.right, change)
+            found = lowering(own_target / known.scale, known.squares, known.coupling, known.rest)
+            part = product(known.left, found.part) * (found.factor * known.scale)[:, None, None]
+            lower_(weight, found.factor, part, known.right, change)
 
     def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
-        level, factor = self._levels_and_factors(measurement, target)
-        scale, rest, coupling = _known(measurement)
-        after = scale * norm_afterwards(measurement.norm / scale, rest, coupling, level, factor)
-        return torch.where(measurement.norm > target, after.to(target.dtype), measurement.norm)
-
-    @staticmethod
-    def _levels_and_factors(measurement: Measurement, target: Tensor) -> tuple[Tensor, Tensor]:
-        scale, rest, coupling = _known(measurement)
-        return level_and_factor(target / scale, rest, coupling)
-
-
-def _known(measurement: Measurement) -> Iterator[Tensor]:
-    """`Subspace.scale`, `rest` and `coupling` of all matrices."""
-    known = [triple.subspace for triple in measurement.factors]
-    return (concat([getattr(one, name) for one in known]) for name in ("scale", "rest", "coupling"))
+        return torch.minimum(measurement.norm, target)
 
 
 def lower_(weight: Tensor, factor: Tensor, left: Tensor, right: Tensor, change: Tensor) -> None:

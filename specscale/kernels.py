@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from specscale.block import CANCELLATION, CAUTION, DEPENDENT, NOISE, ROUNDING, ROUNDS, SQUARINGS
-from specscale.lowering import GROWING, LEAST_LEVEL, NUM_GROWING, NUM_ROOT, NUM_SETTLING, SAFETY
+from specscale.block import CANCELLATION, CAUTION, CAUTION_OF_ALL, DEPENDENT, NOISE, ROUNDING, ROUNDS, SQUARINGS
+from specscale.lowering import GROWING, NUM_GROWING, NUM_ROOT, NUM_SETTLING, SAFETY
 
 # A row of the table, int64.
 FIELDS = tl.constexpr(40)
@@ -44,7 +44,7 @@ SIDE = 128
 """Rows and columns of a tile of the weight that one program updates, `STRIP` at a time."""
 _SIDE, STRIP = tl.constexpr(SIDE), tl.constexpr(16)
 _NOISE, _ROUNDS, _SQUARINGS = tl.constexpr(NOISE), tl.constexpr(ROUNDS), tl.constexpr(SQUARINGS)
-_CAUTION, _SAFETY, _LEAST_LEVEL = tl.constexpr(CAUTION), tl.constexpr(SAFETY), tl.constexpr(LEAST_LEVEL)
+_CAUTION, _CAUTION_OF_ALL, _SAFETY = tl.constexpr(CAUTION), tl.constexpr(CAUTION_OF_ALL), tl.constexpr(SAFETY)
 _GROW_1, _GROW_3, _GROW_5 = (tl.constexpr(factor) for factor in GROWING)
 _NUM_GROWING, _NUM_SETTLING, _NUM_ROOT = tl.constexpr(NUM_GROWING), tl.constexpr(NUM_SETTLING), tl.constexpr(NUM_ROOT)
 _ROUNDING, _CANCELLATION, _DEPENDENT = tl.constexpr(ROUNDING), tl.constexpr(CANCELLATION), tl.constexpr(DEPENDENT)
@@ -484,19 +484,12 @@ def _orthonormal(X, d):
 
 @triton.jit
 def _norm_from_gram(square, eye):
-    """`block.norm_from_gram`."""
+    """`linalg.norm_from_gram`."""
     trace = tl.maximum(tl.sum(tl.sum(square * eye, axis=1), axis=0), TINY)
     power = square / trace
     for _ in range(3):
         power = tl.dot(power, power, input_precision=PRECISION)
     return tl.sqrt(trace * tl.exp(tl.log(tl.maximum(tl.sum(tl.sum(power * eye, axis=1), axis=0), TINY)) / 8))
-
-
-@triton.jit
-def _bound(level_squared, rest_squared, coupling):
-    """`lowering.bound`."""
-    half = (level_squared - rest_squared) / 2
-    return (level_squared + rest_squared) / 2 + tl.sqrt(half * half + coupling * coupling)
 
 
 @triton.jit
@@ -589,7 +582,8 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
         o = r[:, None] * 16 + d[None, :]
         tl.store(small + OF_IMAGES + o, tl.dot(frame, X, input_precision=PRECISION))
         basis_frame = _matrix(small + FRAME_S, 32, 32)
-        tl.store(small + OF_BASIS + o, tl.dot(basis_frame, X, input_precision=PRECISION))
+        of_basis = tl.dot(basis_frame, X, input_precision=PRECISION)
+        tl.store(small + OF_BASIS + o, of_basis)
 
         # How good it is.
         before = tl.maximum(tl.max(tl.max(_matrix(small + SQUARES, 16, 16) * eye16, axis=1), axis=0), TINY)
@@ -605,7 +599,10 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
         if not FIRST:
             error = tl.minimum(error, tl.maximum(rise, EPS) * (count / 2))
         if IS_CAP:
-            error = tl.maximum(error, rise * count * _CAUTION)
+            old_diagonal = tl.sum(_matrix(small + SQUARES, 16, 16) * eye16, axis=0)
+            before_all = tl.maximum(tl.sum(tl.where(d < 15, old_diagonal, 0.0), axis=0), TINY)
+            rise_of_all = (tl.sum(tl.where(d < 15, diagonal, 0.0), axis=0) / before_all - 1) / 2
+            error = tl.maximum(error, tl.maximum(rise, rise_of_all * _CAUTION_OF_ALL) * count * _CAUTION)
         of_first = tl.sum(tl.where(d == 0, diagonal, 0.0), axis=0)
         length = tl.sum(tl.where(d == 0, lengths, 0.0), axis=0)
         scaled_value = tl.sqrt(of_first / length)
@@ -627,30 +624,31 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
             tl.store(small + IS_KEPT, tl.where(is_finite & (is_off == 0) & (is_exact == 0), 1.0, 0.0))
             if IS_CAP:
                 is_skipped = is_skipped | (value <= target)
-                # What couples the block with the rest: see `lowering`.
-                outside = _matrix(small + REST, 16, 16)
+                # What couples the block with the rest, without the column that searches: see `block.Ritz.coupling`.
+                kept = tl.dot(tl.where(r[None, :] == q[:, None], 1.0, 0.0), of_basis, input_precision="ieee")
                 is_searched = (q[:, None] < 15) & (d[None, :] < 15)
-                couples = tl.dot(H, X, input_precision=PRECISION) - tl.dot(X, squares, input_precision=PRECISION)
-                of_exact = tl.dot(tl.trans(couples), couples, input_precision=PRECISION)
-                c_matrix = tl.where(is_exact, of_exact, tl.where(is_searched, outside, 0.0))
-                coupling = _norm_from_gram(c_matrix, eye16)
-                least = tl.min(tl.where(d < 15, diagonal, float("inf")), axis=0)
+                outside = tl.where(is_searched, _matrix(small + REST, 16, 16), 0.0)
+                coupling = tl.dot(outside, kept, input_precision=PRECISION)
+                coupling = tl.dot(tl.trans(kept), coupling, input_precision=PRECISION)
+                defect = tl.dot(H, X, input_precision=PRECISION) - tl.dot(X, squares, input_precision=PRECISION)
+                of_exact = tl.dot(tl.trans(defect), defect, input_precision=PRECISION)
+                couples = tl.where(is_exact, of_exact, coupling) * (_SAFETY * _SAFETY)
+
+                # `lowering.lowering`.
+                smallest = tl.min(tl.where(d < 15, diagonal, float("inf")), axis=0)
                 searched = tl.sum(tl.where(d == 15, diagonal, 0.0), axis=0)
-                b = tl.maximum(tl.maximum(least, searched), 0.0)
-                t = (target / scale) * (target / scale)
-                safe = coupling * _SAFETY
-                room = tl.maximum(t - b, TINY)
-                level = tl.maximum(t - safe * safe / room, tl.maximum(b, t * _LEAST_LEVEL))
-                square_after = _bound(level, b, safe)
-                factor = tl.where(square_after > t * (1 + 8 * EPS), tl.sqrt(t / square_after), 1.0)
-                relative = tl.where(is_skipped, eye16, squares / level)
-                change = tl.dot(X, _excess_part(relative, eye16), input_precision=PRECISION)
-                change = tl.dot(frame, change, input_precision=PRECISION)
+                rest = tl.maximum(tl.maximum(smallest, searched), 0.0)
+                least = (target / scale) * (target / scale)
+                level = tl.maximum(least, rest + _norm_from_gram(couples, eye16))
+                factor = tl.where(level > least, target / scale / tl.sqrt(level), 1.0)
+                raised = squares + couples / tl.maximum(level - rest, TINY)
+                # Where nothing changes, numbers that may be NaN are not needed.
+                part = _excess_part(tl.where(is_skipped, eye16, raised / tl.maximum(level, TINY)), eye16)
+                change = tl.dot(frame, tl.dot(X, part, input_precision=PRECISION), input_precision=PRECISION)
                 tl.store(small + OF_CHANGE + o, change * (-scale * factor))
                 tl.store(small + FACTOR, factor)
                 tl.store(small + STEP, tl.where(is_off | is_skipped, 0.0, 1.0))
-                after = scale * factor * tl.sqrt(_bound(tl.minimum(level, scaled_value * scaled_value), b, coupling))
-                norm = tl.where(is_skipped, value, after)
+                norm = tl.where(is_skipped, value, target)
             else:
                 step = (target - value) / (scaled_value * length)
                 tl.store(small + STEP, tl.where(is_off | is_skipped, 0.0, step))

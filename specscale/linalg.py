@@ -191,6 +191,18 @@ def gram(a: Tensor) -> Tensor:
     return product(a.mT, a)
 
 
+def norm_from_gram(square: Tensor) -> Tensor:
+    """`||R||` from `R^T R (k, b, b)`, from above: at most 1.2 times, for 15 columns.
+
+    It is the eighth root of the trace of its eighth power.
+    """
+    trace = square.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(square.dtype).tiny)
+    power = square / trace[:, None, None]
+    for _ in range(3):
+        power = product(power, power)
+    return (trace * power.diagonal(dim1=-2, dim2=-1).sum(-1).pow(1 / 8)).sqrt()
+
+
 def smaller_gram(matrices: Tensor) -> Tensor:
     """The smaller of `W^T W` and `W W^T` for `W (..., m, n)`, in float64."""
     matrices = in_float64(matrices)

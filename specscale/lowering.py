@@ -1,60 +1,58 @@
-"""How far a matrix has to be lowered to keep its norm at a target, from what a solver knows on some of its directions.
+"""How a matrix is lowered to keep its norm at a target, from what a solver knows on some of its directions.
 
-Let `V` be the solver's directions, `R` what couples them with the rest, `R^T = (1 - V V^T) W^T (W V)`, and `b` the
-largest singular value of the rest. Once every value on `V` is lowered to at most `l`, `W^T W` is
+Let `V` be the solver's directions and `S = (W V)^T W V`. `R = (1 - V V^T) W^T W V` couples them with the rest, whose
+largest singular value is `b`. In these coordinates, `W^T W` is
 
-    [ l^2       l R^T / ||W V|| ]
-    [ .         b^2             ]    in norm,
+    [ S   R^T   ]
+    [ R   <= b^2 ]
 
-whose norm is at most `(l^2 + b^2) / 2 + sqrt((l^2 - b^2)^2 / 4 + c^2)` with `c = ||R||`: see `bound`. Pure functions.
+and its largest eigenvalue is at most `l^2 > b^2` just where that of the Schur complement `S + R^T R / (l^2 - b^2)` is
+(Golub & Van Loan, "Matrix Computations", section 3.2.11). `W (1 - V F V^T)` has `(1 - F) (...) (1 - F)` in its place.
+Pure functions.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from specscale import linalg
-from specscale.linalg import multiplier
+from specscale.linalg import multiplier, norm_from_gram
 
 SAFETY = 2.0
-"""The factor on the coupling, an estimate, and for what `rest` may have missed."""
-
-LEAST_LEVEL = 0.8
-"""The values on the directions are lowered to this part of the target at least, squared, and not below the rest."""
+"""The factor on `R`, which is an estimate, and for what the estimate of `b` has missed."""
 
 
-def level_and_factor(target: Tensor, rest: Tensor, coupling: Tensor) -> tuple[Tensor, Tensor]:
-    """The level to lower the values on the directions to, and the factor on the whole matrix after that.
+class Lowering(NamedTuple):
+    """`W <- factor W (1 - V F V^T)`, for matrices `(k, m, n)` that are above their targets."""
 
-    All `(k,)`. The factor is 1 where lowering the directions is enough.
+    part: Tensor
+    """`F (k, b, b)`."""
+    factor: Tensor
+    """`(k,)`: 1 where lowering the directions is enough."""
+
+
+def lowering(target: Tensor, squares: Tensor, coupling: Tensor, rest: Tensor) -> Lowering:
+    """How to lower matrices to their `target (k,)`.
+
+    From `S (k, b, b)`, `squares`, `R^T R (k, b, b)`, `coupling`, and `b (k,)`, `rest`.
     """
-    c, t, b = SAFETY * coupling, target.square(), rest.square()
-    # With this level, the bound is the target.
-    room = (t - b).clamp_min(torch.finfo(t.dtype).tiny)
-    level = torch.maximum(t - c.square() / room, torch.maximum(b, LEAST_LEVEL * t))
-    norm = bound(level, b, c)
-    # Rounding must not make it less than 1.
-    factor = torch.where(norm > t * (1 + 8 * torch.finfo(t.dtype).eps), (t / norm).sqrt(), 1)
-    return level.sqrt(), factor
-
-
-def norm_afterwards(value: Tensor, rest: Tensor, coupling: Tensor, level: Tensor, factor: Tensor) -> Tensor:
-    """An estimate of the norm `(k,)` after that, of matrices of norm `value`: without the safety: below the target."""
-    top = torch.minimum(level, value)
-    return factor * bound(top.square(), rest.square(), coupling).sqrt()
-
-
-def bound(level_squared: Tensor, rest_squared: Tensor, coupling: Tensor) -> Tensor:
-    """The norm of `[[l^2, c], [c, b^2]]`."""
-    half = (level_squared - rest_squared) / 2
-    return (level_squared + rest_squared) / 2 + (half.square() + coupling.square()).sqrt()
+    tiny = torch.finfo(target.dtype).tiny
+    couples = SAFETY**2 * coupling
+    least = target.square()
+    level = torch.maximum(least, rest.square() + norm_from_gram(couples))
+    complement = couples / (level - rest.square()).clamp_min(tiny)[:, None, None]
+    part = excess_part(squares + complement, level)
+    factor = torch.where(level > least, target / level.sqrt(), 1)
+    return Lowering(part, factor)
 
 
 def excess_part(squares: Tensor, level: Tensor) -> Tensor:
-    """`F (k, b, b)`, so that `Y (1 - F)` has no singular value above `level (k,)`, from `squares (k, b, b)`, `Y^T Y`.
+    """`F (k, b, b)`, so that `(1 - F) squares (1 - F)` has no eigenvalue above `level (k,)`.
 
-    It is `max(0, 1 - level squares^(-1/2))`: what a value at most `level` keeps is all of it.
+    It is `max(0, 1 - (squares / level)^(-1/2))`, which changes no smaller one.
     """
-    relative = squares / level.square()[:, None, None]
+    relative = squares / level.clamp_min(torch.finfo(level.dtype).tiny)[:, None, None]
     # Through the module, so that a test can run an accelerator's step on a CPU.
     if linalg.can_sync(relative):
         finite = torch.where(relative.isfinite().all(-1).all(-1)[:, None, None], relative, 0)
@@ -93,4 +91,5 @@ def _excess_part_by_products(relative: Tensor) -> Tensor:
 
 GROWING = (3.0, -3.2, 1.2)
 """`x -> 3 x - 3.2 x^3 + 1.2 x^5`: of the sign of `x`, at most 1.22, and near 1 closer to it from both sides."""
-NUM_GROWING, NUM_SETTLING, NUM_ROOT = 10, 5, 14
+NUM_GROWING, NUM_SETTLING, NUM_ROOT = 11, 5, 17
+"""Enough for values up to a hundred times the level."""

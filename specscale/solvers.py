@@ -91,7 +91,7 @@ class Subspace(NamedTuple):
     rest: Tensor
     """`(k,)`: an estimate of `||W (1 - V V^T)|| / scale`, the largest value outside; zero where `V` has all."""
     coupling: Tensor
-    """`(k,)`: an estimate of `||(1 - V V^T) W^T left|| / scale`; zero where the directions are singular vectors."""
+    """`(k, b, b)`: an estimate of `R^T R`, `R = (1 - V V^T) W^T left / scale`; zero where `V` are singular vectors."""
 
     def transposed(self) -> "Subspace":
         return self._replace(left=self.right, right=self.left)
@@ -250,7 +250,7 @@ class Power(_BatchByBatch):
             product(image.mT, image),
             scale,
             rest=image[..., 1].norm(dim=-1),
-            coupling=residual * image[..., 0].square().sum(-1),
+            coupling=torch.diag_embed((residual[:, None] * image.square().sum(-2)).square()),
         )
         triple = Triple(
             values[..., 0], unit(image[..., 0]), columns[..., 0], values[..., 1], residual, error, count, subspace
@@ -280,6 +280,7 @@ class SVD(_BatchByBatch):
         # The vectors of equal singular values are off by rounding, one part in 1e7; the first value is not.
         zero = torch.zeros_like(next_value)
         images = left * (values / torch.where(scale > 0, scale, 1)[..., None])[..., None, :]
-        subspace = Subspace(images, right.mT, product(images.mT, images), scale, zero, zero)
+        squares = product(images.mT, images)
+        subspace = Subspace(images, right.mT, squares, scale, zero, torch.zeros_like(squares))
         triple = Triple(values[..., 0], left[..., 0], right[..., 0, :], next_value, zero, zero, zero, subspace)
         return Solution(triple, {})
