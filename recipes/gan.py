@@ -4,8 +4,8 @@ Example: python recipes/gan.py --widths 256 1024
 
 A critic of a Wasserstein GAN must be 1-Lipschitz. With leaky ReLUs between its layers it is, if no weight has a
 spectral norm above 1. Every constraint gets this target, on a critic of its own with a generator of its own, all from
-one init whose norms are 1. In every step the critics take turns on the same batch. After it, the norm of
-each weight is computed in float64: a look.
+one init whose norms are 1. In every step the critics take turns on the same batch. After it, the norm of each
+weight is computed in float64: a look.
 """
 
 import copy
