@@ -3,6 +3,7 @@
 from specscale import schedules
 from specscale.apply import apply_norm_scaling, is_norm_scaled, remove_norm_scaling
 from specscale.block import Block
+from specscale.constraints import Cap, Normalize, Orthogonal
 from specscale.errors import NonFiniteWeightError
 from specscale.initialization import orthogonal_init_
 from specscale.layers import LayerRule
@@ -17,11 +18,14 @@ __all__ = [
     "SVD",
     "Audit",
     "Block",
+    "Cap",
     "Certificate",
     "LayerRule",
     "MatrixView",
     "NonFiniteWeightError",
     "NormScaler",
+    "Normalize",
+    "Orthogonal",
     "Power",
     "Relative",
     "apply_norm_scaling",

@@ -65,10 +65,13 @@ def apply_norm_scaling(
     Args:
         module: any model; its linear, convolution, attention and recurrent weights that require gradients, and
             those that `rules` add, are scaled.
-        norm: `"spectral"` (moves the first singular triple alone), `"frobenius"`, or `"clipped"` (as spectral, and
-            lowers every other singular value above the target to it: exact, by a decomposition at every step); or a
-            constraint with options of its own; or a mapping from patterns, as `include` takes them, to these. The first
-            pattern that matches a weight's layer wins, `"*"` matches all, and every weight must be matched.
+        norm: `"spectral"` (moves the first singular triple alone), `"frobenius"`, `"cap"` (lowers what is above the
+            target, and leaves alone what is below), `"normalize"` (scales the whole matrix to the spectral norm),
+            `"orthogonal"` (puts every singular value on the target), or `"clipped"` (as spectral, and lowers every
+            other singular value above the target to it: exact, by a decomposition at every step); a constraint with
+            options of its own, such as `Cap(exact=True)`; or a mapping from patterns, as `include` takes them, to
+            these. The first pattern that matches a weight's layer wins, `"*"` matches all, and every weight must be
+            matched.
         init: None keeps the weights; `"orthogonal"` overwrites them by `gain` times orthogonal matrices.
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
             `"features"` or `"matrix"` (the norm of an orthogonal matrix with that gain); `Relative(0.5)` (half of the

@@ -13,10 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from specscale import linalg
 from specscale.block import Block
-from specscale.linalg import add_product, broadcast_to, can_sync, concat, may_be_rounded, product
+from specscale.linalg import add_product, at_least_float32, broadcast_to, concat, may_be_rounded, product
 from specscale.lowering import lowering
 from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
+from specscale.polar import polar_factor
 from specscale.solvers import Solver
 
 
@@ -34,27 +36,34 @@ class Constraint(ABC):
         return self.norm_type.with_solver(self.solver)
 
     @abstractmethod
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+    def write_(
+        self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor
+    ) -> Tensor | None:
         """Update the weights in place, each as `(k_i, o, i, ...)`: `MatrixView.split`, a view in every memory format.
 
         Nothing must change where `skip_mask (k,)` is true. `target (k,)` and `measurement.norm` are of one dtype.
+        Returns the residual `(k,)` of a map that iterates; None, of the others, keeps that of the measurement.
         """
 
     def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
         """The norms `(k,)` after `write_`, of the matrices that were not skipped: the target, unless overridden."""
         return target
 
-    def project_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> Tensor:
+    def project_(
+        self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor
+    ) -> Measurement:
         """Put the matrices of `weights`, each `(k_i, o, i, ...)`, back on `target (k,)`, in place.
 
         Those where `skip_mask (k,)` is true and those of norm zero, which have no direction, are skipped. Returns
-        the norms `(k,)` afterwards.
+        what was measured, with the norms and the residuals afterwards.
         """
         norm = measurement.norm.to(target.dtype)
         measurement = measurement._replace(norm=norm)
         skip_mask = skip_mask | (norm == 0)
-        self.write_(weights, measurement, target, skip_mask)
-        return torch.where(skip_mask, norm, self.norm_after(measurement, target))
+        residual = self.write_(weights, measurement, target, skip_mask)
+        if residual is not None:
+            measurement = measurement._replace(residual=torch.where(skip_mask, measurement.residual, residual))
+        return measurement._replace(norm=torch.where(skip_mask, norm, self.norm_after(measurement, target)))
 
 
 class Frobenius(Constraint):
@@ -64,9 +73,13 @@ class Frobenius(Constraint):
     norm_type = FrobeniusNorm
 
     def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
-        factors = torch.where(skip_mask, 1, target / measurement.norm).split([len(weight) for weight in weights])
-        for weight, factor in zip(weights, factors, strict=True):
-            weight.mul_(broadcast_to(factor, weight))
+        _multiply_(weights, torch.where(skip_mask, 1, target / measurement.norm))
+
+
+def _multiply_(weights: list[Tensor], factors: Tensor) -> None:
+    """Multiply each matrix of the weights by its own of `factors (k,)`; 1 changes no bit."""
+    for weight, factor in zip(weights, factors.split([len(weight) for weight in weights]), strict=True):
+        weight.mul_(broadcast_to(factor, weight))
 
 
 class Spectral(Constraint):
@@ -102,66 +115,179 @@ class Clipped(Constraint):
     norm_type = SpectralNormByDecomposition
 
     def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
-        counts = [len(weight) for weight in weights]
-        each = zip(weights, measurement.factors, target.split(counts), skip_mask.split(counts), strict=True)
-        for weight, (values, vectors), own_target, skip in each:
-            above = values > own_target[:, None].to(values.device)
+        _lower_(weights, measurement, target, skip_mask, raise_first=True)
+
+
+def _lower_(
+    weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor, *, raise_first: bool
+) -> None:
+    """Lower every singular value that is above the target to it; with `raise_first`, move the first in any case.
+
+    The factors are those of `SpectralNormByDecomposition`.
+    """
+    counts = [len(weight) for weight in weights]
+    each = zip(weights, measurement.factors, target.split(counts), skip_mask.split(counts), strict=True)
+    for weight, (values, vectors), own_target, skip in each:
+        if linalg.can_sync(skip) and bool(skip.all()):
+            continue
+        above = values > own_target[:, None].to(values.device)
+        if raise_first:
             above[:, -1] = True
-            # The relative part of each singular value that is taken off.
-            excess = torch.where(above, 1 - own_target[:, None].to(values) / values, 0)
-            part = product(vectors * excess[:, None], vectors.mT).to(target)
-            matrices = weight.reshape(*weight.shape[:2], -1).to(part.dtype)
-            is_tall = matrices.shape[-2] >= matrices.shape[-1]
-            correction = product(matrices, part) if is_tall else product(part, matrices)
-            weight.sub_(torch.where(skip[:, None, None], 0, correction).reshape(weight.shape))
+        # The relative part of each singular value that is taken off.
+        excess = torch.where(above, 1 - own_target[:, None].to(values) / values, 0)
+        part = product(vectors * excess[:, None], vectors.mT).to(target)
+        matrices = weight.reshape(*weight.shape[:2], -1).to(part.dtype)
+        is_tall = matrices.shape[-2] >= matrices.shape[-1]
+        correction = product(matrices, part) if is_tall else product(part, matrices)
+        weight.sub_(torch.where(skip[:, None, None], 0, correction).reshape(weight.shape))
 
 
+@dataclass(frozen=True)
 class Cap(Constraint):
-    """`||W|| <= t`: a matrix below its target stays as it is, bit for bit.
+    """`||W|| <= t`: a matrix that is not above its target keeps every bit. One-sided.
 
-    Of a matrix above, every singular value above the target that the solver's block of 16 vectors holds is lowered to
-    the target. Where more values are above it than the block holds, or the block is known too roughly, the whole matrix
-    is scaled down by what is left: see `specscale.lowering`. Both keep a margin from the solver's residuals, so that
-    the norm afterwards is a little below the target.
+    Of a matrix above, the values above the target among the 16 that the solver follows are lowered to the target. What
+    couples these directions with the others, and what the others have above the target, is estimated from the solver's
+    residuals, on the safe side: see `specscale.lowering`. Where there is more above the target than the 16 hold, the
+    whole matrix is scaled down by the rest: all its values shrink, those far below the target too.
+
+    With `exact`, `W <- U min(S, t) V^T`: the projection on the ball of the spectral norm (Saito et al., "Temporal
+    generative adversarial nets with singular value clipping", 2017, section 3.4; Sedghi et al., "The singular values of
+    convolutional layers", 2019). It lowers what is above the target and nothing else.
+
+    Set: `||W|| <= t (1 + 1e-3)`, by estimates; with `exact`, `t (1 + 1e-5)`. Or as near as the weight's dtype allows.
+    Cost: the solver's, which takes an iteration or two more than for `spectral`, and one pass over what changes, 8
+    bytes for each entry in float32. With `exact`, at every step, for `(m, n)` with `n <= m`: `2 m n^2` operations for
+    the Gram matrix and about `9 n^3` for its decomposition, both in float64; where something is above, as much again
+    for the product. On an accelerator the host waits for the decomposition.
+    Fails where a matrix jumps, within one step, to more than a hundred times its target: it comes down over several.
     """
 
+    exact: bool = False
+    """Whether to lower every value that is above the target, and nothing else, by a decomposition at every step."""
     name = "cap"
     norm_type = SpectralNormBySolver
 
     @cached_property
     def norm(self) -> Norm:
+        if self.exact:
+            return SpectralNormByDecomposition()
         solver = replace(self.solver, keeps_subspace=True) if isinstance(self.solver, Block) else self.solver
-        return self.norm_type.with_solver(solver)
+        return SpectralNormBySolver(solver)
 
     def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
-        is_above = ~skip_mask & (measurement.norm > target)
-        if can_sync(target) and not bool(is_above.any()):
+        skip_mask = skip_mask | ~(measurement.norm > target)
+        if self.exact:
+            _lower_(weights, measurement, target, skip_mask, raise_first=False)
+            return
+        if linalg.can_sync(skip_mask) and bool(skip_mask.all()):
             return
         counts = [len(weight) for weight in weights]
-        each = (numbers.split(counts) for numbers in (target, is_above))
-        for weight, triple, own_target, change in zip(weights, measurement.factors, *each, strict=True):
+        each = zip(weights, measurement.factors, target.split(counts), skip_mask.split(counts), strict=True)
+        for weight, triple, own_target, skip in each:
             known = triple.subspace
             found = lowering(own_target / known.scale, known.squares, known.coupling, known.rest)
-            part = product(known.left, found.part) * (found.factor * known.scale)[:, None, None]
-            lower_(weight, found.factor, part, known.right, change)
+            left = product(known.left, found.part) * (found.factor * known.scale)[:, None, None]
+            _add_low_rank_(weight, found.factor, left, known.right, skip)
 
     def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
         return torch.minimum(measurement.norm, target)
 
 
-def lower_(weight: Tensor, factor: Tensor, left: Tensor, right: Tensor, change: Tensor) -> None:
-    """`W <- factor W - left right^T` where `change (k,)` is true, of a weight `(k, o, i, ...)`."""
-    is_contiguous = weight.is_contiguous() and weight.dtype == left.dtype
+def _add_low_rank_(weight: Tensor, factor: Tensor, left: Tensor, right: Tensor, skip: Tensor) -> None:
+    """`W <- factor W - left right^T` of a weight `(k, o, i, ...)`, but where `skip (k,)` is true."""
     matrices = weight.reshape(len(weight), left.shape[-2], right.shape[-2])
-    if is_contiguous and can_sync(weight) and not may_be_rounded(weight):
+    is_view = weight.is_contiguous() and weight.dtype == left.dtype
+    if is_view and linalg.can_sync(weight) and not may_be_rounded(weight):
         # In place, and only what changes.
-        for k in change.nonzero()[:, 0].tolist():
+        for k in (~skip).nonzero()[:, 0].tolist():
             matrices[k].addmm_(left[k], right[k].mT, beta=factor[k].item(), alpha=-1)
         return
     matrices = matrices.to(left.dtype)
     changed = add_product(matrices * factor[:, None, None], left, right.mT, alpha=-1)
-    weight.copy_(torch.where(change[:, None, None], changed, matrices).reshape(weight.shape))
+    weight.copy_(torch.where(skip[:, None, None], matrices, changed).reshape(weight.shape))
 
 
-CONSTRAINTS: dict[str, type[Constraint]] = {one.name: one for one in (Frobenius, Spectral, Clipped, Cap)}
+@dataclass(frozen=True)
+class Normalize(Constraint):
+    """`W <- W t / ||W||`: the whole matrix scaled, so that its spectral norm is `t`.
+
+    What `torch.nn.utils.parametrizations.spectral_norm` (Miyato et al., "Spectral normalization for generative
+    adversarial networks", 2018, equation 8, at `t = 1`) does in every forward; here the weight itself is scaled, after
+    the step, and no gradient passes through the norm. One-sided, `W <- W min(1, t / ||W||)`: a matrix that is not
+    above its target keeps every bit. The ratios of the singular values stay, so that a matrix whose first one has
+    jumped loses size in every other direction.
+
+    Set: `||W|| = t` within the solver's error, 1e-3 at most where `Block` has reported that it has converged;
+    `||W|| <= t` likewise, where one-sided.
+    Cost: that of measuring, see the solver, and one pass over the weight, 8 bytes for each of its entries in float32.
+    Fails on a matrix of zeros, which has no direction and stays as it is.
+    """
+
+    one_sided: bool = False
+    """Whether matrices below their target are left alone."""
+    name = "normalize"
+    norm_type = SpectralNormBySolver
+
+    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+        if self.one_sided:
+            skip_mask = skip_mask | (measurement.norm <= target)
+        _multiply_(weights, torch.where(skip_mask, 1, target / measurement.norm))
+
+    def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
+        return torch.minimum(measurement.norm, target) if self.one_sided else target
+
+
+@dataclass(frozen=True)
+class Orthogonal(Constraint):
+    """`W <- t U V^T`, `t` times the polar factor: the nearest matrix whose singular values all are `t`.
+
+    The retraction on the Stiefel manifold that is also the projection (Absil & Malick, "Projection-like retractions on
+    matrix manifolds", 2012), by scaled Newton-Schulz iteration: see `specscale.polar` for the sources.
+
+    Set: `W^T W = t^2 I`, or `W W^T` where that is the smaller: each singular value is within 1e-5 of `t`, relative,
+    where the iteration has converged, or as near as the weight's dtype allows. The residual that is reported is an
+    estimate of `||I - W^T W / t^2||` after the step.
+    Cost: that of measuring the norm, and for `(m, n)` with `n <= m` two products of `2 m n^2` operations in each
+    iteration, in float32 (float64 for a float64 weight), which read `W` twice and write it once: 12 bytes for each
+    entry in float32. On a CPU the iteration ends where the matrix has converged: after 2 or 3 from singular values that
+    are within 10 % of each other, after 5 or 6 from 0.1 of the first, after 12 from 1e-3. Elsewhere all
+    `max_iterations` are taken.
+    Fails on singular values below 1e-4 of the first, which are still below `t` when the iterations end, and which later
+    steps go on to raise: the residual tells. One of zero, of a matrix without full rank, stays zero. Below 1e-7, a
+    direction is rounding. A matrix of zeros stays as it is.
+    """
+
+    max_iterations: int = 16
+    """The most iterations of one step; on an accelerator, which reads nothing back, all of them are taken."""
+    name = "orthogonal"
+    norm_type = SpectralNormBySolver
+
+    def __post_init__(self) -> None:
+        if self.max_iterations < 1:
+            raise ValueError(f"{self}: max_iterations must be at least 1")
+
+    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> Tensor:
+        # Above every singular value, which the solver may have missed by its error; a matrix that is skipped must not
+        # be divided by zero.
+        bound = measurement.norm * (1 + MARGIN + measurement.error.clamp_max(0.5))
+        bound = torch.where(skip_mask, 1, bound)
+        counts = [len(weight) for weight in weights]
+        residuals = []
+        each = zip(weights, bound.split(counts), target.split(counts), skip_mask.split(counts), strict=True)
+        for weight, own_bound, own_target, skip in each:
+            matrices = at_least_float32(weight.reshape(*weight.shape[:2], -1))
+            factor, residual = polar_factor(matrices, own_bound, self.max_iterations, skip)
+            projected = (factor * own_target[:, None, None]).reshape(weight.shape).to(weight.dtype)
+            weight.copy_(torch.where(broadcast_to(skip, weight), weight, projected))
+            residuals.append(residual.clamp_min(torch.finfo(weight.dtype).eps))
+        return concat(residuals)
+
+
+MARGIN = 0.01
+"""How far, relative, the polar iteration starts above the norm that was measured."""
+
+CONSTRAINTS: dict[str, type[Constraint]] = {
+    one.name: one for one in (Frobenius, Spectral, Clipped, Cap, Normalize, Orthogonal)
+}
 """Every constraint, by the name that callers and checkpoints use."""

@@ -243,9 +243,10 @@ class NormScaler:
 
         The excess is norm / target - 1. The residual is the solver's, `||W^T u - s v|| / s` of the triple that its last
         iteration started from; the error is its own estimate of how far, relative, the first singular value was too
-        low after it. Both are zero where the norm is exact. A weight that is several matrices reports the largest
-        of each. Under spectral scaling the norm is the larger of the target and the solver's second singular value, an
-        estimate from below: `audit()` certifies it.
+        low after it. Both are zero where the norm is exact. Under `"orthogonal"`, the residual is an estimate of
+        `||I - W^T W / t^2||` after the step. A weight that is several matrices reports the largest of each. Under
+        spectral scaling the norm is the larger of the target and the solver's second singular value, an estimate from
+        below: `audit()` certifies it.
 
         A warning names the weights that have been changed since they were last scaled (by a write that torch counts:
         one to `.data` is not seen), and those that have left the model with their layers.

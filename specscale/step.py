@@ -217,8 +217,8 @@ def project_weights_(batches: list[Batch], skips: Iterable[Tensor | None] = repe
             is_off = concat([one.expand(weight.view.count) for one, weight in zip(off, weights, strict=True)])
             skip_mask = skip_mask | is_off
         splits = [weight.view.split(weight.parameter.detach()) for weight in weights]
-        norm = scalings[0].constraint.project_(splits, measurement, target, skip_mask)
-        _collect(scalings, measurement._replace(norm=norm), buffers, values, is_off)
+        measurement = scalings[0].constraint.project_(splits, measurement, target, skip_mask)
+        _collect(scalings, measurement, buffers, values, is_off)
     torch._foreach_copy_(buffers, values)
 
 

@@ -175,7 +175,11 @@ def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
     ("options", "error", "text"),
     [
         ({"norm": ["spectral"]}, ValueError, r"unknown norm \['spectral'\]; choose"),
-        ({"norm": "nuclear"}, ValueError, "unknown norm 'nuclear'; choose 'frobenius', 'spectral' or 'clipped'"),
+        (
+            {"norm": "nuclear"},
+            ValueError,
+            "unknown norm 'nuclear'; choose 'frobenius', 'spectral', 'clipped', 'normalize' or 'orthogonal'",
+        ),
         ({"solver": "qr"}, ValueError, "unknown solver 'qr'; choose 'block', 'power' or 'svd'"),
         ({"solver": 3}, TypeError, "solver must be a name or a Block, Power or SVD, found int"),
         ({"init": "zeros"}, ValueError, "unknown init 'zeros'; choose None or 'orthogonal'"),

@@ -18,7 +18,6 @@ def way(request, monkeypatch):
     """Steps as on a CPU, and as on an accelerator, which reads nothing back."""
     if request.param == "accelerator":
         monkeypatch.setattr("specscale.linalg.can_sync", lambda tensor: False)
-        monkeypatch.setattr("specscale.constraints.can_sync", lambda tensor: False)
 
 
 def norms(weight):
@@ -161,7 +160,6 @@ def test_other_solvers(solver):
 
 def test_bad_and_zero_matrices_are_left_alone(monkeypatch):
     monkeypatch.setattr("specscale.linalg.can_sync", lambda tensor: False)
-    monkeypatch.setattr("specscale.constraints.can_sync", lambda tensor: False)
     layer = nn.MultiheadAttention(40, 4, bias=False)
     scaling = apply_norm_scaling(layer, "cap", target=0.1)
     (weight,) = [one for one in scaling.weights if one.view.count == 3]

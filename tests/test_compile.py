@@ -7,8 +7,10 @@ from torch import nn
 
 from specscale import apply_norm_scaling
 
+SLOW = [pytest.param(norm, marks=pytest.mark.slow) for norm in ("normalize", "orthogonal")]
 
-@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral", *SLOW])
 def test_the_step_is_one_graph_that_is_compiled_once_and_holds(norm):
     torch.compiler.reset()
     torch.manual_seed(0)

@@ -233,6 +233,16 @@ def test_a_step_moves_the_singular_values_that_it_should_and_no_other(norm, swit
             assert scaling.metrics()[f"norm/{weight.name}"] == pytest.approx(new.max().item(), rel=coarse)
 
 
+@few_settings
+def test_the_polar_iteration_puts_every_singular_value_on_the_target(switched):
+    model = net()
+    scaling = apply_norm_scaling(model, "orthogonal")
+    for _ in train(model, scaling, 2):
+        for weight in scaling.weights:
+            values = torch.linalg.svdvals(matrices(weight)) / weight.scaling.target.double()[:, None]
+            assert ((values - 1).abs() <= 1e-5).all(), weight.name
+
+
 @every_setting
 @pytest.mark.parametrize("num_iterations", [3, 30])
 def test_power_iteration_finds_what_has_a_gap(num_iterations, switched):

@@ -75,7 +75,7 @@ class RefuseFloat64(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize("norm", ["frobenius", "spectral", "normalize", "orthogonal"])
 def test_a_device_without_float64_is_asked_for_none(norm, accelerator, monkeypatch):
     monkeypatch.setattr("specscale.linalg.has_float64", lambda device: False)
     with pytest.raises(AssertionError, match="in float64"), RefuseFloat64():
@@ -94,7 +94,7 @@ def test_a_device_without_float64_is_asked_for_none(norm, accelerator, monkeypat
         assert off_target(weight) < 2e-3, weight.name
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+@pytest.mark.parametrize("norm", ["frobenius", "spectral", "normalize", "orthogonal"])
 def test_a_non_finite_weight_is_held_on_the_device_and_named_a_step_later(norm, accelerator):
     model = net()
     scaling = apply_norm_scaling(model, norm, target=0.5)
