@@ -29,7 +29,7 @@ from lib.console import format_cell, markdown, progress
 from lib.files import write_atomically
 from lib.provenance import provenance
 from lib.step_times import TORCH
-from specscale import NormScaler, apply_norm_scaling
+from specscale import Cap, NormScaler, apply_norm_scaling
 
 LIMIT = 1.001
 """A norm above it counts as above the target."""
@@ -54,7 +54,9 @@ def hold(norm: Any) -> Callable[[nn.Module], NormScaler]:
 CONDITIONS: dict[str, Callable[[nn.Module], NormScaler | None]] = {
     "none": lambda critic: None,
     TORCH: torch_spectral_norm,
-    **{norm: hold(norm) for norm in ("spectral", "clipped", "cap")},
+    **{norm: hold(norm) for norm in ("spectral", "normalize", "clipped")},
+    "cap, exact": hold(Cap(exact=True)),
+    "cap": hold("cap"),
 }
 """What the critic is put under, by name. The times are relative to the first one."""
 
