@@ -16,7 +16,7 @@ from specscale.block import Block
 from specscale.constraints import CONSTRAINTS, Constraint
 from specscale.errors import Refusal, one_of, public_call
 from specscale.initialization import orthogonal_like
-from specscale.layers import LayerRule
+from specscale.layers import EMBEDDINGS, LayerRule
 from specscale.parametrization import register, unregister
 from specscale.plain import Rule, refuse_inside_plain
 from specscale.scaler import NormScaler
@@ -67,8 +67,9 @@ def apply_norm_scaling(
             those that `rules` add, are scaled.
         norm: `"spectral"` (moves the first singular triple alone), `"frobenius"`, `"cap"` (lowers what is above the
             target, and leaves alone what is below), `"normalize"` (scales the whole matrix to the spectral norm),
-            `"orthogonal"` (puts every singular value on the target), or `"clipped"` (as spectral, and lowers every
-            other singular value above the target to it: exact, by a decomposition at every step); a constraint with
+            `"orthogonal"` (puts every singular value on the target), `"clipped"` (as spectral, and lowers every other
+            singular value above the target to it: exact, by a decomposition at every step), `"rows"` or `"columns"`
+            (the Frobenius norm of each row, an output, or of each column, an input); a constraint with
             options of its own, such as `Cap(exact=True)`; or a mapping from patterns, as `include` takes them, to
             these. The first pattern that matches a weight's layer wins, `"*"` matches all, and every weight must be
             matched.
@@ -119,7 +120,9 @@ def apply_norm_scaling(
     if isinstance(module, nn.Module):
         refuse_inside_plain(module)
         refuse_wrapped(module)
-    weights = select(module, include, exclude, rules)
+    every = constraints.values() if isinstance(constraints, Mapping) else [constraints]
+    named = EMBEDDINGS if any(one.takes_embeddings for one in every) else ()
+    weights = select(module, include, exclude, rules, named=named)
     refuse_scaled(weights)
     refuse_unwritable(weights)
     refuse_shared_memory(weights)
@@ -188,7 +191,7 @@ def _plan(
     for weight, value in zip(weights, values, strict=True):
         scaling = plan.scalings[weight] = NormScaling(
             constraints[weight],
-            weight.view,
+            constraints[weight].view(weight.view, value),
             value,
             seed_name=weight.name,
             is_only=weight.is_only,
@@ -205,11 +208,11 @@ def _set_targets(plan: _Plan, targets: dict[Weight, list[float]]) -> None:
         scaling.set_target_(targets[weight], is_base=True)
         if bool(scaling.skip_mask.any()):
             plan.warnings.append(
-                f"{weight.name!r} holds a zero matrix, which has no direction to scale: it is skipped. "
-                "Give a target other than 'initial' to scale it once it has moved"
+                f"{weight.name!r} holds a zero {scaling.constraint.part}, which has no direction to scale: it is "
+                "skipped. Give a target other than 'initial' to scale it once it has moved"
             )
         if not bool(scaling.skip_mask.all()):
-            plan.weights.append(replace(weight, parametrization=scaling))
+            plan.weights.append(replace(weight, view=scaling.view, parametrization=scaling))
     if not plan.weights:
         raise Refusal("no weight is selected, since all of them are zero; give a target or an init")
 

@@ -5,6 +5,7 @@ weight, and `norm_after` says what the norm then is, where that is not the targe
 here and one entry in `CONSTRAINTS`; its options are the fields of the class. Checkpoints hold its name.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,11 +16,20 @@ from torch import Tensor
 
 from specscale import linalg
 from specscale.block import Block
-from specscale.linalg import add_product, at_least_float32, broadcast_to, concat, may_be_rounded, product
+from specscale.linalg import add_product, at_least_float32, concat, may_be_rounded, product
 from specscale.lowering import lowering
-from specscale.norms import FrobeniusNorm, Measurement, Norm, SpectralNormByDecomposition, SpectralNormBySolver
+from specscale.norms import (
+    ColumnNorm,
+    FrobeniusNorm,
+    Measurement,
+    Norm,
+    RowNorm,
+    SpectralNormByDecomposition,
+    SpectralNormBySolver,
+)
 from specscale.polar import polar_factor
 from specscale.solvers import Solver
+from specscale.views import MatrixView, SplitWeight
 
 
 @dataclass(frozen=True)
@@ -30,18 +40,31 @@ class Constraint(ABC):
     """The solver, where the norm takes one."""
     name: ClassVar[str]
     norm_type: ClassVar[type[Norm]]
+    part: ClassVar[str] = "matrix"
+    """What of a weight has a norm of its own."""
+    takes_embeddings: ClassVar[bool] = False
+    """Whether it also holds embeddings, where `include` names them: see `specscale.weights.select`."""
 
     @cached_property
     def norm(self) -> Norm:
         return self.norm_type.with_solver(self.solver)
 
+    def view(self, view: MatrixView, weight: Tensor) -> MatrixView:
+        """The matrices that it holds, of a weight of a layer that reads it by `view`: the same, unless overridden."""
+        return view
+
+    def of_orthogonal(self, gain: float, view: MatrixView, weight: Tensor) -> float:
+        """The norm that it holds where each matrix of `view` is `gain` times a semi-orthogonal one."""
+        return self.norm.of_orthogonal(gain, *view.matrix_shape(weight))
+
     @abstractmethod
     def write_(
-        self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor
+        self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor
     ) -> Tensor | None:
-        """Update the weights in place, each as `(k_i, o, i, ...)`: `MatrixView.split`, a view in every memory format.
+        """Update the weights in place, by writing to the `tensor` of each.
 
-        Nothing must change where `skip_mask (k,)` is true. `target (k,)` and `measurement.norm` are of one dtype.
+        `len(weight)` matrices of `target (k,)` and `skip_mask (k,)` are a weight's, in the order of `weights`. Nothing
+        must change where `skip_mask` is true. `target` and `measurement.norm` are of one dtype.
         Returns the residual `(k,)` of a map that iterates; None, of the others, keeps that of the measurement.
         """
 
@@ -50,9 +73,9 @@ class Constraint(ABC):
         return target
 
     def project_(
-        self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor
+        self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor
     ) -> Measurement:
-        """Put the matrices of `weights`, each `(k_i, o, i, ...)`, back on `target (k,)`, in place.
+        """Put the matrices of `weights` back on `target (k,)`, in place.
 
         Those where `skip_mask (k,)` is true and those of norm zero, which have no direction, are skipped. Returns
         what was measured, with the norms and the residuals afterwards.
@@ -72,14 +95,62 @@ class Frobenius(Constraint):
     name = "frobenius"
     norm_type = FrobeniusNorm
 
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+    def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
         _multiply_(weights, torch.where(skip_mask, 1, target / measurement.norm))
 
 
-def _multiply_(weights: list[Tensor], factors: Tensor) -> None:
+def _multiply_(weights: list[SplitWeight], factors: Tensor) -> None:
     """Multiply each matrix of the weights by its own of `factors (k,)`; 1 changes no bit."""
     for weight, factor in zip(weights, factors.split([len(weight) for weight in weights]), strict=True):
-        weight.mul_(broadcast_to(factor, weight))
+        weight.tensor.mul_(weight.per_matrix(factor))
+
+
+class _Parts(Frobenius):
+    """Frobenius norm scaling of parts of a matrix, all of one size."""
+
+    takes_embeddings = True
+
+    def of_orthogonal(self, gain: float, view: MatrixView, weight: Tensor) -> float:
+        # In the root mean square, since the rows of a tall matrix with orthonormal columns differ. Those of a wide one
+        # all have this norm.
+        parts = self.view(view, weight).count // view.count
+        return super().of_orthogonal(gain, view, weight) / math.sqrt(parts)
+
+
+class Rows(_Parts):
+    """`w <- w t / ||w||` for every row `w`: each output keeps the norm of its weights.
+
+    A row is an output of a linear layer, an output channel of a convolution with all its inputs and its kernel, or the
+    vector of an embedding's token. Afterwards every row is on its target. Weight normalization (Salimans and Kingma,
+    2016) splits a weight in the same way, and learns the norms; nGPT (Loshchilov et al., 2024) holds them at 1. Costs
+    as `Frobenius`: no product, and three passes over the weight; its state is 20 bytes a row. A row of zeros, as that
+    of a padding token, has no direction and stays zero.
+    """
+
+    name = "rows"
+    norm_type = RowNorm
+    part = "row"
+
+    def view(self, view: MatrixView, weight: Tensor) -> MatrixView:
+        return view.each_row(weight)
+
+
+class Columns(_Parts):
+    """`w <- w t / ||w||` for every column `w`: each input keeps the norm of the weights that read it.
+
+    A column is an input of a linear layer, an input channel of a convolution with the kernels of all its outputs, or a
+    feature of an embedding. Afterwards every column is on its target. A matrix whose columns have at most the norm `t`
+    is one that maps every vector of l1 norm 1, as a one-hot one, to l2 norm `t` or less. Costs as `Rows`: no product,
+    and three passes over the weight; its state is 20 bytes a column. A column of zeros has no direction and stays
+    zero.
+    """
+
+    name = "columns"
+    norm_type = ColumnNorm
+    part = "column"
+
+    def view(self, view: MatrixView, weight: Tensor) -> MatrixView:
+        return view.each_column(weight)
 
 
 class Spectral(Constraint):
@@ -91,12 +162,11 @@ class Spectral(Constraint):
     name = "spectral"
     norm_type = SpectralNormBySolver
 
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+    def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
         steps = torch.where(skip_mask, 0, target - measurement.norm).split([len(weight) for weight in weights])
         for weight, triple, step in zip(weights, measurement.factors, steps, strict=True):
             # On the split tensor, not on the matrix, a rank-one update is a broadcast product in any memory format.
-            right = triple.right.reshape(len(weight), 1, *weight.shape[2:])
-            weight.addcmul_(broadcast_to(step[:, None] * triple.left, weight), right)
+            weight.tensor.addcmul_(weight.per_row(step[:, None] * triple.left), weight.per_column(triple.right))
 
     def norm_after(self, measurement: Measurement, target: Tensor) -> Tensor:
         next_value = concat([triple.next_value for triple in measurement.factors])
@@ -114,12 +184,12 @@ class Clipped(Constraint):
     name = "clipped"
     norm_type = SpectralNormByDecomposition
 
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+    def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
         _lower_(weights, measurement, target, skip_mask, raise_first=True)
 
 
 def _lower_(
-    weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor, *, raise_first: bool
+    weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor, *, raise_first: bool
 ) -> None:
     """Lower every singular value that is above the target to it; with `raise_first`, move the first in any case.
 
@@ -136,10 +206,10 @@ def _lower_(
         # The relative part of each singular value that is taken off.
         excess = torch.where(above, 1 - own_target[:, None].to(values) / values, 0)
         part = product(vectors * excess[:, None], vectors.mT).to(target)
-        matrices = weight.reshape(*weight.shape[:2], -1).to(part.dtype)
+        matrices = weight.matrices().to(part.dtype)
         is_tall = matrices.shape[-2] >= matrices.shape[-1]
         correction = product(matrices, part) if is_tall else product(part, matrices)
-        weight.sub_(torch.where(skip[:, None, None], 0, correction).reshape(weight.shape))
+        weight.tensor.sub_(weight.per_element(torch.where(skip[:, None, None], 0, correction)))
 
 
 @dataclass(frozen=True)
@@ -175,7 +245,7 @@ class Cap(Constraint):
         solver = replace(self.solver, keeps_subspace=True) if isinstance(self.solver, Block) else self.solver
         return SpectralNormBySolver(solver)
 
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+    def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
         skip_mask = skip_mask | ~(measurement.norm > target)
         if self.exact:
             _lower_(weights, measurement, target, skip_mask, raise_first=False)
@@ -194,18 +264,18 @@ class Cap(Constraint):
         return torch.minimum(measurement.norm, target)
 
 
-def _add_low_rank_(weight: Tensor, factor: Tensor, left: Tensor, right: Tensor, skip: Tensor) -> None:
-    """`W <- factor W - left right^T` of a weight `(k, o, i, ...)`, but where `skip (k,)` is true."""
-    matrices = weight.reshape(len(weight), left.shape[-2], right.shape[-2])
-    is_view = weight.is_contiguous() and weight.dtype == left.dtype
-    if is_view and linalg.can_sync(weight) and not may_be_rounded(weight):
+def _add_low_rank_(weight: SplitWeight, factor: Tensor, left: Tensor, right: Tensor, skip: Tensor) -> None:
+    """`W <- factor W - left right^T`, but where `skip (k,)` is true."""
+    tensor, matrices = weight.tensor, weight.matrices()
+    is_view = matrices.data_ptr() == tensor.data_ptr() and matrices.dtype == left.dtype
+    if linalg.can_sync(tensor) and is_view and not may_be_rounded(tensor):
         # In place, and only what changes.
         for k in (~skip).nonzero()[:, 0].tolist():
             matrices[k].addmm_(left[k], right[k].mT, beta=factor[k].item(), alpha=-1)
         return
     matrices = matrices.to(left.dtype)
     changed = add_product(matrices * factor[:, None, None], left, right.mT, alpha=-1)
-    weight.copy_(torch.where(skip[:, None, None], matrices, changed).reshape(weight.shape))
+    tensor.copy_(weight.per_element(torch.where(skip[:, None, None], matrices, changed)))
 
 
 @dataclass(frozen=True)
@@ -229,7 +299,7 @@ class Normalize(Constraint):
     name = "normalize"
     norm_type = SpectralNormBySolver
 
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
+    def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> None:
         if self.one_sided:
             skip_mask = skip_mask | (measurement.norm <= target)
         _multiply_(weights, torch.where(skip_mask, 1, target / measurement.norm))
@@ -267,7 +337,7 @@ class Orthogonal(Constraint):
         if self.max_iterations < 1:
             raise ValueError(f"{self}: max_iterations must be at least 1")
 
-    def write_(self, weights: list[Tensor], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> Tensor:
+    def write_(self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor) -> Tensor:
         # Above every singular value, which the solver may have missed by its error; a matrix that is skipped must not
         # be divided by zero.
         bound = measurement.norm * (1 + MARGIN + measurement.error.clamp_max(0.5))
@@ -276,11 +346,11 @@ class Orthogonal(Constraint):
         residuals = []
         each = zip(weights, bound.split(counts), target.split(counts), skip_mask.split(counts), strict=True)
         for weight, own_bound, own_target, skip in each:
-            matrices = at_least_float32(weight.reshape(*weight.shape[:2], -1))
+            matrices = at_least_float32(weight.matrices())
             factor, residual = polar_factor(matrices, own_bound, self.max_iterations, skip)
-            projected = (factor * own_target[:, None, None]).reshape(weight.shape).to(weight.dtype)
-            weight.copy_(torch.where(broadcast_to(skip, weight), weight, projected))
-            residuals.append(residual.clamp_min(torch.finfo(weight.dtype).eps))
+            projected = torch.where(skip[:, None, None], matrices, factor * own_target[:, None, None])
+            weight.tensor.copy_(weight.per_element(projected))
+            residuals.append(residual.clamp_min(torch.finfo(weight.tensor.dtype).eps))
         return concat(residuals)
 
 
@@ -288,6 +358,6 @@ MARGIN = 0.01
 """How far, relative, the polar iteration starts above the norm that was measured."""
 
 CONSTRAINTS: dict[str, type[Constraint]] = {
-    one.name: one for one in (Frobenius, Spectral, Clipped, Cap, Normalize, Orthogonal)
+    one.name: one for one in (Frobenius, Rows, Columns, Spectral, Clipped, Cap, Normalize, Orthogonal)
 }
 """Every constraint, by the name that callers and checkpoints use."""

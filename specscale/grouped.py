@@ -22,6 +22,7 @@ is two launches: sums of squares, and the weight itself.
 This module is imported only where there are CUDA weights, since it needs Triton.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -37,6 +38,7 @@ from specscale.block import Block
 from specscale.constraints import Cap, Frobenius, Spectral
 from specscale.kernels import SIDE, SMALL_SIZE
 from specscale.norms import SpectralNormBySolver
+from specscale.views import SplitWeight
 from specscale.weights import Weight
 
 TILE = 64
@@ -47,52 +49,77 @@ CHUNK = 512
 """Rows whose products with the images one program adds up: tall matrices of few columns must fill the device too."""
 
 
-class Layout(NamedTuple):
-    """Where the elements of a matrix lie, in elements: rows at one stride, columns at two levels of strides."""
+class Axis(NamedTuple):
+    """Where the rows or the columns of a matrix lie, in elements, at two levels of strides."""
 
-    row_stride: int
     length: int
-    """Columns of the inner level."""
+    """Rows or columns of the inner level."""
     outer: int
     inner: int
+
+
+class Layout(NamedTuple):
+    """Where the elements of a matrix lie."""
+
+    rows: Axis
+    columns: Axis
     order_length: int
     """Column `j`, counted as the memory has them, is number `(j % order_length) * order_stride + j // order_length`."""
     order_stride: int
 
 
-def layout_of(split: Tensor) -> Layout | None:
-    """The layout of the matrices of a weight `(k, o, i, ...)`, `MatrixView.split`; None where two levels do not do.
+def layout_of(split: SplitWeight) -> Layout | None:
+    """The layout of a weight's matrices; None where two levels do not do.
 
     Columns are taken in the order of memory if that is a rotation of their own order: as `channels_last` has them.
     """
-    sizes, strides = split.shape[2:], split.stride()[2:]
-    axes = [axis for axis, size in enumerate(sizes) if size > 1]
+    sizes = split.tensor.shape
+    _, of_rows, of_columns = ([axis for axis in axes if sizes[axis] > 1] for axes in split.axes)
+    # The stride of a single row says whether the kernels may read it 16 bytes at a time.
+    rows, axes = _axis(split.tensor, of_rows or [split.axes[1][-1]]), of_columns
     found = []
     for first in range(max(len(axes), 1)):
         rotated = axes[first:] + axes[:first]
-        levels: list[tuple[int, int]] = []
-        for axis in rotated:
-            if levels and levels[-1][1] == strides[axis] * sizes[axis]:
-                levels[-1] = levels[-1][0] * sizes[axis], strides[axis]
-            else:
-                levels.append((sizes[axis], strides[axis]))
-        if len(levels) > 2:
+        columns = _axis(split.tensor, rotated)
+        if rows is None or columns is None:
             continue
-        length, inner = levels[-1] if levels else (1, 1)
-        outer = levels[0][1] if len(levels) == 2 else 0
         leading = math.prod(sizes[axis] for axis in rotated[: len(axes) - first])
         trailing = math.prod(sizes[axis] for axis in axes[:first])
         # Memory counts `rotated`, whose last axes come first in the weight's own order.
-        layout = Layout(split.stride(1), length, outer, inner, trailing, leading)
-        found.append((len(levels), inner, layout))
+        layout = Layout(rows, columns, trailing, leading)
+        found.append((columns.length < split.shape[2], columns.inner, layout))
     return min(found, key=lambda one: one[:2])[2] if found else None
+
+
+def _axis(tensor: Tensor, axes: list[int]) -> Axis | None:
+    """These axes of the tensor as one, the first one outermost; None where that takes more than two levels."""
+    levels: list[tuple[int, int]] = []
+    for axis in axes:
+        size, stride = tensor.shape[axis], tensor.stride(axis)
+        if levels and levels[-1][1] == stride * size:
+            levels[-1] = levels[-1][0] * size, stride
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return None
+    length, inner = levels[-1] if levels else (1, 1)
+    return Axis(length, levels[0][1] if len(levels) == 2 else 0, inner)
+
+
+def _pointers(split: SplitWeight) -> list[int]:
+    """The address of each matrix."""
+    tensor = split.tensor
+    steps = ([tensor.stride(axis) * number for number in range(tensor.shape[axis])] for axis in split.axes[0])
+    return [tensor.data_ptr() + tensor.element_size() * sum(offsets) for offsets in itertools.product(*steps)]
 
 
 def fits(weight: Weight) -> bool:
     """Whether a kernel takes the weight's step."""
     parameter, scaling = weight.parameter, weight.scaling
     constraint = scaling.constraint
-    is_known = isinstance(constraint, Frobenius) or (
+    # Not rows and columns: as matrices, they are so thin that a program has next to nothing to do, and so many that the
+    # table of an MLP of 5 x 2000 takes the host 2.4 seconds. Torch's operations take them all at once.
+    is_known = type(constraint) is Frobenius or (
         isinstance(constraint, Spectral | Cap)
         and isinstance(constraint.norm, SpectralNormBySolver)
         and isinstance(constraint.norm.solver, Block)
@@ -163,8 +190,7 @@ class GroupedStep:
         layout = layout_of(split)
         assert layout is not None
         outputs, inputs = weight.view.matrix_shape(weight.parameter)
-        by_row = (outputs, 0, layout.row_stride)
-        by_column = (layout.length, layout.outer, layout.inner)
+        by_row, by_column = layout.rows, layout.columns
         order = (layout.order_length, layout.order_stride)
         is_tall = outputs >= inputs
         m, n = (outputs, inputs) if is_tall else (inputs, outputs)
@@ -175,9 +201,8 @@ class GroupedStep:
         if is_exact:
             # Unit vectors, in any order.
             order = (1, 1)
-        for k in range(weight.view.count):
+        for k, pointer in enumerate(_pointers(split)):
             number = len(self._rows)
-            pointer = split.data_ptr() + k * split.stride(0) * split.element_size()
             num_i, num_j, num_chunks = -(-m // TILE), -(-n // TILE), -(-m // CHUNK)
             mode = _mode(pointer, m, n, along_i, along_j, self.vector)
             p, q = (n, m) if mode == kernels.ROWS_CONTIGUOUS.value else (m, n)
@@ -188,12 +213,12 @@ class GroupedStep:
                 kernels.M_: m,
                 kernels.N_: n,
                 kernels.MODE: mode,
-                kernels.I_LENGTH: along_i[0],
-                kernels.I_OUTER: along_i[1],
-                kernels.I_INNER: along_i[2],
-                kernels.J_LENGTH: along_j[0],
-                kernels.J_OUTER: along_j[1],
-                kernels.J_INNER: along_j[2],
+                kernels.I_LENGTH: along_i.length,
+                kernels.I_OUTER: along_i.outer,
+                kernels.I_INNER: along_i.inner,
+                kernels.J_LENGTH: along_j.length,
+                kernels.J_OUTER: along_j.outer,
+                kernels.J_INNER: along_j.inner,
                 kernels.ORDER_LENGTH: order[0],
                 kernels.ORDER_STRIDE: order[1],
                 kernels.NUM_I: num_i,
@@ -332,13 +357,12 @@ def _to_device(values: list[list[int]], dtype: torch.dtype, device: torch.device
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _mode(
-    pointer: int, m: int, n: int, along_i: tuple[int, int, int], along_j: tuple[int, int, int], vector: int
-) -> int:
+def _mode(pointer: int, m: int, n: int, along_i: Axis, along_j: Axis, vector: int) -> int:
     """How the matrix's tiles can be read: 16 bytes at a time only where address, size and stride are multiples."""
     if pointer % 16 == 0:
-        if along_j[0] == n and along_j[2] == 1 and along_i[0] == m and n % vector == along_i[2] % vector == 0:
+        is_even = along_i.length == m and along_j.length == n
+        if is_even and along_j.inner == 1 and n % vector == along_i.inner % vector == 0:
             return int(kernels.COLUMNS_CONTIGUOUS.value)
-        if along_i[0] == m and along_i[2] == 1 and along_j[0] == n and m % vector == along_j[2] % vector == 0:
+        if is_even and along_i.inner == 1 and m % vector == along_j.inner % vector == 0:
             return int(kernels.ROWS_CONTIGUOUS.value)
     return int(kernels.STRIDED.value)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from specscale.errors import Refusal
+from specscale.layers import module_at
 from specscale.parametrization import register, unregister
 from specscale.state import PLAIN_LAYERS, NormScaling, version_of
 from specscale.weights import Weight, holds_tensor, scaled_weights
@@ -105,16 +106,6 @@ def places_of(model: nn.Module) -> dict[int, list[Place]]:
 def is_source(place: Place, tensor: str) -> bool:
     """Whether the layer computes the tensor from the parameter at this place, as pruning does from `weight_orig`."""
     return place.tensor != tensor and holds_tensor(place.module, tensor)
-
-
-def module_at(model: nn.Module, name: str) -> nn.Module | None:
-    """The submodule of that name, if there is one."""
-    module: nn.Module | None = model
-    for part in name.split(".") if name else ():
-        if module is None:
-            return None
-        module = module._modules.get(part)
-    return module
 
 
 def put_on(scaling: NormScaling, place: Place) -> None:

@@ -4,6 +4,7 @@ The caller's rules come before the built-in ones here, which are written in the 
 entry in `BUILT_IN`.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,7 @@ class LayerRule:
     >>> LayerRule(Dense, {"kernel": MatrixView("i o")})               # every layer of a type
     >>> LayerRule(lambda name, module: name == "router", {"weight": MatrixView("o i")})      # or by a predicate
     >>> LayerRule(Experts, lambda experts: {"w": MatrixView("k i o", len(experts.w))})       # as the layer has it
+    >>> LayerRule(Attention, {"qkv.weight": MatrixView("(k o) i", 3)})  # of the layer `qkv` in every layer of a type
     >>> LayerRule(Router, {})                                         # no weight: such layers are not scaled
 
     Raises:
@@ -32,7 +34,10 @@ class LayerRule:
     layer: type[nn.Module] | Callable[[str, nn.Module], bool]
     """The type of the layers, subclasses included, or a predicate of a layer's name and the layer."""
     weights: Views | Callable[[nn.Module], Views]
-    """The view of each weight by the tensor's name, or a function of the layer that returns them."""
+    """The view of each weight by the tensor's name, or a function of the layer that returns them.
+
+    A tensor of a layer within this one is named by its path. It is then a weight of that layer all the same.
+    """
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, nn.Module) or not callable(self.layer):
@@ -54,6 +59,16 @@ class LayerRule:
         views = self.weights(module)
         _check_views(views)
         return views
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that name, if there is one."""
+    module: nn.Module | None = model
+    for part in name.split(".") if name else ():
+        if module is None:
+            return None
+        module = module._modules.get(part)
+    return module
 
 
 def _check_views(views: Views) -> None:
@@ -88,9 +103,13 @@ def _is_fused(ending: str, count: int) -> Callable[[str, nn.Module], bool]:
     )
 
 
-def _is_transposed_linear(name: str, module: nn.Module) -> bool:
-    """Whether it is the `Conv1D` of transformers, GPT-2's linear layer, where that package has been imported."""
-    return isinstance(module, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()))
+def _is_imported(package: str, kind: str) -> Callable[[str, nn.Module], bool]:
+    """Whether it is a layer of that kind, of a package that need not have been imported."""
+    return lambda name, module: isinstance(module, getattr(sys.modules.get(package), kind, ()))
+
+
+_is_transposed_linear = _is_imported("transformers.pytorch_utils", "Conv1D")
+"""Whether it is GPT-2's linear layer."""
 
 
 def _is_fused_transposed_linear(name: str, module: nn.Module) -> bool:
@@ -108,7 +127,44 @@ def _experts(module: nn.Module) -> Views:
     return {name: MatrixView(axes, len(getattr(module, name))) for name in names}
 
 
+def _per_head(fused: str, *sizes: str) -> Callable[[nn.Module], Views]:
+    """The fused projection `fused` of an attention layer that lays its heads outermost.
+
+    `sizes` names the attributes of the layer that hold the rows of each projection in a head. Projections of equal
+    sizes are matrices of their own. Others cannot be one batch, and the fused weight is read as one matrix.
+    """
+
+    def views(attention: nn.Module) -> Views:
+        # The layer may have been replaced, as by an adapter or a quantized one.
+        projection = module_at(attention, fused)
+        if not isinstance(projection, nn.Linear | nn.Conv2d) or not getattr(attention, "head_first", True):
+            return {}
+        columns = "i h w" if isinstance(projection, nn.Conv2d) else "i"
+        rows = [getattr(attention, size) for size in sizes]
+        if len(set(rows)) > 1:
+            return {f"{fused}.weight": MatrixView(f"o {columns}")}
+        return {f"{fused}.weight": MatrixView(f"(o1 k o2) {columns}", len(rows), {"o2": rows[0]})}
+
+    return views
+
+
 BUILT_IN = [
+    *(
+        LayerRule(_is_imported(module, name), _per_head(fused, *sizes))
+        for module, name, fused, *sizes in (
+            ("timm.layers.attention2d", "Attention2d", "qkv", *["dim_head"] * 3),
+            ("timm.layers.halo_attn", "HaloAttn", "kv", "dim_head_qk", "dim_head_v"),
+            ("timm.models.cpubone", "ConvAttention", "pwise", *["head_dim"] * 3),
+            ("timm.models.efficientformer", "Attention", "qkv", "key_dim", "key_dim", "val_dim"),
+            ("timm.models.efficientvit_mit", "LiteMLA", "qkv.conv", *["dim"] * 3),
+            ("timm.models.levit", "Attention", "qkv.linear", "key_dim", "key_dim", "val_dim"),
+            ("timm.models.levit", "AttentionDownsample", "kv.linear", "key_dim", "val_dim"),
+            ("timm.models.lowformer", "ConvAttention", "pwise", *["head_dim"] * 3),
+            ("timm.models.maxxvit", "Attention2d", "qkv", *["dim_head"] * 3),
+            ("timm.models.maxxvit", "AttentionCl", "qkv", *["dim_head"] * 3),
+            ("timm.models.tiny_vit", "Attention", "qkv", "key_dim", "key_dim", "val_dim"),
+        )
+    ),
     LayerRule(_is_fused("qkv", 3), {"weight": MatrixView("(k o) i", 3)}),
     LayerRule(_is_fused("(?<!q)kv", 2), {"weight": MatrixView("(k o) i", 2)}),
     LayerRule(nn.Linear, {"weight": MatrixView("o i")}),
@@ -133,9 +189,55 @@ BUILT_IN = [
     LayerRule(_is_transposed_linear, {"weight": MatrixView("i o")}),
     LayerRule(_is_experts, _experts),
 ]
-"""The rules for torch's layers, and for those of transformers that are not torch's."""
+"""The rules for torch's layers, for those of transformers that are not torch's, and for timm's fused projections."""
 
 
-def rule_for(name: str, module: nn.Module, rules: Iterable[LayerRule] = ()) -> LayerRule | None:
-    """The first rule that matches a layer: of `rules`, then of the built-in ones."""
-    return next((rule for rule in (*rules, *BUILT_IN) if rule.matches(name, module)), None)
+EMBEDDINGS = [LayerRule(kind, {"weight": MatrixView("o i")}) for kind in (nn.Embedding, nn.EmbeddingBag)]
+"""The rules for embeddings, which are not scaled unless the caller names them.
+
+The vector of each token is a row, as it is in the output layer that may share the weight.
+"""
+
+
+class RuleBook:
+    """The rules of a call for a model, the built-in ones behind them, and `named` at the end.
+
+    A layer's rule is the first one that matches it.
+    """
+
+    def __init__(self, model: nn.Module, rules: Iterable[LayerRule] = (), named: Iterable[LayerRule] = ()) -> None:
+        self._model = model
+        self._own = list(rules)
+        self._built_in = [*BUILT_IN, *named]
+        self._found: dict[str, tuple[float, Views]] = {}
+
+    @property
+    def unused(self) -> list[LayerRule]:
+        """The call's rules that are the rule of no layer that has been looked up."""
+        used = {number for number, _ in self._found.values()}
+        return [rule for number, rule in enumerate(self._own) if number not in used]
+
+    def look_up(self, name: str) -> tuple[float, Views]:
+        """The place of a layer's rule among the rules, and what it names; infinity, and nothing, without a rule."""
+        if name not in self._found:
+            layer = module_at(self._model, name)
+            assert layer is not None
+            rules = enumerate([*self._own, *self._built_in])
+            matching = ((number, rule.views(layer)) for number, rule in rules if rule.matches(name, layer))
+            self._found[name] = next(matching, (math.inf, {}))
+        return self._found[name]
+
+    def views(self, name: str) -> Views:
+        """The views of a layer's tensors.
+
+        They are those of its own rule, and of the rules of layers that it lies in where these come before its own.
+        """
+        own, named = self.look_up(name)
+        views = {path: view for path, view in named.items() if "." not in path}
+        parts = name.split(".") if name else []
+        outer = [(*self.look_up(".".join(parts[:depth])), ".".join(parts[depth:])) for depth in range(len(parts))]
+        # The first rule comes last, and overwrites the others.
+        for _, named, path in sorted((one for one in outer if one[0] < own), key=lambda one: -one[0]):
+            split = {tuple(full.rpartition(".")[::2]): view for full, view in named.items()}
+            views |= {tensor: view for (within, tensor), view in split.items() if within == path}
+        return views

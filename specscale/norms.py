@@ -101,12 +101,40 @@ class FrobeniusNorm(Norm):
     ) -> Measurement:
         # Rows first: short sums keep float32 accurate, and a float64 total cannot overflow.
         # One weight after another, since each may be a copy.
-        rows = [torch.linalg.vector_norm(one, dim=-1) for one in matrices]
-        norms = [torch.linalg.vector_norm(one, dim=-1, dtype=widest_dtype(one.device)) for one in rows]
+        # The compiler of torch 2.9 keeps an axis of length 1 that it should reduce.
+        rows = [torch.linalg.vector_norm(one, dim=-1).reshape(one.shape[:-1]) for one in matrices]
+        norms = [
+            torch.linalg.vector_norm(one, dim=-1, dtype=widest_dtype(one.device)).reshape(one.shape[:-1])
+            for one in rows
+        ]
         return _exactly(concat(norms).to(rows[0].dtype), [None] * len(rows))
 
     def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
         return frobenius_bounds(matrices)
+
+
+class RowNorm(FrobeniusNorm):
+    """The norm of a row, which is a matrix of its own."""
+
+    name = "row-wise Frobenius"
+
+
+class ColumnNorm(FrobeniusNorm):
+    """The norm of a column, which is a matrix of its own."""
+
+    name = "column-wise Frobenius"
+
+    def measure(
+        self,
+        matrices: Iterable[Tensor],
+        states: Sequence[State],
+        *,
+        to_convergence: bool = False,
+        num_iterations: int | None = None,
+    ) -> Measurement:
+        # Torch's norms take three to thirty times as long along the outer axes in memory; its sums are as accurate.
+        norms = [one.square().sum(dim=(-2, -1)).sqrt() for one in matrices]
+        return _exactly(concat(norms), [None] * len(norms))
 
 
 class SpectralNorm(Norm):

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from specscale.errors import Refusal, public_call
 from specscale.held import INSIDE_PLAIN, HeldWeights, Place, is_source, places_of, put_on
-from specscale.layers import LayerRule, rule_for
+from specscale.layers import EMBEDDINGS, LayerRule, RuleBook
 from specscale.linalg import at_least_float32, no_grad_full_precision, product
 from specscale.parametrization import unregister
 from specscale.state import PLAIN_LAYERS, NormScaling, original, scaling_of, version_of
@@ -268,22 +268,24 @@ def _failure(error: Exception) -> str:
 
 def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, parameter: nn.Parameter) -> _Find | str:
     """How the parameter that a weight has become is scaled, or why it cannot be."""
-    view = taken.weight.view
+    constraint = taken.weight.scaling.constraint
+    view, layer_view = taken.weight.view, None
     is_same_shape = parameter.shape == taken.shape
     if not (is_same_shape and (parameter is taken.parameter or place.module is taken.weight.module)):
-        layer_rule = rule_for(place.layer, place.module, rule.layers)
-        view = (layer_rule.views(place.module) if layer_rule is not None else {}).get(place.tensor, view)
+        layer_view = RuleBook(model, rule.layers, EMBEDDINGS).views(place.layer).get(place.tensor)
     if kind := shard_kind(parameter):
         return f"it is sharded now: {kind}"
     if not parameter.is_floating_point() or parameter.numel() == 0 or parameter.is_inference():
         return f"it is a tensor of {parameter.dtype} and shape {tuple(parameter.shape)} that cannot be scaled"
     try:
+        if layer_view is not None:
+            view = constraint.view(layer_view, parameter)
         view.matrix_shape(parameter)
     except EinopsError:
-        return f"its shape {tuple(parameter.shape)} does not fit {view}"
+        return f"its shape {tuple(parameter.shape)} does not fit {layer_view or view}"
     target: Target = "initial"
     if not (is_same_shape and view == taken.weight.view):
-        target = rule.target_for(Weight(*place, view, taken.weight.is_only), model)
+        target = rule.target_for(Weight(*place, layer_view or view, taken.weight.is_only), model)
         if depends_on_norms(target) and not bool(parameter.isfinite().all()):
             return "it holds NaN or infinity"
     return _Find(place, parameter, view, target)

@@ -267,11 +267,16 @@ class PendingStats:
     def read(self) -> Iterator["Found"]:
         """What was found of each weight."""
         for weights, stats in zip(self._weights, self._stats.read(), strict=True):
-            # Not by operations of torch, which take longer on so few numbers.
+            sizes = [weight.view.count for weight in weights]
+            if sum(sizes) > 100 * len(sizes):
+                # What is not finite is the largest.
+                stats = torch.stack([one.amax(dim=1) for one in stats.split(sizes, dim=1)], dim=1)
+                sizes = [1] * len(sizes)
+            # Not by operations of torch, which take longer on few numbers.
             norms, errors, counts = stats.tolist()
             end = 0
-            for weight in weights:
-                start, end = end, end + weight.view.count
+            for weight, size in zip(weights, sizes, strict=True):
+                start, end = end, end + size
                 is_finite = all(map(math.isfinite, norms[start:end]))
                 yield Found(weight, is_finite, max(errors[start:end]), int(max(counts[start:end])))
 

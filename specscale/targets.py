@@ -72,7 +72,7 @@ def _by_features(weights: list[Weight], model: nn.Module, example_input: Any) ->
         d_out, d_in = weight.view.channels(weight.parameter)
         # Without a kernel, each position of the output comes from one position of the input: the ratio of the sizes is
         # that of the counts, and is known for a projection within attention too, which is never called as a module.
-        if weight.view.split(weight.parameter).ndim > 3:
+        if weight.view.has_kernel:
             if weight.module not in sizes:
                 raise Refusal(
                     f'"features" needs the sizes of {weight.name!r}, which example_input did not reach; '
@@ -173,8 +173,7 @@ def resolve_targets(
             scaling = measured[weight]
             numbers: Any = value
             if isinstance(value, str):
-                shape = weight.view.matrix_shape(weight.parameter)
-                numbers = scaling.constraint.norm.of_orthogonal(gains[weight.name], *shape)
+                numbers = scaling.constraint.of_orthogonal(gains[weight.name], weight.view, weight.parameter)
             elif callable(value):
                 numbers = _ask_target(value, weight, scaling.norm)
                 if weight.view.count > 1 and isinstance(numbers, Real) and _is_far_off(numbers, scaling.norm):
@@ -215,7 +214,7 @@ def _ask_target(function: Callable[..., Any], weight: Weight, norm: Tensor) -> A
 
 def _checked(numbers: Any, weight: Weight, norms: Tensor, is_relative: bool) -> list[float]:
     """A target's number or numbers as one for each matrix of the weight, of which each is good."""
-    where, count = f" for {weight.name!r}", weight.view.count
+    where, count = f" for {weight.name!r}", len(norms)
     if not isinstance(numbers, list):
         numbers = [numbers] * count
     elif len(numbers) != count:

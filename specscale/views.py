@@ -1,6 +1,9 @@
 """How a weight tensor is read as a batch of matrices, and how matrices are written into it."""
 
+import itertools
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,77 +11,219 @@ from einops import rearrange
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+class SplitWeight:
+    """A weight as its matrices without a copy: `tensor` is a view, and writing to it writes the weight.
+
+    The axes of `tensor` count the matrices, then the rows, then the columns; there may be several for each, since
+    merging axes may copy. The other methods bring numbers into shapes that broadcast against it.
+    """
+
+    def __init__(self, tensor: Tensor, num_matrix_axes: int = 1, num_row_axes: int = 1) -> None:
+        self.tensor = tensor
+        self.num_matrix_axes = num_matrix_axes
+        self.num_row_axes = num_row_axes
+
+    @property
+    def axes(self) -> tuple[range, range, range]:
+        """The axes of the tensor that count the matrices, the rows and the columns."""
+        rows = self.num_matrix_axes + self.num_row_axes
+        return range(self.num_matrix_axes), range(self.num_matrix_axes, rows), range(rows, self.tensor.ndim)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(k, m, n)`: the number of matrices, and the rows and columns of each."""
+        sizes = self.tensor.shape
+        start, end = self.num_matrix_axes, self.num_matrix_axes + self.num_row_axes
+        return math.prod(sizes[:start]), math.prod(sizes[start:end]), math.prod(sizes[end:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def matrices(self) -> Tensor:
+        """The matrices `(k, m, n)`: a copy where the strides allow no view."""
+        return self.tensor.reshape(self.shape)
+
+    def per_matrix(self, numbers: Tensor) -> Tensor:
+        """A number for each matrix `(k,)`, to be broadcast against `tensor`."""
+        return numbers.reshape(self._sizes(True, False, False))
+
+    def per_row(self, numbers: Tensor) -> Tensor:
+        """A number for each row of each matrix `(k, m)`, to be broadcast against `tensor`."""
+        return numbers.reshape(self._sizes(True, True, False))
+
+    def per_column(self, numbers: Tensor) -> Tensor:
+        """A number for each column of each matrix `(k, n)`, to be broadcast against `tensor`."""
+        return numbers.reshape(self._sizes(True, False, True))
+
+    def per_element(self, matrices: Tensor) -> Tensor:
+        """Matrices `(k, m, n)` in the shape of `tensor`."""
+        return matrices.reshape(self.tensor.shape)
+
+    def _sizes(self, *along: bool) -> list[int]:
+        """The shape of `tensor`, with 1 for the axes that count matrices, rows or columns, where that is false."""
+        sizes = self.tensor.shape
+        return [sizes[axis] if own else 1 for axes, own in zip(self.axes, along, strict=True) for axis in axes]
+
+
+@dataclass(frozen=True, repr=False)
 class MatrixView:
     """A weight tensor read as a batch of `count` matrices, one row per output.
 
     `axes` names the tensor's axes in einops' notation: `o` is the outputs (fan-out), `i` the input channels, and `k`,
     if it is there, counts the matrices. All axes but `k` and `o`, flattened, are the columns (fan-in); `"channels"`
-    gains are taken from `o` and `i`.
+    gains are taken from `o` and `i`. Where matrices or outputs are counted by several axes, these are called `k1`,
+    `k2`, ... or `o1`, `o2`, ..., the outermost first. `lengths` gives those that the tensor's shape and `count` leave
+    open.
 
     >>> MatrixView("o i")                      # a linear layer: one matrix (o, i)
     >>> MatrixView("(k o) i", count=3)         # a fused qkv: three matrices
     >>> MatrixView("(k o) i h w", count=2)     # a convolution in two groups: two matrices (o, i h w)
     >>> MatrixView("i o h w")                  # a transposed convolution: outputs are the second axis
     >>> MatrixView("k i o", count=8)           # eight experts, stacked and transposed
-    >>> MatrixView("(k o) i", count=512)       # a linear layer of 512 outputs, each row a matrix of its own
+    >>> MatrixView("(o1 k o2) i", count=3, lengths={"o1": 12})      # a fused qkv, each of twelve heads its q, k and v
+    >>> MatrixView("(k o) i", count=512)       # a linear layer of 512 outputs, each row a matrix: as "rows" has them
 
     Raises:
-        TypeError: `axes` is no string, or `count` no integer.
+        TypeError: `axes` is no string, `count` no integer, or `lengths` no mapping from names to integers.
         ValueError: `axes` does not name each axis once, or has no `o`; `count` is less than 1, or more than 1 where
-            `axes` has no `k`.
+            `axes` has no `k`; `lengths` has another name, a number less than 1, too few numbers, or those of `k` do not
+            go with `count`.
     """
 
     axes: str
     count: int = 1
+    lengths: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.axes, str) or not isinstance(self.count, int):
             raise TypeError(f"{self}: axes must be a string, as in 'o i', and count a number of matrices")
+        try:
+            lengths = dict(self.lengths)
+        except (TypeError, ValueError):
+            lengths = {"": None}  # type: ignore[dict-item]
+        if not all(isinstance(name, str) and isinstance(length, int) for name, length in lengths.items()):
+            raise TypeError(f"{self}: lengths must map names of axes to numbers, as in {{'o1': 12}}")
+        object.__setattr__(self, "lengths", tuple(sorted(lengths.items())))
         names = self._names
         if len(set(names)) < len(names) or not all(map(str.isidentifier, names)) or not _is_balanced(self.axes):
             raise ValueError(f"{self}: axes must name each axis once, as in 'o i' or '(k o) i h w'")
-        if "o" not in self._names:
+        if not self._rows:
             raise ValueError(f"{self}: axes must name the outputs o, as in 'o i' or '(k o) i h w'")
-        if self.count < 1 or (self.count > 1 and "k" not in self._names):
+        if self.count < 1 or (self.count > 1 and not self._batch):
             raise ValueError(f"{self}: count must be 1, or axes must say by k where the matrices are, as in '(k o) i'")
+        if not set(lengths) <= set(names) or any(length < 1 for length in lengths.values()):
+            raise ValueError(f"{self}: lengths must be 1 or more, of axes that are named in axes")
+        given = math.prod(lengths[name] for name in self._batch if name in lengths)
+        num_open = sum(name not in lengths for name in self._batch)
+        if self._batch and (self.count % given or (num_open == 0 and given != self.count)):
+            raise ValueError(f"{self}: the lengths of {', '.join(self._batch)} must multiply to count")
+        known = set(lengths) | (set(self._batch) if num_open == 1 else set())
+        for group in self._groups:
+            if len(open_names := [name for name in group if name not in known]) > 1:
+                raise ValueError(f"{self}: lengths must say how long all but one of {', '.join(open_names)} are")
+        if num_open > 1:
+            raise ValueError(f"{self}: lengths must say how long all but one of {', '.join(self._batch)} are")
+
+    def __repr__(self) -> str:
+        lengths = f", lengths={self.lengths}" if self.lengths else ""
+        return f"MatrixView(axes={self.axes!r}, count={self.count!r}{lengths})"
 
     @cached_property
     def _names(self) -> list[str]:
         return self.axes.replace("(", " ").replace(")", " ").split()
 
-    def _read(self, tensor: Tensor, columns: str) -> Tensor:
-        """The tensor as `k o` and the columns, which the pattern `columns` may merge."""
-        lengths = {"k": self.count} if "k" in self._names else {}
-        names = " ".join(name for name in self._names if name not in ("k", "o"))
-        return rearrange(tensor, f"{self.axes} -> {'k' if lengths else '1'} o {columns.format(names)}", **lengths)
+    @cached_property
+    def _groups(self) -> list[list[str]]:
+        """The names of each axis of the tensor."""
+        return [part.strip("()").split() for part in re.findall(r"\([^()]*\)|[^\s()]+", self.axes)]
 
-    def split(self, weight: Tensor) -> Tensor:
-        """The tensor as `(k, o, i, ...)`, a view in every memory format: writing to it writes the weight.
+    @cached_property
+    def _batch(self) -> list[str]:
+        return [name for name in self._names if re.fullmatch(r"k\d*", name)]
+
+    @cached_property
+    def _rows(self) -> list[str]:
+        return [name for name in self._names if re.fullmatch(r"o\d*", name)]
+
+    @cached_property
+    def _columns(self) -> list[str]:
+        return [name for name in self._names if name not in (*self._batch, *self._rows)]
+
+    @cached_property
+    def _pattern(self) -> str:
+        return f"{self.axes} -> {' '.join([*(self._batch or ['1']), *self._rows, *self._columns])}"
+
+    @cached_property
+    def _known(self) -> dict[str, int]:
+        """The lengths that are given, and the one of the matrices' axes that `count` gives."""
+        lengths = dict(self.lengths)
+        for name in self._batch:
+            if name not in lengths:
+                lengths[name] = self.count // math.prod(lengths[own] for own in self._batch if own in lengths)
+        return lengths
+
+    def split(self, weight: Tensor) -> SplitWeight:
+        """The weight as its matrices, a view in every memory format: writing to it writes the weight.
 
         Splitting and permuting axes never copies; merging them, as `matrices` does, may.
         """
-        return self._read(weight, "{}")
+        tensor = rearrange(weight, self._pattern, **self._known)
+        return SplitWeight(tensor, len(self._batch) or 1, len(self._rows))
 
     def matrices(self, weight: Tensor) -> Tensor:
         """The batch of matrices `(k, m, n)`, for reading only: a copy where the strides allow no view."""
-        return self._read(weight, "({})")
+        return self.split(weight).matrices()
 
     def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
         """`(m, n)` of one matrix."""
-        _, m, *columns = self.split(weight).shape
-        return m, math.prod(columns)
+        return self.split(weight).shape[1:]
 
     def write_(self, weight: Tensor, matrices: Tensor) -> None:
         """Write a batch of matrices `(k, m, n)` into the tensor."""
         split = self.split(weight)
-        split.copy_(matrices.reshape(split.shape))
+        split.tensor.copy_(split.per_element(matrices))
 
     def channels(self, weight: Tensor) -> tuple[int, int]:
         """`(d_out, d_in)` of one matrix: the lengths of `o` and `i`, or all columns where no axis is called `i`."""
-        _, d_out, *columns = self.split(weight).shape
-        names = [name for name in self._names if name not in ("k", "o")]
-        return d_out, columns[names.index("i")] if "i" in names else math.prod(columns)
+        d_out, n = self.matrix_shape(weight)
+        return d_out, self._sizes(weight)["i"] if "i" in self._names else n
+
+    def each_row(self, weight: Tensor) -> "MatrixView":
+        """The weight with each row of each matrix as a matrix of its own, in the order of the weight's axes."""
+        return self._each(self._rows, weight)
+
+    def each_column(self, weight: Tensor) -> "MatrixView":
+        """The weight with each input of each matrix as a matrix of its own, in the order of the weight's axes.
+
+        An input of a convolution is an input channel, with the kernels that all outputs have for it. Where no axis is
+        called `i`, every column is an input.
+        """
+        return self._each(["i"] if "i" in self._names else self._columns, weight)
+
+    def _each(self, names: list[str], weight: Tensor) -> "MatrixView":
+        """The view whose matrices are those of each index along the axes of these names."""
+        sizes = self._sizes(weight)
+        fresh = (f"k{number}" for number in itertools.count(1) if f"k{number}" not in self._names)
+        # An axis keeps its name, at length 1, inside of a new axis that counts the matrices along it.
+        new = {name: next(fresh) for name in names}
+        lengths = {name: sizes[name] for name in self._batch} | {new[name]: sizes[name] for name in names}
+        axes = []
+        for group in self._groups:
+            parts = [part for name in group for part in ([new[name], name] if name in new else [name])]
+            axes.append(f"({' '.join(parts)})" if len(parts) > 1 else parts[0])
+            if len(parts) > 1:
+                lengths |= {name: 1 if name in new else sizes[name] for name in group}
+        return MatrixView(" ".join(axes), self.count * math.prod(sizes[name] for name in names), lengths)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the columns have more axes than the input channels, as those of a convolution have its kernel's."""
+        return len(self._columns) > 1
+
+    def _sizes(self, weight: Tensor) -> dict[str, int]:
+        """The length of each axis, by name."""
+        names = [*(self._batch or ["1"]), *self._rows, *self._columns]
+        return dict(zip(names, self.split(weight).tensor.shape, strict=True))
 
 
 def _is_balanced(axes: str) -> bool:

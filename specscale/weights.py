@@ -1,6 +1,7 @@
 """The weights of a model: which tensors they are, what they are called, and which of them the caller selects."""
 
 import fnmatch
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,11 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from specscale.errors import Refusal, nearest, non_finite
-from specscale.layers import LayerRule, rule_for
+from specscale.layers import LayerRule, RuleBook, module_at
 from specscale.state import NormScaling, original, scaling_of, scalings_of
 from specscale.views import MatrixView
 
-Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Predicate = Callable[[str, nn.Module], bool]
+Pattern = str | type[nn.Module] | Predicate
 Patterns = Pattern | Iterable[Pattern] | None
 
 
@@ -134,10 +136,13 @@ def select(
     rules: Iterable[LayerRule] = (),
     *,
     frozen: bool = False,
+    named: Iterable[LayerRule] = (),
 ) -> list[Weight]:
     """The weights that `include` and `exclude` leave, in the model's order; with `frozen`, frozen ones too.
 
-    A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers.
+    A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers. The
+    rules in `named` come last, and the weights that only they find are those that a pattern of `include` names: one
+    that matches no other weight.
 
     Raises:
         Refusal: `model` is no module, a pattern is neither a string, a type nor a predicate, or a rule is no
@@ -151,16 +156,30 @@ def select(
         if not isinstance(rule, LayerRule):
             raise Refusal(f"rules takes LayerRule objects, found {type(rule).__name__}", TypeError)
     weights = _weights_with_holders(model, rules)
+    usual = {(one.layer, one.tensor): one for holders in weights for one in holders}
+    if named and include is not None:
+        every = _weights_with_holders(model, rules, named)
+        weights = [[usual.get((one.layer, one.tensor), one) for one in holders] for holders in every]
     # A module without weights cannot be included; to exclude it is no mistake.
     with_weights = dict.fromkeys(name for holders in weights for one in holders for name in _with_parents(one.layer))
-    included = _matcher("include", include, with_weights)
-    excluded = _matcher("exclude", exclude, [name for name, _ in model.named_modules()])
+    including = _predicates("include", include, with_weights)
+    excluding = _predicates("exclude", exclude, [name for name, _ in model.named_modules()])
+
+    def matches(one: Weight, predicates: Iterable[Predicate]) -> bool:
+        return any(predicate(one.layer, one.module) for predicate in predicates)
+
+    held = weights
+    if named:
+        naming = [predicate for predicate in including if not any(matches(one, [predicate]) for one in usual.values())]
+        known = set(usual.values())
+        held = [[one for one in holders if one in known or matches(one, naming)] for holders in weights]
     selected = [
         holders[0]
-        for holders in weights
-        if (frozen or holders[0].is_trainable)
-        and (include is None or any(included(one.layer, one.module) for one in holders))
-        and not any(excluded(one.layer, one.module) for one in holders)
+        for holders in held
+        if holders
+        and (frozen or holders[0].is_trainable)
+        and (include is None or any(matches(one, including) for one in holders))
+        and not any(matches(one, excluding) for one in holders)
     ]
     refuse_without_values(selected)
     refuse_sharded(selected)
@@ -173,17 +192,20 @@ def select(
     return selected
 
 
-def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[list[Weight]]:
+def _weights_with_holders(
+    model: nn.Module, rules: Iterable[LayerRule], named: Iterable[LayerRule] = ()
+) -> list[list[Weight]]:
     """Each weight of the model as a list: as its first layer holds it, then as each layer that shares it does."""
-    own = list(rules)
-    unused = list(own)
+    book = RuleBook(model, rules, named)
     # The tensors are kept alive, so that no id is used twice: one that is computed is a new tensor at every look.
     seen: dict[int, tuple[Tensor, list[Weight]]] = {}
     for layer, module in model.named_modules():
-        rule = rule_for(layer, module, own)
-        unused = [one for one in unused if one is not rule]
         with _reading(module):
-            views = rule.views(module) if rule is not None else {}
+            _, paths = book.look_up(layer)
+            for path in paths:
+                if not _has(module, path):
+                    raise _missing(layer, module, path)
+            views = book.views(layer)
             weights = [Weight(layer, module, tensor, view) for tensor, view in views.items()]
             weights = [weight for weight in weights if _is_read(weight)]
             tensors = [weight.parameter for weight in weights]
@@ -191,23 +213,35 @@ def _weights_with_holders(model: nn.Module, rules: Iterable[LayerRule]) -> list[
         for tensor, weight in zip(tensors, weights, strict=True):
             # A weight keeps the name that it was put under scaling with.
             scaling = scaling_of(module, weight.tensor)
-            named = replace(weight, is_only=is_only if scaling is None else scaling.is_only)
-            seen.setdefault(id(tensor), (tensor, []))[1].append(named)
-    if unused:
+            holder = replace(weight, is_only=is_only if scaling is None else scaling.is_only)
+            seen.setdefault(id(tensor), (tensor, []))[1].append(holder)
+    if unused := book.unused:
         kind = getattr(unused[0].layer, "__name__", repr(unused[0].layer))
         raise Refusal(f"the rule for {kind} matches no layer of {type(model).__name__}")
     return [holders for _, holders in seen.values()]
 
 
+def _has(layer: nn.Module, path: str) -> bool:
+    """Whether the layer, or one within it, has the attribute."""
+    within, _, name = path.rpartition(".")
+    holder = module_at(layer, within)
+    if holder is None:
+        return False
+    with _reading(holder):
+        return hasattr(holder, name)
+
+
+def _missing(layer: str, module: nn.Module, path: str) -> Refusal:
+    names = ", ".join(repr(own) for own, _ in module.named_parameters(recurse="." in path)) or "none"
+    return Refusal(
+        f"the rule for {type(module).__name__} names {path!r}, which {layer!r} does not have; "
+        f"its parameters are {names}"
+    )
+
+
 def _is_read(weight: Weight) -> bool:
     """Whether the layer's tensor has elements to be read as matrices; refuses one that does not fit its rule."""
     kind = type(weight.module).__name__
-    if not hasattr(weight.module, weight.tensor):
-        names = ", ".join(repr(own) for own, _ in weight.module.named_parameters(recurse=False)) or "none"
-        raise Refusal(
-            f"the rule for {kind} names {weight.tensor!r}, which {weight.layer!r} does not have; "
-            f"its parameters are {names}"
-        )
     parameter = weight.parameter
     if isinstance(parameter, nn.Module):
         raise Refusal(
@@ -234,8 +268,8 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
-def _matcher(option: str, patterns: Patterns, names: Iterable[str]) -> Callable[[str, nn.Module], bool]:
-    """Whether a pattern matches a module: a string by its name or that of a module it lies in, others by itself."""
+def _predicates(option: str, patterns: Patterns, names: Iterable[str]) -> list[Predicate]:
+    """Whether each pattern matches a module: a string by its name or that of a module it lies in, others by itself."""
     if patterns is None:
         patterns = []
     elif isinstance(patterns, str) or not isinstance(patterns, Iterable):
@@ -247,7 +281,7 @@ def _matcher(option: str, patterns: Patterns, names: Iterable[str]) -> Callable[
             raise Refusal(
                 f"{option} pattern {pattern!r} matches no module; the nearest names are {nearest(pattern, names)}"
             )
-    return lambda name, module: any(_matches(name, module, pattern) for pattern in patterns)
+    return [functools.partial(_matches, pattern) for pattern in patterns]
 
 
 def pattern_name(pattern: Any) -> str:
@@ -264,7 +298,7 @@ def _refuse_no_pattern(option: str, pattern: Any) -> None:
         )
 
 
-def _matches(name: str, module: nn.Module, pattern: Pattern) -> bool:
+def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
     if isinstance(pattern, str):
         return any(fnmatch.fnmatchcase(one, pattern) for one in _with_parents(name))
     return isinstance(module, pattern) if isinstance(pattern, type) else pattern(name, module)
@@ -287,7 +321,7 @@ def by_pattern(option: str, setting: Any, weights: list[Weight], model: nn.Modul
     left = list(weights)
     parts = []
     for pattern, value in setting.items():
-        matched = [weight for weight in weights if any(_matches(*layer, pattern) for layer in layers[weight])]
+        matched = [weight for weight in weights if any(_matches(pattern, *layer) for layer in layers[weight])]
         own = [weight for weight in left if weight in matched]
         if not own:
             shown = pattern_name(pattern)
@@ -318,7 +352,7 @@ def value_for(option: str, setting: Any, weight: Weight, model: nn.Module) -> An
         return setting
     layers = _layers_of([weight], model)[weight]
     for pattern, value in setting.items():
-        if any(_matches(*layer, pattern) for layer in layers):
+        if any(_matches(pattern, *layer) for layer in layers):
             return value
     raise _no_pattern(option, [weight])
 

@@ -178,7 +178,8 @@ def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
         (
             {"norm": "nuclear"},
             ValueError,
-            "unknown norm 'nuclear'; choose 'frobenius', 'spectral', 'clipped', 'normalize' or 'orthogonal'",
+            "unknown norm 'nuclear'; choose 'frobenius', 'rows', 'columns', 'spectral', 'clipped', 'cap', "
+            "'normalize' or 'orthogonal'",
         ),
         ({"solver": "qr"}, ValueError, "unknown solver 'qr'; choose 'block', 'power' or 'svd'"),
         ({"solver": 3}, TypeError, "solver must be a name or a Block, Power or SVD, found int"),

@@ -424,7 +424,11 @@ def test_an_old_checkpoint_of_another_norm_is_refused_by_the_layers_name_here(no
         ("target_spectral", float("nan"), "must be finite and positive, found \\[nan\\]"),
         ("target_spectral", -1.0, "must be finite and positive, found \\[-1.0\\]"),
         ("target_spectral", 0.0, "must be finite and positive, found \\[0.0\\]"),
-        ("target_ceiling", 1.0, "is of 'ceiling', which is none of the constraints 'frobenius', 'spectral' or 'clip"),
+        (
+            "target_ceiling",
+            1.0,
+            "is of 'ceiling', which is none of the constraints 'frobenius', 'rows', 'columns', 'spect",
+        ),
     ],
 )
 def test_targets_that_cannot_be_held_are_refused_when_loaded(key, value, text):

@@ -279,7 +279,7 @@ class Normalized(Constraint):
     def write_(self, weights, measurement, target, skip_mask):
         factors = torch.where(skip_mask, 1, target / measurement.norm).split([len(weight) for weight in weights])
         for weight, factor in zip(weights, factors, strict=True):
-            weight.mul_(factor.reshape(-1, *[1] * (weight.ndim - 1)))
+            weight.tensor.mul_(weight.per_matrix(factor))
 
 
 def test_a_new_constraint_is_one_class_and_one_entry(monkeypatch):

@@ -88,8 +88,13 @@ LAYERS = {
     "conv3d": lambda **kind: nn.Conv3d(4, 36, 3, **kind).to(memory_format=torch.channels_last_3d),
     "qkv": lambda **kind: nn.MultiheadAttention(40, 4, **kind),
     "experts": lambda **kind: Experts(3, 36, 44, **kind),
+    "heads": lambda **kind: nn.Linear(40, 4 * 3 * 12, **kind),
+    "wide heads": lambda **kind: nn.Linear(52, 4 * 3 * 10, **kind),
 }
-RULES = [LayerRule(Experts, {"weight": MatrixView("k i o", count=3)})]
+RULES = [
+    LayerRule(Experts, {"weight": MatrixView("k i o", count=3)}),
+    LayerRule(lambda name, module: name.endswith("heads"), {"weight": MatrixView("(o1 k o2) i", 3, lengths={"o1": 4})}),
+]
 
 
 def net(names, dtype=torch.float32, device="cpu"):
@@ -108,7 +113,7 @@ def net(names, dtype=torch.float32, device="cpu"):
 
 def rules_of(names):
     """A rule that matches no layer is refused."""
-    return RULES if "experts" in names else []
+    return [rule for rule, kind in zip(RULES, ("experts", "heads"), strict=True) if any(kind in name for name in names)]
 
 
 def scaled(names, norm="spectral", dtype=torch.float32, device="cpu", **options):
@@ -306,7 +311,7 @@ def test_elements_beyond_the_range_of_32_bits(way, outputs, inputs, stride, monk
 
 
 def matrix_of(handle, number):
-    return handle.weights[0].view.split(handle.weights[0].parameter.detach())[number]
+    return handle.weights[0].view.split(handle.weights[0].parameter.detach()).tensor[number]
 
 
 BAD = ["frobenius", pytest.param("spectral", marks=pytest.mark.slow)]
