@@ -17,9 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # A new norm or target source takes the next style, from the first one again when they run out.
+FIRST = ("none", "frobenius", "spectral", "clipped")
 PALETTE = ("#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04", "#00a5a5", "#e377c2", "#8c564b", "#9db100")
-COLOURS = dict(zip(NORMS, cycle(PALETTE)))
+COLOURS = dict(zip(dict.fromkeys((*FIRST, *NORMS)), cycle(PALETTE)))
 LINE_STYLES = dict(zip(TARGET_SOURCES, cycle(("-", "--", ":", "-."))))
+
+
+MOST_COLUMNS = 4
+"""Panels of conditions in a row."""
 
 
 def grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
@@ -134,8 +139,11 @@ def _layers_by_epoch(
     panels = {name: points for name, points in panels.items() if points and points[0][1]}
     if not panels:
         return
-    figure, axes = grid(1, len(panels), (4.2, 4), sharey=True)
-    for axis, (name, points) in zip(axes[0], panels.items(), strict=True):
+    columns = min(len(panels), MOST_COLUMNS)
+    figure, axes = grid(-(-len(panels) // columns), columns, (4.2, 4), sharey=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (name, points) in zip(axes.flat, panels.items(), strict=False):
         names = list(points[0][1])
         for depth, layer in enumerate(names):
             colour = shade(depth, len(names))
@@ -153,9 +161,10 @@ def _layers_by_epoch(
         for epoch, (old, new) in enumerate(pairwise(rates), 1):
             if new < old:
                 axis.axvline(epoch + 0.5, color="#999999", linewidth=0.8, linestyle=":")
-    axes[0][0].set_ylabel(label)
+    for row in axes:
+        row[0].set_ylabel(label)
     if len(names) <= 8:
-        axes[0][-1].legend(frameon=False, title="layer", fontsize="small")
+        axes.flat[len(panels) - 1].legend(frameon=False, title="layer", fontsize="small")
     save(figure, path)
 
 
