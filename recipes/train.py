@@ -23,7 +23,7 @@ from lib.console import markdown
 from lib.datasets import Data, Preprocessing, load_data, test_loader, train_loader
 from lib.distributed import Processes, broadcast_batch_norm, data_parallel, destroy_process_group, init_process_group
 from lib.models import CIFAR_RESNETS, build_model, init_and_scale, is_known_model
-from lib.presets import PRESETS, WITHOUT_EFFECT, Config
+from lib.presets import PRESETS, WITHOUT_EFFECT, Config, waits_for_device
 from lib.run_log import RunLog, WandbRun
 from lib.runs import is_finished, run_name
 from lib.summaries import HEADER
@@ -123,9 +123,7 @@ def train(config: Config, norm: str, data: Data, processes: Processes) -> None:
 
     costs = StepCosts(scaling, processes.device)
     if scaling is not None:
-        # Exact decompositions wait for the device, and what waits cannot be captured.
-        is_exact = norm == "clipped" or (norm == "spectral" and config.solver == "svd")
-        if is_cuda and not is_exact:
+        if is_cuda and not waits_for_device(norm, config.solver):
             scaling.capture()
         attach_timed(scaling, optimizer, costs.scaling_clock)
         optimizer.register_step_post_hook(costs.count_iterations)
@@ -153,7 +151,7 @@ def train(config: Config, norm: str, data: Data, processes: Processes) -> None:
         test_metrics = evaluate(config, model, preprocessing, processes)
         if log is not None:
             times = {"time/epoch_s": time.perf_counter() - started, **costs.take()}
-            recorded = log.record(epoch, model, data.image_shape)
+            recorded = log.record(epoch, model, scaling, data.image_shape)
             metrics = {"epoch": epoch, **train_metrics, **test_metrics, "lr": lr, **recorded, **times}
             log.log_metrics(metrics)
             progress.epoch = epoch

@@ -69,12 +69,14 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(tmp_path, monkeyp
 
 
 def test_the_conditions_are_timed_in_turns(tmp_path):
-    options = ["--amp", "--channels-last", "--fused", "--capture", "--turn", "2"]
+    norms = ["none", "frobenius", "spectral", "clipped"]
+    options = ["--amp", "--channels-last", "--fused", "--capture", "--turn", "2", "--norms", *norms]
     found = benchmark("step", tmp_path, "--steps", "3", "--no-reference", *options)
     rows = {row["condition"]: row for row in found["conditions"]}
     assert (found["steps"], found["lr"], found["turn"]) == (3, 1e-3, 2)
     captured = ["frobenius, captured", "spectral, captured"]
-    assert list(rows) == ["none", "frobenius", "spectral", "torch spectral_norm", *captured]
+    # An exact decomposition cannot be captured.
+    assert list(rows) == [*norms, "torch spectral_norm", *captured]
     assert rows["none"]["ratio to none"] == pytest.approx(1)
     assert all(row["ms / step"] > row["ms scaling"] >= 0 for row in rows.values())
     assert rows["spectral"]["scaling / none"] > 0 == rows["none"]["scaling / none"]
@@ -98,3 +100,8 @@ def test_the_conditions_are_timed_in_turns(tmp_path):
 def test_options_that_do_not_go_together_are_refused(options, text):
     with pytest.raises(SystemExit, match=text):
         options.batches(options.workload())
+
+
+def test_the_times_need_a_step_without_scaling():
+    with pytest.raises(SystemExit, match="--norms must hold none, whose step the others are compared with"):
+        main(StepOptions(norms=("spectral",)))

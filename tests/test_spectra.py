@@ -9,6 +9,7 @@ from torch import nn
 from lib.spectra import (
     RANKS,
     effective_rank,
+    excesses,
     input_shapes,
     numerical_rank,
     operator_norms,
@@ -17,6 +18,7 @@ from lib.spectra import (
     stable_rank,
 )
 from specscale import apply_norm_scaling, singular_values
+from specscale.constraints import CONSTRAINTS
 
 
 def test_ranks_of_known_spectra():
@@ -98,28 +100,49 @@ class Mixed(nn.Module):
         nn.init.zeros_(self.zero.weight)
 
 
+def norms_of(model, exclude=None):
+    return {name: values.max().item() for name, values in spectral_norms(model, exclude).items()}
+
+
 def test_spectral_norms_are_the_largest_singular_values():
     model = Mixed()
     # Largest singular values in a crowd, as spectral scaling leaves them: the hard case.
     left, values, right = torch.linalg.svd(model.wide.weight.detach(), full_matrices=False)
     model.wide.weight.data = left @ torch.diag(values.clamp_max(values[20])) @ right
     exact = {name: own.max().item() for name, own in singular_values(model).items()}
-    assert spectral_norms(model) == pytest.approx(exact, rel=5e-4)
-    assert list(spectral_norms(model)) == list(exact)
-    assert spectral_norms(model) == spectral_norms(model)
-    assert list(spectral_norms(model, "*wide")) == [name for name in exact if "wide" not in name]
+    assert norms_of(model) == pytest.approx(exact, rel=5e-4)
+    assert list(norms_of(model)) == list(exact)
+    assert norms_of(model) == norms_of(model)
+    assert list(norms_of(model, "*wide")) == [name for name in exact if "wide" not in name]
+    grouped = singular_values(model)["grouped"][:, 0]
+    torch.testing.assert_close(spectral_norms(model)["grouped"], grouped, rtol=5e-4, atol=0)
     scaling = apply_norm_scaling(model, "spectral", target=0.7, exclude="zero")
     scaling.project()
     exact = {name: own.max().item() for name, own in singular_values(model).items()}
-    assert spectral_norms(model) == pytest.approx(exact, rel=5e-4)
+    assert norms_of(model) == pytest.approx(exact, rel=5e-4)
+
+
+@pytest.mark.parametrize("norm", CONSTRAINTS)
+def test_the_excess_is_that_of_the_norm_that_is_constrained(norm):
+    model = Mixed()
+    model.grouped.weight.data[:6] *= 2
+    scaling = apply_norm_scaling(model, norm, exclude="zero")
+    assert excesses(scaling, spectral_norms(model)) == pytest.approx(
+        dict.fromkeys(norms_of(model, "zero"), 0), abs=5e-4
+    )
+    # The second of the group's matrices, which is the smaller one.
+    model.grouped.weight.data[6:] *= 1.5
+    found = excesses(scaling, spectral_norms(model))
+    assert found.pop("grouped") == pytest.approx(0.5, abs=1e-3)
+    assert max(found.values()) < 5e-4
 
 
 def test_a_norm_that_is_not_finite_is_said_and_the_others_are_right():
     model = Mixed()
-    expected = spectral_norms(model)
+    expected = norms_of(model)
     model.wide.weight.data[3, 4] = float("nan")
     model.small.weight.data[0, 0] = float("inf")
-    found = spectral_norms(model)
+    found = norms_of(model)
     assert [name for name, value in found.items() if math.isnan(value)] == ["wide", "small"]
     expected |= {"wide": math.nan, "small": math.nan}
     assert found == pytest.approx(expected, rel=5e-4, nan_ok=True)
@@ -129,10 +152,10 @@ def test_a_norm_that_is_not_finite_is_said_and_the_others_are_right():
 def test_no_setting_of_float32_products_changes_a_norm(precision):
     model = Mixed()
     sizes = input_sizes(7, 6)
-    before = spectral_norms(model), operator_norms(CONVOLUTIONS, sizes)
+    before = norms_of(model), operator_norms(CONVOLUTIONS, sizes)
     torch.set_float32_matmul_precision(precision)
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            assert (spectral_norms(model), operator_norms(CONVOLUTIONS, sizes)) == before
+            assert (norms_of(model), operator_norms(CONVOLUTIONS, sizes)) == before
     finally:
         torch.set_float32_matmul_precision("highest")

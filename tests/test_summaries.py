@@ -115,6 +115,18 @@ def test_clipped_runs_hold_every_layer_on_its_target(trained):
             assert line[f"spectral_norm/{name}"] == pytest.approx(target, rel=1e-5)
 
 
+def test_the_worst_norm_over_its_target_is_that_of_the_constrained_norm(trained):
+    runs = read_runs(trained / "digits")
+    worst = {condition: statistics_of(seeds[0])["worst norm / target"] for condition, seeds in runs.items()}
+    assert worst["none"] is None
+    assert worst["frobenius"] == pytest.approx(1, abs=1e-5)
+    assert worst["clipped"] == pytest.approx(1, abs=1e-5)
+    assert worst["spectral"] > 1.01
+    for line in runs["spectral"][0].epochs:
+        for name, target in runs["spectral"][0].summary["targets"].items():
+            assert line[f"excess/{name}"] == pytest.approx(line[f"spectral_norm/{name}"] / target - 1, abs=1e-9)
+
+
 def test_the_report_is_one_file_and_a_wandb_spec(trained, monkeypatch, capsys):
     from wandb_workspaces.reports.v2 import Report
 

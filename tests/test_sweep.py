@@ -9,6 +9,9 @@ from queue import Queue
 
 import pytest
 
+from lib.presets import NORMS
+from lib.runs import read_runs
+from lib.summaries import HEADER, table_rows
 from sweep import Options, Task, failure_reason, find_problem, grid, train, visible_devices
 
 SWEEP = str(Path(__file__).parent.parent / "recipes" / "sweep.py")
@@ -147,3 +150,18 @@ def test_a_sweep_skips_what_is_done_and_goes_on(tmp_path):
     assert "none-seed0: failed: train: --epochs must be at least 1, found 0 (see runs/digits/none-seed0.log)" in output
     assert "Traceback" not in output
     assert "sweep: digits/none-seed0 did not go through; the same command tries again" in output
+
+
+@pytest.mark.slow
+def test_all_norms_are_compared_in_one_table(tmp_path):
+    grid_options = ["--presets", "digits", "--norms", *NORMS, "--targets", "described", "--jobs", "2"]
+    code, output = sweep(tmp_path, *grid_options, "--", "--epochs", "2", "--wandb", "disabled", "--spectra")
+    assert code == 0, output
+    runs = read_runs(tmp_path / "runs" / "digits")
+    rows = {row[0]: dict(zip(HEADER, row, strict=True)) for row in table_rows(runs)}
+    assert list(rows) == list(NORMS)
+    worst = {name: row["worst norm / target"] for name, row in rows.items()}
+    assert worst.pop("none") == "-"
+    assert float(worst.pop("spectral")) > 1
+    assert all(0 < float(value) <= 1.001 for value in worst.values()), worst
+    assert all(len(seeds[0].snapshots) == 0 for seeds in runs.values())

@@ -14,7 +14,7 @@ from lib.checkpoint import CheckpointTimer, load_states, save_states
 from lib.console import format_cell, markdown, progress
 from lib.files import write_atomically
 from lib.post import POST_PRESETS
-from lib.presets import Config
+from lib.presets import Config, Norm, waits_for_device
 from lib.provenance import provenance
 from lib.solver_errors import SolverErrors
 from lib.step_times import COLD_POWER, TORCH, copy_bandwidth, make_conditions, step_table, take_turns
@@ -94,10 +94,14 @@ class StepOptions(Options):
     """Timed turns of each condition, after two to warm up."""
     turn: int = 1
     """Steps that a condition takes in a row, as in training; on a GPU the host then runs ahead as it does there."""
+    norms: tuple[Norm, ...] = Config.norms
+    """Norms to time; with none, which the others are compared with."""
     capture: bool = False
     """Also time the norm scaling replayed from CUDA graphs."""
     reference: bool = True
     """Also time the post's 500 iterations, which are slow."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Precision of float32 matrix products in training: torch.set_float32_matmul_precision."""
 
 
 WITHOUT_EFFECT = ("data_root", "out", "checkpoint_minutes", "resume", "overwrite")
@@ -173,9 +177,14 @@ def measure_solvers(options: SolverOptions, folder: Path) -> dict[str, Any]:
 
 def measure_steps(options: StepOptions) -> dict[str, Any]:
     """Median times of a training step and of its scaling, by condition, and their ratios to an unconstrained step."""
+    if "none" not in options.norms:
+        raise SystemExit("--norms must hold none, whose step the others are compared with")
+    torch.set_float32_matmul_precision(options.matmul_precision)
     workload, batches = options.workload(), options.batches(options.workload())
-    norms = [*Config.norms, TORCH] + [COLD_POWER] * options.reference
-    captured = ("frobenius", "spectral") if options.capture else ()
+    norms = [*options.norms, TORCH] + [COLD_POWER] * options.reference
+    captured = (
+        [norm for norm in options.norms if norm != "none" and not waits_for_device(norm)] if options.capture else []
+    )
     conditions = make_conditions(workload, device(), norms, captured)
     take_turns(conditions, batches, progress(options.steps + 2, "rounds"), warmup=2, turn=options.turn)
     for condition in conditions:

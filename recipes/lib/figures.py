@@ -7,8 +7,8 @@ from typing import Any
 
 import matplotlib
 
-from lib.presets import NORMS, SPECTRAL_NORMS, TARGET_SOURCES
-from lib.runs import Run, Runs, per_layer, rank_keys
+from lib.presets import NORMS, TARGET_SOURCES
+from lib.runs import Run, Runs, excess_by_epoch, per_layer, rank_keys
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -17,11 +17,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # A new norm or target source takes the next style, from the first one again when they run out.
-COLOURS = dict(zip(NORMS, cycle(("#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04"))))
+FIRST = ("none", "frobenius", "spectral", "clipped")
+PALETTE = ("#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04", "#00a5a5", "#e377c2", "#8c564b", "#9db100")
+COLOURS = dict(zip(dict.fromkeys((*FIRST, *NORMS)), cycle(PALETTE)))
 LINE_STYLES = dict(zip(TARGET_SOURCES, cycle(("-", "--", ":", "-."))))
 
 
-def _grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+MOST_COLUMNS = 4
+"""Panels of conditions in a row."""
+
+
+def grid(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes `(rows, columns)`; `size` is the width and height of each."""
     width, height = size
     figure, axes = plt.subplots(
         rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained", **options
@@ -31,7 +38,8 @@ def _grid(rows: int, columns: int, size: tuple[float, float], **options: Any) ->
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure to a file, and let go of it."""
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -59,7 +67,7 @@ def _marker(num_points: int) -> str:
     return "o" if num_points < 10 else ""
 
 
-def _shade(position: int, count: int) -> Any:
+def shade(position: int, count: int) -> Any:
     """A colour, darker for earlier positions."""
     return plt.cm.viridis(0.9 * position / max(count - 1, 1))
 
@@ -76,7 +84,7 @@ def loss(runs: Runs, path: Path) -> None:
 
 def _train_beside_test(runs: Runs, key: str, path: Path) -> None:
     """A panel for each split, with all conditions."""
-    figure, axes = _grid(1, 2, (5, 4), sharey=True)
+    figure, axes = grid(1, 2, (5, 4), sharey=True)
     for axis, split in zip(axes[0], ("train", "test"), strict=True):
         for name, seeds in runs.items():
             for number, run in enumerate(seeds):
@@ -85,12 +93,12 @@ def _train_beside_test(runs: Runs, key: str, path: Path) -> None:
         _set_epoch_axis(axis, split)
     axes[0][0].set_ylabel(_axis_label(key))
     axes[0][1].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def model_family(presets: dict[str, Runs], path: Path) -> None:
     """Accuracy and loss of several models and all their conditions, training above test, as in the post."""
-    figure, axes = _grid(2, 2, (5.5, 4))
+    figure, axes = grid(2, 2, (5.5, 4))
     widths = dict(zip(presets, (1.2, 2.4, 3.2), strict=False))
     for row, split in zip(axes, ("train", "test"), strict=True):
         for axis, key in zip(row, ("accuracy", "loss"), strict=True):
@@ -101,12 +109,12 @@ def model_family(presets: dict[str, Runs], path: Path) -> None:
             _set_epoch_axis(axis, f"{split} {key}")
             axis.set_ylabel(_axis_label(key))
     axes[1][1].legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves(runs: Runs, path: Path) -> None:
     """Training and test together, by condition: how far they part."""
-    figure, axes = _grid(len(runs), 2, (5, 3.2), sharex=True, sharey="col")
+    figure, axes = grid(len(runs), 2, (5, 3.2), sharex=True, sharey="col")
     for row, (name, seeds) in zip(axes, runs.items(), strict=True):
         for axis, key in zip(row, ("accuracy", "loss"), strict=True):
             for split, colour in (("train", "#1b7fbd"), ("test", "#d1495b")):
@@ -117,7 +125,7 @@ def curves(runs: Runs, path: Path) -> None:
     for axis in axes[:-1].flat:
         axis.set_xlabel("")
     axes[0][0].legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _layers_by_epoch(
@@ -131,11 +139,14 @@ def _layers_by_epoch(
     panels = {name: points for name, points in panels.items() if points and points[0][1]}
     if not panels:
         return
-    figure, axes = _grid(1, len(panels), (4.2, 4), sharey=True)
-    for axis, (name, points) in zip(axes[0], panels.items(), strict=True):
+    columns = min(len(panels), MOST_COLUMNS)
+    figure, axes = grid(-(-len(panels) // columns), columns, (4.2, 4), sharey=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (name, points) in zip(axes.flat, panels.items(), strict=False):
         names = list(points[0][1])
         for depth, layer in enumerate(names):
-            colour = _shade(depth, len(names))
+            colour = shade(depth, len(names))
             marker = _marker(len(points))
             axis.plot([e for e, _ in points], [v[layer] for _, v in points], color=colour, marker=marker, ms=4)
             axis.lines[-1].set_label(layer if len(names) <= 8 else "")
@@ -150,10 +161,11 @@ def _layers_by_epoch(
         for epoch, (old, new) in enumerate(pairwise(rates), 1):
             if new < old:
                 axis.axvline(epoch + 0.5, color="#999999", linewidth=0.8, linestyle=":")
-    axes[0][0].set_ylabel(label)
+    for row in axes:
+        row[0].set_ylabel(label)
     if len(names) <= 8:
-        axes[0][-1].legend(frameon=False, title="layer", fontsize="small")
-    _save(figure, path)
+        axes.flat[len(panels) - 1].legend(frameon=False, title="layer", fontsize="small")
+    save(figure, path)
 
 
 def spectral_norms(runs: Runs, path: Path) -> None:
@@ -166,15 +178,8 @@ def spectral_norms(runs: Runs, path: Path) -> None:
 
 
 def excess(runs: Runs, path: Path) -> None:
-    """How far each spectral norm is above its target; dotted lines are drops of the learning rate."""
-
-    def values(run: Run) -> Iterable[tuple[int, dict[str, float]]]:
-        targets = run.summary["targets"] if run.config["norm"] in SPECTRAL_NORMS else {}
-        for line in run.epochs:
-            norms = per_layer(line, "spectral_norm")
-            yield line["epoch"], {name: norms[name] / target - 1 for name, target in targets.items()}
-
-    _layers_by_epoch(runs, "||W|| / target - 1", values, path, log=False)
+    """How far the norm of each weight is above its target; dotted lines are drops of the learning rate."""
+    _layers_by_epoch(runs, "||W|| / target - 1", excess_by_epoch, path, log=False)
 
 
 def iterations(runs: Runs, path: Path) -> None:
@@ -196,7 +201,7 @@ def ranks(runs: Runs, path: Path) -> None:
     if not runs:
         return
     keys = rank_keys(next(iter(runs.values()))[0].snapshots[0])
-    figure, axes = _grid(len(runs), len(keys), (4, 3), sharex=True, sharey=True)
+    figure, axes = grid(len(runs), len(keys), (4, 3), sharex=True, sharey=True)
     for row, (name, seeds) in zip(axes, runs.items(), strict=True):
         snapshots = seeds[0].snapshots
         epochs = [snapshot["epoch"] for snapshot in snapshots]
@@ -204,14 +209,14 @@ def ranks(runs: Runs, path: Path) -> None:
             names = list(per_layer(snapshots[0], key))
             for depth, layer in enumerate(names):
                 shares = [one[f"{key}/{layer}"] / len(one[f"singular_values/{layer}"]) for one in snapshots]
-                axis.plot(epochs, shares, color=_shade(depth, len(names)), marker="o", ms=3)
+                axis.plot(epochs, shares, color=shade(depth, len(names)), marker="o", ms=3)
                 axis.lines[-1].set_label(layer if len(names) <= 8 else "")
             _set_epoch_axis(axis, f"{name}: {key.replace('_', ' ')}")
             axis.label_outer()
         row[0].set_ylabel("share of full rank")
     if len(names) <= 8:
         axes[0][-1].legend(frameon=False, title="layer", fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def spectra(runs: Runs, path: Path) -> None:
@@ -221,14 +226,14 @@ def spectra(runs: Runs, path: Path) -> None:
         return
     names = list(per_layer(next(iter(runs.values()))[0].snapshots[0], "singular_values"))
     chosen = sorted({round(i * (len(names) - 1) / 5) for i in range(6)}) if len(names) > 6 else range(len(names))
-    figure, axes = _grid(len(runs), len(chosen), (3.2, 2.8), sharex=True, sharey=True)
+    figure, axes = grid(len(runs), len(chosen), (3.2, 2.8), sharex=True, sharey=True)
     for row, (condition, seeds) in zip(axes, runs.items(), strict=True):
         snapshots = seeds[0].snapshots
         for axis, position in zip(row, chosen, strict=True):
             for number, snapshot in enumerate(snapshots):
                 values = snapshot[f"singular_values/{names[position]}"]
                 shares = [(index + 0.5) / len(values) for index in range(len(values))]
-                axis.plot(shares, values, color=_shade(number, len(snapshots)), label=f"epoch {snapshot['epoch']}")
+                axis.plot(shares, values, color=shade(number, len(snapshots)), label=f"epoch {snapshot['epoch']}")
             axis.set(title=f"{condition}: {names[position]}", yscale="log")
         row[0].set_ylabel("singular value")
     for axis in axes[-1]:
@@ -236,7 +241,7 @@ def spectra(runs: Runs, path: Path) -> None:
     # Targets are of the order of one: smaller singular values do not matter. All panels share the axis.
     axes[0][0].set_ylim(bottom=max(1e-3, axes[0][0].get_ylim()[0]))
     axes[0][-1].legend(frameon=False, fontsize="x-small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def operator_norms(runs: Runs, path: Path) -> None:
@@ -248,18 +253,18 @@ def operator_norms(runs: Runs, path: Path) -> None:
     }
     if not runs:
         return
-    figure, axes = _grid(1, len(runs), (5, 4), sharey=True)
+    figure, axes = grid(1, len(runs), (5, 4), sharey=True)
     for axis, (name, seeds) in zip(axes[0], runs.items(), strict=True):
         snapshots = seeds[0].snapshots
         for number, snapshot in enumerate(snapshots):
             norms = per_layer(snapshot, "operator_norm")
             ratios = [norm / snapshot[f"singular_values/{layer}"][0] for layer, norm in norms.items()]
-            colour = _shade(number, len(snapshots))
+            colour = shade(number, len(snapshots))
             axis.plot(range(1, len(ratios) + 1), ratios, "o-", ms=3, color=colour, label=f"epoch {snapshot['epoch']}")
         axis.set(title=name, xlabel="convolution, first to last")
     axes[0][0].set_ylabel("operator norm / flattened spectral norm")
     axes[0][-1].legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 FIGURES = {

@@ -55,8 +55,8 @@ def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def largest_singular_values(
     items: Mapping[str, T], key: Callable[[T], Hashable], bidiagonals: Callable[[list[T]], Tensor]
-) -> dict[str, float]:
-    """The largest singular value of the maps of each item, by name; NaN where one of them is not finite.
+) -> dict[str, Tensor]:
+    """The largest singular value of each map of each item, by name, on the CPU; NaN where a map is not finite.
 
     Args:
         items: each stands for one map or several.
@@ -67,10 +67,10 @@ def largest_singular_values(
     for name, item in items.items():
         groups.setdefault(key(item), []).append(name)
     found = [bidiagonals([items[name] for name in group]) for group in groups.values()]
-    values: dict[str, float] = {}
+    values: dict[str, Tensor] = {}
     for group, matrices in zip(groups.values(), found, strict=True):
         # The device has all of its work by now; the small problems are for the host.
-        values |= zip(group, _norms(matrices.cpu()).reshape(len(group), -1).amax(1).tolist(), strict=True)
+        values |= zip(group, _norms(matrices.cpu()).amax(1).reshape(len(group), -1), strict=True)
     return {name: values[name] for name in items}
 
 

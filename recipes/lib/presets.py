@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from specscale.apply import SOLVERS
 from specscale.constraints import CONSTRAINTS
+from specscale.norms import SpectralNormByDecomposition
 
 NORMS = ("none", *CONSTRAINTS)
 """Everything that a model can be trained under, in the order of tables and figures."""
@@ -19,6 +20,13 @@ TARGET_SOURCES = ("described", "published", "channels")
 
 Norm = Literal[NORMS]
 TargetSource = Literal[TARGET_SOURCES]
+
+
+def waits_for_device(norm: str, solver: str = "block") -> bool:
+    """Whether a scaling step takes exact decompositions: they make the host wait, and so no graph captures the step."""
+    if norm == "none":
+        return False
+    return CONSTRAINTS[norm].norm_type is SpectralNormByDecomposition or (norm == "spectral" and solver == "svd")
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,7 @@ class Config:
     """Download CIFAR-100 into data_root if it is not there."""
     norms: tuple[Norm, ...] = ("none", "frobenius", "spectral")
     """Norms to constrain, one run for each. none: no constraint, but the same scaled orthogonal init as the others.
-    clipped: spectral, and every other singular value above the target is clipped to it. normalize: the whole matrix
-    scaled to the target. orthogonal: every singular value on the target."""
+    docs/norms.md says what the others do."""
     targets: TargetSource = "described"
     """Source of the init's gains and of the target norms. described: from each layer's activation sizes.
     published: as in the post's code. channels: like described, but from the numbers of channels alone."""

@@ -20,7 +20,7 @@ from lib.files import append_json_line, write_atomically, write_json_lines
 from lib.models import excluded_pattern
 from lib.presets import Config, condition_name
 from lib.provenance import provenance
-from lib.spectra import snapshot, spectral_norms
+from lib.spectra import excesses, snapshot, spectral_norms
 from specscale import NormScaler
 
 
@@ -95,13 +95,17 @@ class RunLog:
         for metrics in progress.history:
             self.wandb_run.log(metrics)
 
-    def record(self, epoch: int, model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, float]:
-        """The spectral norms for the metrics of an epoch, and how long it took to record them and the spectra."""
+    def record(
+        self, epoch: int, model: nn.Module, scaling: NormScaler | None, image_shape: tuple[int, int, int]
+    ) -> dict[str, float]:
+        """The norms for the metrics of an epoch, and how long it took to record them and the spectra."""
         started = time.perf_counter()
         norms = spectral_norms(model, excluded_pattern(model))
+        found = {f"spectral_norm/{name}": values.max().item() for name, values in norms.items()}
+        if scaling is not None:
+            found |= {f"excess/{name}": value for name, value in excesses(scaling, norms).items()}
         self.log_spectra(epoch, model, image_shape)
-        norm_metrics = {f"spectral_norm/{name}": value for name, value in norms.items()}
-        return norm_metrics | {"time/recording_s": time.perf_counter() - started}
+        return found | {"time/recording_s": time.perf_counter() - started}
 
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Log the metrics of an epoch."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.files import read_json_lines
-from lib.presets import NORMS, TARGET_SOURCES, condition_name
+from lib.presets import NORMS, SPECTRAL_NORMS, TARGET_SOURCES, condition_name
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,21 @@ def group_by_condition(runs: Iterable[Run]) -> Runs:
 def per_layer(values: dict[str, Any], key: str) -> dict[str, Any]:
     """The values logged under `key/<layer>`, by layer."""
     return {name.partition("/")[2]: value for name, value in values.items() if name.startswith(f"{key}/")}
+
+
+def excess_by_epoch(run: Run) -> list[tuple[int, dict[str, float]]]:
+    """The epochs, each with every layer's norm over its target less 1; without layers for an unconstrained run.
+
+    Runs of versions before 0.5.0 have recorded spectral norms alone.
+    """
+    found = [(line["epoch"], per_layer(line, "excess")) for line in run.epochs]
+    if any(by_layer for _, by_layer in found) or run.config["norm"] not in SPECTRAL_NORMS:
+        return found
+    targets = run.summary["targets"].items()
+    return [
+        (line["epoch"], {name: line[f"spectral_norm/{name}"] / target - 1 for name, target in targets})
+        for line in run.epochs
+    ]
 
 
 def rank_keys(snapshot: dict[str, Any]) -> list[str]:

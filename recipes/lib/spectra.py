@@ -7,20 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from lib.lanczos import bidiagonalize, largest_singular_values
-from specscale import singular_values
+from specscale import NormScaler, singular_values
 from specscale.weights import Weight, select
 
 
 @torch.no_grad()
-def spectral_norms(model: nn.Module, exclude: str | None = None) -> dict[str, float]:
-    """The spectral norm of every weight, scaled or not, by layer, to a relative 5e-4.
+def spectral_norms(model: nn.Module, exclude: str | None = None) -> dict[str, Tensor]:
+    """The spectral norms `(k,)` of every weight's matrices, scaled or not, by layer, on the CPU, to a relative 5e-4.
 
     By Lanczos iteration. On the weights of an MLP of width 1000 in training under spectral scaling, whose largest
     singular values crowd at one value, the norms were too low by 7e-6 on average and by 2e-4 at most.
 
     For after every epoch: `specscale.spectral_norms` is more accurate, and decides after each iteration of each weight
-    whether to go on. Here weights of one shape share their launches, and the host waits once. A weight that is several
-    matrices is reported by its largest norm.
+    whether to go on. Here weights of one shape share their launches, and the host waits once.
     """
     weights = {weight.name: weight for weight in select(model, exclude=exclude, frozen=True)}
 
@@ -29,6 +28,25 @@ def spectral_norms(model: nn.Module, exclude: str | None = None) -> dict[str, fl
         return weight.view.count, max(m, n), min(m, n)
 
     return largest_singular_values(weights, shape, _bidiagonals_of_weights)
+
+
+@torch.no_grad()
+def excesses(scaling: NormScaler, spectral_norms: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far, relative, each scaled weight is above its target in the norm of its constraint: its worst matrix.
+
+    Of the weights as they are, where `scaling.metrics()` reports what the step has measured. Other norms than spectral
+    ones are exact.
+    """
+    found = {}
+    for weight in scaling.weights:
+        own, norm = weight.scaling, weight.scaling.constraint.norm
+        if norm.name == "spectral":
+            values = spectral_norms[weight.name].to(own.target.device)
+        else:
+            seeds = own.seeds(own.target.device)
+            values = norm.certify(own.matrices(weight.parameter), seeds, tolerance=1e-3, miss=1e-6).lower
+        found[weight.name] = own.excess(values).max().item()
+    return found
 
 
 def _bidiagonals_of_weights(weights: list[Weight]) -> Tensor:
@@ -115,7 +133,8 @@ def operator_norms(convolutions: Mapping[str, nn.Conv2d], input_shapes: Mapping[
         one, input_shape = item
         return input_shape, one.weight.shape, one.stride, one.padding, one.dilation, one.groups, one.padding_mode
 
-    return largest_singular_values(items, settings, _bidiagonals_of_convolutions)
+    norms = largest_singular_values(items, settings, _bidiagonals_of_convolutions)
+    return {name: values.max().item() for name, values in norms.items()}
 
 
 def _bidiagonals_of_convolutions(items: list[tuple[nn.Conv2d, torch.Size]]) -> Tensor:

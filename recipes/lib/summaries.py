@@ -1,12 +1,12 @@
 """Summaries of finished runs: the columns of the comparison table, rank tables, and compact records."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lib.console import markdown
 from lib.presets import WITHOUT_EFFECT
-from lib.runs import Run, Runs, per_layer, rank_keys
+from lib.runs import Run, Runs, excess_by_epoch, per_layer, rank_keys
 
 
 def _last(run: Run, key: str) -> float:
@@ -25,12 +25,18 @@ def _spectral_norm_deviation(run: Run) -> float:
     return statistics.mean(statistics.pstdev(per_layer(line, "spectral_norm").values()) for line in late)
 
 
+def _worst_ratio(run: Run) -> float | None:
+    """The largest norm of any weight over its target, after any epoch; None where no norm is constrained or known."""
+    worst = [max(by_layer.values()) for _, by_layer in excess_by_epoch(run) if by_layer]
+    return 1 + max(worst) if worst else None
+
+
 class Column(NamedTuple):
-    """A column of the comparison table: one number for each run."""
+    """A column of the comparison table: one number for each run, or none."""
 
     title: str
     digits: int
-    value: Callable[[Run], float]
+    value: Callable[[Run], float | None]
 
 
 # Training metrics are those of the batches as they were trained on: augmented, and before the epoch's last step.
@@ -43,12 +49,13 @@ COLUMNS = (
     Column("loss gap", 4, lambda run: _last(run, "test/loss") - _last(run, "train/loss")),
     Column("spectral norm, mean", 3, _mean_spectral_norm),
     Column("spectral norm, deviation", 3, _spectral_norm_deviation),
+    Column("worst norm / target", 4, _worst_ratio),
     Column("ms / step", 2, lambda run: run.summary["time/step_ms"]),
 )
 HEADER = ["condition", *(column.title for column in COLUMNS), "ratio to none"]
 
 
-def statistics_of(run: Run) -> dict[str, float]:
+def statistics_of(run: Run) -> dict[str, float | None]:
     """The numbers of the comparison table for one run, by column title."""
     return {column.title: column.value(run) for column in COLUMNS}
 
@@ -69,7 +76,9 @@ def table_rows(runs: Runs) -> list[list[str]]:
     return rows
 
 
-def _mean_and_deviation(values: list[float], digits: int) -> str:
+def _mean_and_deviation(values: Sequence[float | None], digits: int) -> str:
+    if None in values:
+        return "-"
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
