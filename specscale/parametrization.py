@@ -15,6 +15,7 @@ def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     _shorten_access(module, tensor)
     _explain_refusals(module, tensor)
     REGISTERED.add(scaling)
+    scaling.is_registered_on(module.parametrizations[tensor])  # type: ignore[union-attr, index, arg-type]
     scaling.load_hooks = (
         module.register_load_state_dict_pre_hook(complete_state_dict),
         module.register_load_state_dict_post_hook(solve_what_was_missing),

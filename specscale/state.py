@@ -89,6 +89,8 @@ class NormScaling(nn.Module):
         """What `check_before_loading` has put on the model: one for all weights of a call."""
         self.needs_solve = False
         """Whether a checkpoint has brought the weight without a state for this solver."""
+        self._owner: weakref.ref[nn.Module] | None = None
+        """torch's list of the tensor's parametrizations; None in a copy, and where it is not registered."""
         self._recorded: tuple[int, int] | None = None
         """The id and the version of the weight that the buffers describe."""
         self.reset_(view, weight)
@@ -214,10 +216,19 @@ class NormScaling(nn.Module):
         # The module's own way takes ten times as long, for each weight at each step.
         self.__dict__["_recorded"] = recorded
 
+    def is_registered_on(self, chain: nn.Module) -> None:
+        """Remember torch's list of the tensor's parametrizations that it is in."""
+        self._owner = weakref.ref(chain)
+
     @property
     def recorded_id(self) -> int | None:
-        """The id of the weight that `mark_current` has recorded."""
-        return None if self._recorded is None else self._recorded[0]
+        """The id of the weight that `mark_current` has recorded, None once that weight is gone."""
+        if self._recorded is None or self._owner is None:
+            # In a copy, an id that has been used again cannot be told from its own.
+            return None if self._recorded is None else self._recorded[0]
+        chain = self._owner()
+        is_there = chain is not None and id(chain._parameters.get("original")) == self._recorded[0]
+        return self._recorded[0] if is_there else None
 
     def is_stale(self, weight: Tensor) -> bool:
         """Whether the weight is known to have been written to since `mark_current`."""
@@ -234,7 +245,10 @@ class NormScaling(nn.Module):
         memo[id(self)] = copied
         # A function may hold anything.
         memo[id(self.schedule)] = self.schedule
-        copied.__dict__ = copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_recorded"}, memo)
+        copied.__dict__ = copy.deepcopy(
+            {k: v for k, v in self.__dict__.items() if k not in ("_recorded", "_owner")}, memo
+        )
+        copied._owner = None
         # What has been written since is not known here: such a copy counts as current.
         copied.mark_current(None if self._recorded is None else memo.get(self._recorded[0]))
         if self in REGISTERED:

@@ -211,7 +211,7 @@ def _weights_with_holders(
                     raise _missing(layer, module, path)
             views = dict(book.views(layer))
             if as_scaled and number >= len(rules):
-                views |= _views_of_scaled(module, views)
+                views |= _views_of_scaled(module)
             weights = [Weight(layer, module, tensor, view) for tensor, view in views.items()]
             weights = [weight for weight in weights if _is_read(weight)]
             tensors = [weight.parameter for weight in weights]
@@ -227,13 +227,9 @@ def _weights_with_holders(
     return [holders for _, holders in seen.values()]
 
 
-def _views_of_scaled(module: nn.Module, known: Views) -> Views:
-    """The matrices that a layer's tensors are scaled as; those of whole layers where the constraint holds parts."""
-    return {
-        tensor: scaling.view
-        for tensor, scaling in scalings_of(module)
-        if tensor not in known or scaling.constraint.part == "matrix"
-    }
+def _views_of_scaled(module: nn.Module) -> Views:
+    """The matrices that a layer's tensors are scaled as, where the constraint does not hold parts of them."""
+    return {tensor: scaling.view for tensor, scaling in scalings_of(module) if scaling.constraint.part == "matrix"}
 
 
 def _has(layer: nn.Module, path: str) -> bool:
