@@ -110,10 +110,10 @@ def train(options: Options) -> dict[str, Any]:
         loss = loss_of(model, draw_sequences(train_tokens, options, generator))
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(float(f"{loss.item():.6g}"))
         metrics = scaling.metrics()
         for name, drift in per_layer(metrics, "drift").items():
-            drifts[name].append(drift)
+            drifts[name].append(float(f"{drift:.7g}"))
     target, norm = per_layer(metrics, "target"), per_layer(metrics, "norm")
     layers = {
         name: {"initial norm": initial[name], "target": target[name], "norm": norm[name], "drift": drifts[name]}
@@ -125,11 +125,11 @@ def train(options: Options) -> dict[str, Any]:
 
 def table_of(results: dict[str, Any]) -> str:
     """A row for each weight, in Markdown."""
-    header = ["layer", "initial norm", "target", "target / initial", "norm / target - 1", "drift - 1, mean", "largest"]
+    header = ["layer", "initial norm", "target", "target / initial", "drift - 1, mean", "largest"]
     rows = []
     for name, layer in results["layers"].items():
         target, drift = layer["target"], [one - 1 for one in layer["drift"]]
-        numbers = [layer["initial norm"], target, target / layer["initial norm"], layer["norm"] / target - 1]
+        numbers = [layer["initial norm"], target, target / layer["initial norm"]]
         rows.append([name, *map(format_cell, [*numbers, statistics.mean(drift), max(drift)])])
     losses = results["train bits per byte"]
     return (
