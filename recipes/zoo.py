@@ -31,7 +31,7 @@ from lib.provenance import commit
 from specscale import NormScaler, apply_norm_scaling
 from specscale.bounds import spectral_bounds
 from specscale.linalg import smaller_gram
-from specscale.targets import resolve
+from specscale.targets import resolve_gains
 from specscale.weights import Weight, find_weights
 
 Builder = Callable[[], nn.Module]
@@ -174,7 +174,7 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
 def check_on_meta(model: nn.Module) -> dict[str, Any]:
     """Check a model without values: every weight has a shape, and a target by its channels."""
     weights: list[Weight] = find_weights(model)
-    targets = resolve("target", "channels", weights, model, None)
+    targets = resolve_gains("channels", weights, model, None)
     if not weights or len(targets) != len(weights):
         raise Mismatch(f"{len(weights)} weights have {len(targets)} targets")
     return {"weights": len(weights), "matrices": sum(weight.view.count for weight in weights)}
