@@ -19,7 +19,7 @@ from torch import Tensor
 from specscale import linalg
 from specscale.linalg import multiplier, norm_from_gram
 
-SAFETY = 2.0
+SAFETY = 3.0
 """The factor on `R`, which is an estimate, and for what the estimate of `b` has missed."""
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specscale import Power, apply_norm_scaling, linalg, orthogonal_init_, singular_values, spectral_norms
+from specscale import Power, apply_norm_scaling, linalg, measure, orthogonal_init_, singular_values, spectral_norms
 from specscale.linalg import add_product, product, product_of_parts
 
 AUTOCAST = ("cpu", "cuda")
@@ -280,10 +280,12 @@ def test_every_call_that_computes_is_as_right(switched):
     top = {name: values[:, 0] for name, values in exact.items()}
     plain = copy.deepcopy(scaling.plain_state_dict())
     norms, values = spectral_norms(model), singular_values(model)
+    frobenius = {one.name: one.frobenius for one in measure(model).weights}
     for weight in scaling.weights:
         name = weight.name
         torch.testing.assert_close(weight.scaling.target.double(), top[name], rtol=1e-5, atol=0)
         assert norms[name] == pytest.approx(top[name].max().item(), rel=1e-5)
+        assert frobenius[name] == pytest.approx(exact[name].square().sum(-1).sqrt().max().item(), rel=1e-5)
         assert (values[name] - exact[name]).abs().max() <= 1e-8 * top[name].max()
     for certificate in scaling.audit().certificates:
         assert certificate.norm == pytest.approx(top[certificate.name].max().item(), rel=1e-9)
@@ -367,7 +369,7 @@ def test_autocast_keeps_its_copies_of_the_weights():
         with Casts() as casts:
             model(x)
         assert casts.count == 4
-        for call in (spectral_norms, singular_values):
+        for call in (measure, spectral_norms, singular_values):
             call(model)
         scaling.audit()
         with Casts() as casts:
