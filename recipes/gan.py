@@ -211,8 +211,9 @@ def draw(norms: dict[int, dict[str, list[float]]], path: Path) -> None:
                 above = [max(value - 1, FLOOR) for value in values]
                 axis.plot(range(1, len(values) + 1), above, label=name, lw=1.2)
         axis.axhline(LIMIT - 1, color="black", lw=0.8, ls=":")
-        axis.set(title=f"width {width}", xlabel="step of the critic", yscale="log", ylim=(FLOOR / 1.5, None))
+        axis.set(title=f"width {width}", xlabel="step of the critic", yscale="log")
     axes[0][0].set_ylabel("largest spectral norm - 1")
+    axes[0][0].set_ylim(bottom=FLOOR / 1.5)
     figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside right center")
     save(figure, path)
 
@@ -240,7 +241,12 @@ def main(options: Options) -> None:
 
 
 def table_of(table: list[dict[str, Any]]) -> str:
-    return markdown(list(table[0]), [[format_cell(value) for value in row.values()] for row in table])
+    """The rows in Markdown, the norms to four digits behind the point."""
+    cells = [
+        [f"{value:.4f}" if key.startswith("worst") else format_cell(value) for key, value in row.items()]
+        for row in table
+    ]
+    return markdown(list(table[0]), cells)
 
 
 if __name__ == "__main__":

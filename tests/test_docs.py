@@ -8,6 +8,8 @@ from unittest import mock
 
 import pytest
 
+import gan
+import gpt
 from compare import comparison
 from lib.post import published_table
 from lib.runs import Run, group_by_condition
@@ -49,6 +51,13 @@ def test_the_experiments_tables_are_those_of_their_records(preset):
     assert (results / f"{preset}.md").read_text() == comparison(runs)
     if preset == "mlp-5x2000":
         assert (results / "published.md").read_text().strip() == published_table({preset: runs}).strip()
+
+
+def test_the_tables_of_the_critic_and_of_the_gpt_are_those_of_their_records():
+    results = ROOT / "docs" / "results"
+    critics = json.loads((results / "gan.json").read_text())["critics"]
+    assert (results / "gan.md").read_text() == gan.table_of(critics)
+    assert (results / "gpt.md").read_text() == gpt.table_of(json.loads((results / "gpt.json").read_text()))
 
 
 def run_of(record):
