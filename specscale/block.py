@@ -120,7 +120,7 @@ class Block:
 
     def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
         # What must see every value above the target has no second chance after a jump.
-        spare = 2 if self.keeps_subspace else 1
+        spare = 3 if self.keeps_subspace else 1
         if num_iterations is None or error is None:
             return min(2 * spare, self.max_iterations)
         # An iteration divides the error by about eight; it may be infinite.
