@@ -31,6 +31,7 @@ from specscale.weights import (
     Patterns,
     Weight,
     by_pattern,
+    find_weights,
     pattern_name,
     refuse_non_finite,
     refuse_scaled,
@@ -55,7 +56,7 @@ def apply_norm_scaling(
     include: Patterns = None,
     exclude: Patterns = None,
     rules: Iterable[LayerRule] = (),
-    solver: str | Solver = "block",
+    solver: str | Solver | None = None,
     gain: Gains = "channels",
     schedule: AnySchedule | Mapping[Any, AnySchedule] | None = None,
     example_input: Any = None,
@@ -73,7 +74,8 @@ def apply_norm_scaling(
             (the Frobenius norm of each row, an output, or of each column, an input); a constraint with
             options of its own, such as `Cap(exact=True)`; or a mapping from patterns, as `include` takes them, to
             these. The first pattern that matches a weight's layer wins, `"*"` matches all, and every weight must be
-            matched.
+            matched. Embeddings are scaled by `"rows"` and `"columns"` alone, where a pattern names them: one of
+            `include`, or of this mapping, that matches no other weight.
         init: None keeps the weights; `"orthogonal"` overwrites them by `gain` times orthogonal matrices.
         target: `"initial"` (the default: the norm that the weight has when the call returns); `"channels"`,
             `"features"` or `"matrix"` (the norm of an orthogonal matrix with that gain); `Relative(0.5)` (half of the
@@ -85,7 +87,8 @@ def apply_norm_scaling(
             layers, or predicates `(name, module) -> bool`; None means all.
         exclude: the weights that are not scaled, in the same ways.
         rules: which tensors of other layers are weights too, and as which matrices; they come before the built-in ones.
-        solver: of the spectral norm: `"block"`, `"power"`, `"svd"`, or an instance such as `Block(width=8)`.
+        solver: of the spectral norm: `"block"`, `"power"`, `"svd"`, or an instance such as `Block(width=8)`. None means
+            the constraint's own, which is `Block()` unless it was given another. Other norms need none.
         gain: of the init: `"channels"` (`sqrt(d_out / d_in)` of the feature or channel counts), `"features"` (of the
             sizes of the layer's output and input), `"matrix"` (of the weight's matrices), a number, a function
             `(name, module) -> float`, or a mapping from patterns to these.
@@ -123,11 +126,15 @@ def apply_norm_scaling(
         refuse_wrapped(module)
     every = constraints.values() if isinstance(constraints, Mapping) else [constraints]
     named = EMBEDDINGS if any(one.takes_embeddings for one in every) else ()
-    weights = select(module, include, exclude, rules, named=named)
+    by_key = constraints.items() if isinstance(constraints, Mapping) else ()
+    naming = [key for key, one in by_key if one.takes_embeddings]
+    weights = select(module, include, exclude, rules, named=named, naming=naming)
     refuse_scaled(weights)
     refuse_unwritable(weights)
     refuse_shared_memory(weights)
     constraint_of = {weight: one for one, own in by_pattern("norm", constraints, weights, module) for weight in own}
+    if named:
+        _refuse_embeddings(constraint_of, module, rules)
     gains = None if init is None else resolve_gains(gain, weights, module, example_input)
     schedule_of = {weight: one for one, own in by_pattern("schedule", schedule, weights, module) for weight in own}
     plan = _plan(constraint_of, schedule_of, weights, gains, generator)
@@ -140,7 +147,19 @@ def apply_norm_scaling(
     return NormScaler(module, _commit(module, plan), Rule(target, tuple(rules)))
 
 
-def _constraints(norm: Any, solver: str | Solver) -> Constraint | dict[Any, Constraint]:
+def _refuse_embeddings(constraint_of: dict[Weight, Constraint], module: nn.Module, rules: list[LayerRule]) -> None:
+    """Refuse embeddings under a constraint that does not take them, as a mapping may have it."""
+    usual = {id(weight.parameter) for weight in find_weights(module, rules)}
+    for weight, constraint in constraint_of.items():
+        if not constraint.takes_embeddings and id(weight.parameter) not in usual:
+            taking = one_of(name for name, one in CONSTRAINTS.items() if one.takes_embeddings)
+            raise Refusal(
+                f"{weight.name!r} is an embedding, which {constraint.name!r} does not scale; choose {taking} for it, "
+                "or give a LayerRule that says as which matrices it is read"
+            )
+
+
+def _constraints(norm: Any, solver: str | Solver | None) -> Constraint | dict[Any, Constraint]:
     """The constraint of a norm, or of each pattern's norm, with the solver."""
     if isinstance(norm, Mapping):
         return {
@@ -149,11 +168,13 @@ def _constraints(norm: Any, solver: str | Solver) -> Constraint | dict[Any, Cons
     return _constraint(norm, solver)
 
 
-def _constraint(norm: Any, solver: str | Solver, where: str = "") -> Constraint:
+def _constraint(norm: Any, solver: str | Solver | None, where: str = "") -> Constraint:
     if isinstance(norm, str) and norm in CONSTRAINTS:
         norm = CONSTRAINTS[norm]()
     if not isinstance(norm, Constraint):
         raise Refusal(f"unknown norm {norm!r}{where}; choose {one_of(CONSTRAINTS)}")
+    if solver is None:
+        return norm
     if isinstance(solver, str):
         if solver not in SOLVERS:
             raise Refusal(f"unknown solver {solver!r}; choose {one_of(SOLVERS)}")

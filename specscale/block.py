@@ -422,13 +422,15 @@ def edge(squares: Tensor) -> Tensor:
     return torch.maximum(values[:, :-1].amin(-1), values[:, -1])
 
 
-def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor]:
+def dominant_subspace(
+    H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS, *, searches: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """The largest eigenvectors of `H x = l G x`, `(k, w, w)` both, `G` near the identity on the columns that exist.
 
     Returns `X (k, w, count)`, `X^T H X` and the diagonal of `X^T G X`, nearly ones. The first column is an eigenvector,
     by repeated squaring. The next ones span the dominant subspace approximately, by orthogonal iteration from the
-    leading coordinates (Golub & Van Loan, "Matrix Computations", section 8.2.4). The last is the last coordinate,
-    orthogonal to the others: the column that searches.
+    leading coordinates (Golub & Van Loan, "Matrix Computations", section 8.2.4). Where it `searches`, the last is the
+    last coordinate, orthogonal to the others: the column that searches.
     """
     width = H.shape[-1]
     identity = torch.eye(width, dtype=H.dtype, device=H.device)
@@ -448,17 +450,20 @@ def dominant_subspace(H: Tensor, G: Tensor, count: int, rounds: int = ROUNDS) ->
     X = start.expand(*square.shape[:-1], count)
     for _ in range(rounds):
         X = _orthonormal(product(power, X))
-    X = X[..., : count - 1]
+    if searches:
+        X = X[..., : count - 1]
     # A reflection brings the projection of `first` to the front; the other columns are made orthogonal to `first`.
     projection = unit(product(X.mT, first), dim=-2)
     sign = 1 - 2 * (projection[:, :1] < 0).to(H.dtype)
-    mirror = unit(projection + sign * identity[: count - 1, :1], dim=-2)
+    mirror = unit(projection + sign * identity[: X.shape[-1], :1], dim=-2)
     X = X - 2 * product(X, mirror, mirror.mT)
     X = torch.cat([first, X[..., 1:] - product(first, product(first.mT, X[..., 1:]))], dim=-1)
-    last = (identity[:, -1:] + 0.3 * identity[:, count - 1 : count]).expand(len(H), -1, -1)
-    for _ in range(2):
-        last = unit(last - product(X, product(X.mT, last)), dim=-2)
-    X = product(root, torch.cat([X, last], dim=-1))
+    if searches:
+        last = (identity[:, -1:] + 0.3 * identity[:, count - 1 : count]).expand(len(H), -1, -1)
+        for _ in range(2):
+            last = unit(last - product(X, product(X.mT, last)), dim=-2)
+        X = torch.cat([X, last], dim=-1)
+    X = product(root, X)
     X = product(X, 1.5 * identity[:count, :count] - 0.5 * product(X.mT, G, X))
     return X, product(X.mT, H, X), (X * product(G, X)).sum(-2)
 
@@ -502,7 +507,9 @@ def _solve_small(matrices: list[Matrices], width: int, keeps_subspace: bool) -> 
     pad = [2 * width - one.shape[-1] for one in scaled]
     H = concat([nn.functional.pad(gram(one), (0, p, 0, p)) for one, p in zip(scaled, pad, strict=True)])
     G = torch.eye(2 * width, dtype=H.dtype, device=H.device).expand_as(H)
-    X, squares, _ = dominant_subspace(H, G, width, 2 * ROUNDS)
+    # All is known: nothing is searched. Such a column would lie half in what a matrix is padded with, which would look
+    # as if much were outside of the block.
+    X, squares, _ = dominant_subspace(H, G, width, 2 * ROUNDS, searches=False)
     next_values = second_value(squares)
     counts = [len(one) for one in scaled]
     rest = edge(squares) if keeps_subspace else next_values

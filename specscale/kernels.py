@@ -560,7 +560,9 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
         X = tl.where(r[:, None] == d[None, :], 1.0, 0.0) + tl.where(r[:, None] == d[None, :] + 16, 0.05, 0.0)
         for _ in range(tl.where(is_exact, 2 * _ROUNDS, _ROUNDS)):
             X = _orthonormal(tl.dot(power, X, input_precision=PRECISION), d)
-        X = tl.where(d[None, :] == 15, 0.0, X)
+        # In an exact problem nothing is searched.
+        is_search = (d[None, :] == 15) & (is_exact == 0)
+        X = tl.where(is_search, 0.0, X)
 
         # The first vector to the front, by a reflection of the columns; the column that searches to the end.
         mirror = tl.sum(X * first[:, None], axis=0)
@@ -576,7 +578,7 @@ def rayleigh_ritz(table, skip, tolerance, FIRST: tl.constexpr, LAST: tl.constexp
             overlap = tl.sum(X * last[:, None], axis=0)
             last = last - tl.sum(X * overlap[None, :], axis=1)
             last = last / tl.sqrt(tl.maximum(tl.sum(last * last, axis=0), TINY))
-        X = tl.where(d[None, :] == 15, last[:, None], X)
+        X = tl.where(is_search, last[:, None], X)
 
         X = tl.dot(root, X, input_precision=PRECISION)
         XGX = tl.dot(tl.trans(X), tl.dot(G, X, input_precision=PRECISION), input_precision=PRECISION)

@@ -76,7 +76,8 @@ def measure(
     >>> print(specscale.measure(model))      # layer, matrices, shape, spectral, Frobenius, stable rank
     >>> specscale.measure(model).as_dict()["layer1.0.conv1"]["spectral"]
 
-    A scaled weight has its target beside it, and is read as the matrices that are scaled; `rules` come before that. The
+    A scaled weight has its target beside it, and is read as the matrices that are scaled; `rules` come before that. One
+    whose rows or columns are scaled is read as whole matrices, beside the largest target of a row or column. The
     spectral norms are those of `spectral_norms`. A weight that is not finite raises no error: its norms are NaN.
 
     Raises:
@@ -89,7 +90,8 @@ def measure(
 def _norms(weight: Weight) -> WeightNorms:
     found = norms_of(weight.name, weight.view.matrices(weight.parameter))
     scaling = scaling_of(weight.module, weight.tensor)
-    if scaling is None or scaling.view != weight.view:
+    # Read as other matrices than those that are scaled: by a rule of this call, or as whole ones of which parts are.
+    if scaling is None or (scaling.view != weight.view and scaling.constraint.part == "matrix"):
         return found
     return replace(found, target=scaling.target.max().item(), constraint=scaling.constraint.name)
 

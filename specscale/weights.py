@@ -137,13 +137,14 @@ def select(
     *,
     frozen: bool = False,
     named: Iterable[LayerRule] = (),
+    naming: Iterable[Pattern] = (),
 ) -> list[Weight]:
     """The weights that `include` and `exclude` leave, in the model's order.
 
     With `frozen`, for calls that only read, frozen ones too, and those that are scaled by a rule that is not given
     here. A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers. The
-    rules in `named` come last, and the weights that only they find are those that a pattern of `include` names: one
-    that matches no other weight.
+    rules in `named` come last, and the weights that only they find are those that a pattern of `include` or `naming`
+    names: one that matches no other weight.
 
     Raises:
         Refusal: `model` is no module, a pattern is neither a string, a type nor a predicate, or a rule is no
@@ -158,7 +159,11 @@ def select(
             raise Refusal(f"rules takes LayerRule objects, found {type(rule).__name__}", TypeError)
     weights = _weights_with_holders(model, rules, as_scaled=frozen)
     usual = {(one.layer, one.tensor): one for holders in weights for one in holders}
-    if named and include is not None:
+    by_norm: list[Predicate] = []
+    for pattern in naming:
+        _refuse_no_pattern("norm", pattern)
+        by_norm.append(functools.partial(_matches, pattern))
+    if named and (include is not None or by_norm):
         every = _weights_with_holders(model, rules, named)
         weights = [[usual.get((one.layer, one.tensor), one) for one in holders] for holders in every]
     # A module without weights cannot be included; to exclude it is no mistake.
@@ -171,9 +176,9 @@ def select(
 
     held = weights
     if named:
-        naming = [predicate for predicate in including if not any(matches(one, [predicate]) for one in usual.values())]
         known = set(usual.values())
-        held = [[one for one in holders if one in known or matches(one, naming)] for holders in weights]
+        fresh = [one for one in (*including, *by_norm) if not any(matches(weight, [one]) for weight in known)]
+        held = [[one for one in holders if one in known or matches(one, fresh)] for holders in weights]
     selected = [
         holders[0]
         for holders in held

@@ -91,6 +91,18 @@ def test_only_what_is_above_changes():
     assert scaling.metrics()["excess/" + weight.name] <= 0
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("size", [16, 17, 24, 32])
+def test_a_small_matrix_of_equal_values_is_lowered_to_the_target_and_not_below(size):
+    layer = nn.Linear(size, size, bias=False)
+    scaling = apply_norm_scaling(layer, "cap", init="orthogonal", gain=1.0)
+    with torch.no_grad():
+        scaling.weights[0].parameter.mul_(1.3)
+    scaling.step()
+    values = torch.linalg.svdvals(layer.weight.detach().double())
+    torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-4, atol=0)
+
+
 class Net(nn.Module):
     """Wide, tall, small and several matrices."""
 

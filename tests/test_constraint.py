@@ -7,8 +7,8 @@ import torch
 from held import off_target, saved
 from torch import nn
 
-from specscale import SVD, NonFiniteWeightError, NormScaler, apply_norm_scaling
-from specscale.constraints import CONSTRAINTS, Constraint
+from specscale import SVD, Block, NonFiniteWeightError, NormScaler, apply_norm_scaling
+from specscale.constraints import CONSTRAINTS, Constraint, Spectral
 from specscale.norms import SpectralNormBySolver
 
 OPTIMIZERS = {
@@ -299,3 +299,10 @@ def test_a_new_constraint_is_one_class_and_one_entry(monkeypatch):
     loaded.load_state_dict(model.state_dict())
     assert saved(other.metrics()) == saved(scaling.metrics())
     assert "normalized, target=" in repr(model)
+
+
+def test_a_constraint_keeps_its_own_solver_unless_the_call_names_one():
+    for solver, expected in ((None, Block(width=8)), ("svd", SVD()), (Block(), Block())):
+        scaling = apply_norm_scaling(nn.Linear(40, 50), Spectral(solver=Block(width=8)), solver=solver)
+        assert scaling.weights[0].scaling.constraint.norm.solver == expected
+    assert apply_norm_scaling(nn.Linear(40, 50)).weights[0].scaling.constraint.norm.solver == Block()

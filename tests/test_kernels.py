@@ -76,6 +76,7 @@ LAYERS = {
     "column": lambda **kind: nn.Linear(1, 70, **kind),
     "small": lambda **kind: nn.Linear(20, 5, **kind),
     "32 columns": lambda **kind: nn.Linear(32, 64, **kind),
+    "20 rows": lambda **kind: nn.Linear(48, 20, **kind),
     "conv": lambda **kind: nn.Conv2d(16, 40, 3, **kind),
     "first conv": lambda **kind: nn.Conv2d(3, 64, 3, **kind).to(memory_format=LAST),
     "large first conv": lambda **kind: nn.Conv2d(3, 64, 7, **kind).to(memory_format=LAST),
@@ -204,7 +205,9 @@ def test_a_step_is_the_one_of_torch(way):
     check_against_twin(way, FEW, "spectral", torch.float32, 1, 1)
 
 
-CAP_LAYERS = ["rows contiguous", "wide", "32 columns", "small", "transposed channels_last", "groups channels_last"]
+CAP_LAYERS = [
+    "rows contiguous", "wide", "32 columns", "20 rows", "small", "transposed channels_last", "groups channels_last",
+]  # fmt: skip
 
 
 def check_cap_against_twin(way, names, dtype, count, target, drift):

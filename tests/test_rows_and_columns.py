@@ -11,7 +11,16 @@ from torch import nn
 from torch.linalg import vector_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specscale import NonFiniteWeightError, NormScaler, apply_norm_scaling, spectral_norms
+from specscale import (
+    LayerRule,
+    MatrixView,
+    NonFiniteWeightError,
+    NormScaler,
+    apply_norm_scaling,
+    is_norm_scaled,
+    measure,
+    spectral_norms,
+)
 
 NORMS = ["rows", "columns"]
 
@@ -159,6 +168,33 @@ def test_other_norms_leave_embeddings_alone(norm):
     with pytest.raises(ValueError, match="no weight of Net is selected"):
         apply_norm_scaling(net(), norm, include=nn.Embedding)
     assert len(apply_norm_scaling(net(), norm, include=[nn.Linear, nn.Embedding]).weights) == 2
+
+
+@pytest.mark.parametrize("pattern", [nn.Embedding, "tokens", lambda name, module: name == "tokens"])
+def test_a_pattern_of_norm_names_an_embedding_too(pattern):
+    scaling = apply_norm_scaling(net(), {pattern: "rows", "*": "cap"})
+    under = {weight.name: weight.scaling.constraint.name for weight in scaling.weights}
+    assert under == dict.fromkeys(OF_ROWS, "cap") | {"tokens": "rows"}
+    others = apply_norm_scaling(net(), {"head": "cap", "*": "rows"})
+    assert "tokens" not in [weight.name for weight in others.weights]
+
+
+def test_an_embedding_is_refused_under_a_norm_that_does_not_scale_it():
+    model, norm, include = net(), {"head": "rows", "*": "cap"}, ["tokens", "head"]
+    with pytest.raises(ValueError, match="'tokens' is an embedding, which 'cap' does not scale; choose 'rows' or 'col"):
+        apply_norm_scaling(model, norm, include=include)
+    assert not is_norm_scaled(model)
+    rule = LayerRule(nn.Embedding, {"weight": MatrixView("o i")})
+    assert len(apply_norm_scaling(model, norm, include=include, rules=rule).weights) == 2
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_measure_shows_whole_matrices_beside_the_target_of_their_parts(norm):
+    model, scaling = scaled(norm)
+    found = {one.name: one for one in measure(model).weights}
+    assert found["head"].constraint == norm
+    assert found["head"].shape == (5, 40)
+    assert found["head"].target == scaling.metrics()["target/head"]
 
 
 class Tied(nn.Module):
