@@ -66,6 +66,10 @@ CAUTION = 0.1
 CAUTION_OF_ALL = 0.2
 """The weight of the rise of all values of a block beside that of the first one."""
 
+SEARCH, THOROUGH = 4, 24
+"""Of a solve to convergence, for a constraint that must see every value above its target: the iterations after which
+noise is added again, and the fewest of all. With 12, one matrix in a hundred had a value above the block's outside."""
+
 REFRESH = 4
 """Iterations after which images are computed from the matrix again, since rounding adds up in those carried along."""
 
@@ -181,6 +185,7 @@ class Block:
             if to_convergence:
                 # No error is small enough.
                 tolerance, limit = -1.0, 300
+                block.searches_on = self.keeps_subspace
             elif not bool(block.state["age"].all()):
                 tolerance, limit = self._thorough(tolerance, limit)
             limits[block] = tolerance, limit, residual_limit
@@ -202,6 +207,8 @@ class Block:
                     # among the other values leaves the norm off by up to half the residual.
                     limits[block] = *self._thorough(tolerance, limit), 2 * self.tolerance / (1 + rise)
                     is_done = False
+                # The first value tells nothing of the last ones that the block should hold.
+                is_done = is_done and not (block.searches_on and number < THOROUGH)
                 if not is_done and number < limits[block][1]:
                     active.append(block)
             blocks = active
@@ -228,6 +235,7 @@ class _Iterate:
         self.needed: Tensor | None = None
         """`(k,)`: how many of them each matrix needed, where that is known."""
         self.refresh_after = REFRESH
+        self.searches_on = False
         self.ritz: Ritz
 
     def image(self, columns: Tensor) -> Tensor:
@@ -250,13 +258,16 @@ class _Iterate:
         return not bool((is_right | ~self.is_finite).all())
 
     def residuals(self) -> Tensor:
-        """`A^T Y - V (Y^T Y)`, scaled, with noise in the last column in a step's first iteration."""
+        """`A^T Y - V (Y^T Y)`, scaled, with noise in the last column in a step's first iteration.
+
+        Where it `searches_on`, every few iterations again: a column that has found a singular vector would stay there.
+        """
         if self.num_iterations and self.num_iterations % self.refresh_after == 0:
             self.refresh()
         R = add_product(self.matrices.rmatmat(self.Y) * self.unscale, self.V, self.squares, alpha=-1)
-        if self.num_iterations == 0:
+        if self.num_iterations == 0 or (self.searches_on and self.num_iterations % SEARCH == 0):
             length = NOISE * self.squares.diagonal(dim1=-2, dim2=-1).amax(-1) / R.shape[-2] ** 0.5
-            R[..., -1] += length[:, None] * signs(keys(self.state["age"]), R.shape[1:2])
+            R[..., -1] += length[:, None] * signs(keys(self.state["age"] + self.num_iterations), R.shape[1:2])
         return R
 
     def solution(self, next_value: Tensor, to_convergence: bool, keeps_subspace: bool) -> Solution:
