@@ -7,7 +7,7 @@ from torch import nn
 
 from specscale import apply_norm_scaling
 
-SLOW = [pytest.param(norm, marks=pytest.mark.slow) for norm in ("normalize", "orthogonal")]
+SLOW = [pytest.param(norm, marks=pytest.mark.slow) for norm in ("cap", "normalize", "orthogonal")]
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "spectral", *SLOW])
