@@ -267,8 +267,13 @@ class Cap(Constraint):
 def _add_low_rank_(weight: SplitWeight, factor: Tensor, left: Tensor, right: Tensor, skip: Tensor) -> None:
     """`W <- factor W - left right^T`, but where `skip (k,)` is true."""
     tensor, matrices = weight.tensor, weight.matrices()
-    is_view = matrices.data_ptr() == tensor.data_ptr() and matrices.dtype == left.dtype
-    if linalg.can_sync(tensor) and is_view and not may_be_rounded(tensor):
+    # A compiler, for which nothing can be read, cannot trace the question for addresses.
+    if (
+        linalg.can_sync(tensor)
+        and matrices.data_ptr() == tensor.data_ptr()
+        and matrices.dtype == left.dtype
+        and not may_be_rounded(tensor)
+    ):
         # In place, and only what changes.
         for k in (~skip).nonzero()[:, 0].tolist():
             matrices[k].addmm_(left[k], right[k].mT, beta=factor[k].item(), alpha=-1)

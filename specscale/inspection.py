@@ -132,6 +132,10 @@ def _saved_norms(name: str, weight: Tensor, buffers: dict[str, Tensor]) -> Weigh
     target = buffers[key]
     # Version 0.1.0 had the constraint's order in place of its name.
     constraint = key.removeprefix("target").lstrip("_") or ("frobenius" if int(buffers["order"]) == 2 else "spectral")
+    if constraint in CONSTRAINTS and CONSTRAINTS[constraint].part != "matrix":
+        # As `measure` does: of what is held in parts, the whole.
+        whole = norms_of(layer, weight.reshape(1, len(weight), -1))
+        return replace(whole, target=target.max().item(), constraint=constraint)
     is_frobenius = constraint in CONSTRAINTS and CONSTRAINTS[constraint].norm_type.name == "frobenius"
 
     saved = buffers["norm"].double()

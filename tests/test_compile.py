@@ -39,3 +39,20 @@ def test_the_step_is_one_graph_that_is_compiled_once_and_holds(norm):
                 assert abs(scaling.metrics()[f"norm/{weight.name}"] / values[:, 0].max() - 1) < 0.05
             # Spectral: as near as the solver's triple is to a singular one.
             torch.testing.assert_close(held, target, rtol=1e-5 if norm == "frobenius" else 1e-3, atol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_cap_is_one_graph_too():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    scaling = apply_norm_scaling(nn.Sequential(nn.Linear(90, 80), nn.Linear(80, 10)), "cap", target=0.5)
+    step = torch.compile(scaling.step, fullgraph=True, backend="aot_eager")
+    for count in range(3):
+        with torch.no_grad():
+            for weight in scaling.weights:
+                weight.parameter.mul_(1.2)
+        with torch.compiler.set_stance("fail_on_recompile" if count else "default"):
+            step()
+        norms = [torch.linalg.svdvals(matrices(weight)).max().item() for weight in scaling.weights]
+        assert max(norms) <= 0.5 * (1 + 1e-3)
+        assert min(norms) > 0.4

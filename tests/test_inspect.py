@@ -257,3 +257,15 @@ def test_the_picture_shows_norms_targets_and_ranks(norm, tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "target", "full rank"]
     assert main(["inspect", str(path), "--plot", str(tmp_path / "out.png")]) == 0
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("norm", ["rows", "columns"])
+def test_what_is_held_in_parts_is_read_whole_beside_the_largest_target(norm, tmp_path):
+    model = nn.Sequential(nn.Linear(12, 12), nn.Conv2d(4, 6, 3))
+    apply_norm_scaling(model, norm)
+    torch.save(model.state_dict(), tmp_path / "scaled.pt")
+    (found,) = inspect(str(tmp_path / "scaled.pt"))
+    assert {one.constraint for one in found.norms.weights} == {norm}
+    assert [one.shape for one in found.norms.weights] == [(12, 12), (6, 36)]
+    for one, expected in zip(found.norms.weights, measure(model).weights, strict=True):
+        assert (one.spectral, one.target) == pytest.approx((expected.spectral, expected.target))
