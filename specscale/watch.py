@@ -30,7 +30,8 @@ def watch_optimizers() -> None:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling() or PLAIN_LAYERS:
+    # It runs for every optimizer of the process, and must break none: a class with `__eq__` alone is no key.
+    if torch.compiler.is_compiling() or PLAIN_LAYERS or type(optimizer).__hash__ is None:
         return
     number = _num_steps.get(optimizer, 0)
     if number < 2:

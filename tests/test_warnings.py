@@ -154,3 +154,18 @@ def test_the_handle_says_what_it_holds_and_what_it_is_attached_to():
     scaling.detach()
     assert repr(scaling).endswith("attached to no optimizer)")
     del first
+
+
+def test_an_optimizer_that_cannot_be_hashed_steps_as_before():
+    class Compared(torch.optim.SGD):
+        def __eq__(self, other):
+            return self is other
+
+    apply_norm_scaling(nn.Linear(3, 3))
+    layer = nn.Linear(3, 3)
+    optimizer = Compared(layer.parameters(), lr=0.1)
+    before = layer.weight.detach().clone()
+    for _ in range(2):
+        layer(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert not torch.equal(before, layer.weight)
