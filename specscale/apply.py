@@ -58,7 +58,7 @@ def apply_norm_scaling(
     rules: Iterable[LayerRule] = (),
     solver: str | Solver | None = None,
     gain: Gains = "channels",
-    schedule: AnySchedule | Mapping[Any, AnySchedule] | None = None,
+    schedule: AnySchedule | Mapping[Any, AnySchedule | None] | None = None,
     example_input: Any = None,
     generator: torch.Generator | None = None,
 ) -> NormScaler:
@@ -171,6 +171,8 @@ def _constraints(norm: Any, solver: str | Solver | None) -> Constraint | dict[An
 def _constraint(norm: Any, solver: str | Solver | None, where: str = "") -> Constraint:
     if isinstance(norm, str) and norm in CONSTRAINTS:
         norm = CONSTRAINTS[norm]()
+    if isinstance(norm, type) and issubclass(norm, Constraint):
+        raise Refusal(f"norm is the class {norm.__name__}{where}; give a constraint, {norm.__name__}()", TypeError)
     if not isinstance(norm, Constraint):
         raise Refusal(f"unknown norm {norm!r}{where}; choose {one_of(CONSTRAINTS)}")
     if solver is None:

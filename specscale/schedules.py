@@ -94,11 +94,9 @@ class Cosine(_Ramp):
 
 
 def check_schedule(setting: Any) -> None:
-    """Refuse what is no schedule, nor a mapping from patterns to schedules; None is none."""
-    if setting is None:
-        return
+    """Refuse what is no schedule, nor a mapping from patterns to schedules; None, also of a pattern, is none."""
     for one in setting.values() if isinstance(setting, Mapping) else [setting]:
-        if isinstance(one, type) or not callable(one):
+        if one is not None and (isinstance(one, type) or not callable(one)):
             raise Refusal(
                 "schedule takes a function of the step, such as schedules.Cosine(final=0.1, steps=1000) or "
                 f"lambda step: 0.999**step, found {one.__name__ if isinstance(one, type) else type(one).__name__}",

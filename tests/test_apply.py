@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from specscale import (
+    Cap,
     LayerRule,
     MatrixView,
     NonFiniteWeightError,
@@ -174,6 +175,7 @@ def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
+        ({"norm": Cap}, TypeError, r"norm is the class Cap; give a constraint, Cap\(\)"),
         ({"norm": ["spectral"]}, ValueError, r"unknown norm \['spectral'\]; choose"),
         (
             {"norm": "nuclear"},

@@ -397,6 +397,15 @@ def test_a_plain_while_changes_nothing_and_new_shapes_go_on_at_the_same_step(nam
     assert_at(scaling, now, factor(4) / factor(3))
 
 
+def test_a_pattern_may_have_no_schedule():
+    _, scaling = scaled({"head": schedules.Linear(0.5, 2), "*": None})
+    before = {weight.name: weight.scaling.target.clone() for weight in scaling.weights}
+    scaling.step()
+    for weight in scaling.weights:
+        factor = 0.75 if weight.name == "head" else 1
+        torch.testing.assert_close(weight.scaling.target, factor * before[weight.name])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
@@ -406,7 +415,6 @@ def test_a_plain_while_changes_nothing_and_new_shapes_go_on_at_the_same_step(nam
         (lambda: scaled(schedules.Cosine), TypeError, "apply_norm_scaling: schedule takes a function of the step"),
         (lambda: scaled({"qkv": schedules.Constant()}), ValueError,
          "apply_norm_scaling: no pattern of schedule matches 'mid', 'head'; add '*' for the rest"),
-        (lambda: scaled({"*": None}), TypeError, "apply_norm_scaling: schedule takes a function"),
         (lambda: scaled(lambda step: -1.0), ValueError,
          "apply_norm_scaling: schedule must be finite and positive at step 0, found -1.0"),
         (lambda: scaled(lambda step: "a"), TypeError,
