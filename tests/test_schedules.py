@@ -398,7 +398,7 @@ def test_a_plain_while_changes_nothing_and_new_shapes_go_on_at_the_same_step(nam
 
 
 def test_a_pattern_may_have_no_schedule():
-    _, scaling = scaled({"head": schedules.Linear(0.5, 2), "*": None})
+    _, scaling, _ = scaled({"head": schedules.Linear(0.5, 2), "*": None})
     before = {weight.name: weight.scaling.target.clone() for weight in scaling.weights}
     scaling.step()
     for weight in scaling.weights:
