@@ -2,8 +2,10 @@
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import ParamSpec, TypeVar
+from numbers import Real
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,3 +75,17 @@ def nearest(name: str, names: Iterable[str]) -> str:
         return repr(module)
     similar = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     return ", ".join(repr(n) for n in similar) or "none"
+
+
+def positive(option: str, number: Any, where: str = "") -> float:
+    """The number, where it is finite and positive.
+
+    Raises:
+        Refusal: it is no number (TypeError), or not finite and positive (ValueError).
+    """
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise Refusal(f"{option} must be a number{where}, found {type(number).__name__}", TypeError)
+    value = float(number)
+    if not (math.isfinite(value) and value > 0):
+        raise Refusal(f"{option} must be finite and positive{where}, found {value}")
+    return value

@@ -13,13 +13,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specscale.errors import Refusal, public_call
+from specscale.errors import Refusal, positive, public_call
 
 
 class Schedule(ABC):
@@ -45,7 +44,7 @@ class Constant(Schedule):
 
     @public_call("Constant")
     def __post_init__(self) -> None:
-        _refuse_bad_factor("factor", self.factor)
+        positive("factor", self.factor)
 
     def factors(self, steps: Tensor) -> Tensor:
         return torch.full_like(steps, self.factor)
@@ -64,8 +63,8 @@ class _Ramp(Schedule):
         public_call(type(self).__name__)(self._check)()
 
     def _check(self) -> None:
-        _refuse_bad_factor("final", self.final)
-        _refuse_bad_factor("initial", self.initial)
+        positive("final", self.final)
+        positive("initial", self.initial)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise Refusal(f"steps must be a positive integer, found {self.steps!r}")
 
@@ -117,13 +116,4 @@ def own_factor(function: Callable[[int], float], step: int) -> float:
         raise
     if isinstance(factor, Tensor) and factor.ndim == 0:
         factor = factor.item()
-    _refuse_bad_factor("schedule", factor, f" at step {step}")
-    return float(factor)
-
-
-def _refuse_bad_factor(option: str, factor: Any, where: str = "") -> None:
-    if isinstance(factor, bool) or not isinstance(factor, Real):
-        raise Refusal(f"{option} must be a number{where}, found {type(factor).__name__}", TypeError)
-    value = float(factor)
-    if not (math.isfinite(value) and value > 0):
-        raise Refusal(f"{option} must be finite and positive{where}, found {value}")
+    return positive("schedule", factor, f" at step {step}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specscale.errors import Refusal, one_of, public_call
+from specscale.errors import Refusal, one_of, positive, public_call
 from specscale.state import NormScaling
 from specscale.weights import Weight, by_pattern, evaluation_mode, pattern_name
 
@@ -40,7 +40,7 @@ class Relative:
 
     @public_call("Relative")
     def __post_init__(self) -> None:
-        _positive("factor", self.factor)
+        positive("factor", self.factor)
 
     def __call__(self, name: str, module: nn.Module, norms: Tensor) -> Tensor:
         return self.factor * norms
@@ -113,7 +113,7 @@ def _check_value(option: str, value: Any, names: Iterable[str], where: str = "")
                 "(name, module) -> float"
             )
     elif not callable(value):
-        _positive(option, value, where)
+        positive(option, value, where)
 
 
 def _ask(option: str, function: Callable[..., Any], weight: Weight, **more: Any) -> Any:
@@ -139,7 +139,7 @@ def resolve_gains(setting: Gains, weights: list[Weight], model: nn.Module, examp
             continue
         for weight in own:
             number = _ask("gain", value, weight) if callable(value) else value
-            gains[weight.name] = _positive("gain", number, f" for {weight.name!r}")
+            gains[weight.name] = positive("gain", number, f" for {weight.name!r}")
     for weight in weights:
         _refuse_out_of_range("gain", gains[weight.name], weight, weight.parameter.dtype)
     return gains
@@ -225,20 +225,11 @@ def _checked(numbers: Any, weight: Weight, norms: Tensor, is_relative: bool) -> 
     values = []
     for number, norm in zip(numbers, norms.tolist(), strict=True):
         is_of_zeros = is_relative and norm == 0 and isinstance(number, Real) and number == 0
-        value = 0.0 if is_of_zeros else _positive("target", number, where)
+        value = 0.0 if is_of_zeros else positive("target", number, where)
         if not is_of_zeros:
             _refuse_out_of_range("target", value, weight, dtype)
         values.append(value)
     return values
-
-
-def _positive(option: str, number: Any, where: str = "") -> float:
-    if isinstance(number, bool) or not isinstance(number, Real):
-        raise Refusal(f"{option} must be a number{where}, found {type(number).__name__}", TypeError)
-    value = float(number)
-    if not (math.isfinite(value) and value > 0):
-        raise Refusal(f"{option} must be finite and positive{where}, found {value}")
-    return value
 
 
 def _refuse_out_of_range(option: str, number: float, weight: Weight, dtype: torch.dtype) -> None:
