@@ -232,9 +232,10 @@ def _set_targets(plan: _Plan, targets: dict[Weight, list[float]]) -> None:
     for weight, scaling in plan.scalings.items():
         scaling.set_target_(targets[weight], is_base=True)
         if bool(scaling.skip_mask.any()):
+            part = scaling.constraint.part
             plan.warnings.append(
-                f"{weight.name!r} holds a zero {scaling.constraint.part}, which has no direction to scale: it is "
-                "skipped. Give a target other than 'initial' to scale it once it has moved"
+                f"{weight.name!r} holds a zero {part}, which has no direction to scale: that {part} is skipped. "
+                "Give a target other than 'initial' to scale it once it has moved"
             )
         if not bool(scaling.skip_mask.all()):
             plan.weights.append(replace(weight, view=scaling.view, parametrization=scaling))

@@ -168,8 +168,9 @@ def select(
         weights = [[usual.get((one.layer, one.tensor), one) for one in holders] for holders in every]
     # A module without weights cannot be included; to exclude it is no mistake.
     with_weights = dict.fromkeys(name for holders in weights for one in holders for name in _with_parents(one.layer))
-    including = _predicates("include", include, with_weights)
-    excluding = _predicates("exclude", exclude, [name for name, _ in model.named_modules()])
+    layers = dict(model.named_modules())
+    including = _predicates("include", include, with_weights, layers)
+    excluding = _predicates("exclude", exclude, layers, layers)
 
     def matches(one: Weight, predicates: Iterable[Predicate]) -> bool:
         return any(predicate(one.layer, one.module) for predicate in predicates)
@@ -284,8 +285,13 @@ def _with_parents(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
-def _predicates(option: str, patterns: Patterns, names: Iterable[str]) -> list[Predicate]:
-    """Whether each pattern matches a module: a string by its name or that of a module it lies in, others by itself."""
+def _predicates(
+    option: str, patterns: Patterns, names: Iterable[str], layers: Mapping[str, nn.Module]
+) -> list[Predicate]:
+    """Whether each pattern matches a module: a string by its name or that of a module it lies in, others by itself.
+
+    A string must match one of `names`, which are of those of the model's `layers` that can be named.
+    """
     if patterns is None:
         patterns = []
     elif isinstance(patterns, str) or not isinstance(patterns, Iterable):
@@ -294,6 +300,12 @@ def _predicates(option: str, patterns: Patterns, names: Iterable[str]) -> list[P
     for pattern in patterns:
         _refuse_no_pattern(option, pattern)
         if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            for name in fnmatch.filter(layers, pattern):
+                if isinstance(layers[name], nn.Embedding):
+                    raise Refusal(
+                        f"{option} pattern {pattern!r} matches no weight that this norm scales, but the embedding "
+                        f"{name!r}: embeddings are scaled by 'rows' and 'columns' alone, and by a LayerRule"
+                    )
             raise Refusal(
                 f"{option} pattern {pattern!r} matches no module; the nearest names are {nearest(pattern, names)}"
             )
@@ -375,7 +387,9 @@ def value_for(option: str, setting: Any, weight: Weight, model: nn.Module) -> An
 
 def _no_pattern(option: str, weights: list[Weight]) -> Refusal:
     names = ", ".join(repr(weight.name) for weight in weights[:3]) + ", ..." * (len(weights) > 3)
-    return Refusal(f"no pattern of {option} matches {names}; add '*' for the rest, or exclude it")
+    # A weight without a schedule is still scaled, and one that is excluded is not.
+    advice = "add '*': None for the rest" if option == "schedule" else "add '*' for the rest, or exclude it"
+    return Refusal(f"no pattern of {option} matches {names}; {advice}")
 
 
 def _layers_of(weights: Iterable[Weight], model: nn.Module) -> dict[Weight, list[tuple[str, nn.Module]]]:

@@ -163,7 +163,9 @@ def test_an_embedding_is_held_where_a_pattern_names_it_and_nothing_else(include,
 
 @pytest.mark.parametrize("norm", ["frobenius", "spectral", "clipped"])
 def test_other_norms_leave_embeddings_alone(norm):
-    with pytest.raises(ValueError, match="include pattern 'tokens' matches no module"):
+    with pytest.raises(
+        ValueError, match="include pattern 'tokens' matches no weight that this norm scales, but the emb"
+    ):
         apply_norm_scaling(net(), norm, include="tokens")
     with pytest.raises(ValueError, match="no weight of Net is selected"):
         apply_norm_scaling(net(), norm, include=nn.Embedding)

@@ -414,7 +414,7 @@ def test_a_pattern_may_have_no_schedule():
          "or lambda step: 0.999**step, found float"),
         (lambda: scaled(schedules.Cosine), TypeError, "apply_norm_scaling: schedule takes a function of the step"),
         (lambda: scaled({"qkv": schedules.Constant()}), ValueError,
-         "apply_norm_scaling: no pattern of schedule matches 'mid', 'head'; add '*' for the rest"),
+         "apply_norm_scaling: no pattern of schedule matches 'mid', 'head'; add '*': None for the rest"),
         (lambda: scaled(lambda step: -1.0), ValueError,
          "apply_norm_scaling: schedule must be finite and positive at step 0, found -1.0"),
         (lambda: scaled(lambda step: "a"), TypeError,
