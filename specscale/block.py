@@ -177,8 +177,8 @@ class Block:
             kept = [block.known() for block in blocks if self.keeps_subspace]
             still = _iterate(blocks, self.keeps_subspace) > self.tolerance
             if self.keeps_subspace:
-                # As in the kernels, and on a CPU: where nothing moves any more, a smaller residual would tell less of
-                # what the block misses.
+                # The kernels, and a CPU, stop here too. A further iteration would shrink the residual, from which the
+                # margin for what the block misses is taken.
                 for block, known, mask in zip(blocks, kept, is_missing.split(counts), strict=True):
                     block.keep_where_(~mask, known)
             is_missing = is_missing & still
@@ -215,7 +215,7 @@ class Block:
                     # among the other values leaves the norm off by up to half the residual.
                     limits[block] = *self._thorough(tolerance, limit), 2 * self.tolerance / (1 + rise)
                     is_done = False
-                # The first value tells nothing of the last ones that the block should hold.
+                # That the first value has converged does not mean that the block holds all of the largest ones.
                 is_done = is_done and not (block.searches_on and number < THOROUGH)
                 if not is_done and number < limits[block][1]:
                     active.append(block)

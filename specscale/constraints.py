@@ -328,9 +328,9 @@ class Orthogonal(Constraint):
     entry in float32. On a CPU the iteration ends where the matrix has converged: after 2 or 3 from singular values that
     are within 10 % of each other, after 5 or 6 from 0.1 of the first, after 12 from 1e-3. Elsewhere all
     `max_iterations` are taken.
-    Fails on singular values below 1e-4 of the first, which are still below `t` when the iterations end, and which later
-    steps go on to raise: the residual tells. One of zero, of a matrix without full rank, stays zero. Below 1e-7, a
-    direction is rounding. A matrix of zeros stays as it is.
+    Fails on singular values below 1e-4 of the first: they do not reach `t` within one step. Later steps raise them
+    further, and the residual shows how far they are. One of zero, of a matrix without full rank, stays zero. Below
+    1e-7 of the first, a direction is rounding. A matrix of zeros stays as it is.
     """
 
     max_iterations: int = 16

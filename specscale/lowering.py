@@ -3,12 +3,12 @@
 Let `V` be the solver's directions and `S = (W V)^T W V`. `R = (1 - V V^T) W^T W V` couples them with the rest, whose
 largest singular value is `b`. In these coordinates, `W^T W` is
 
-    [ S   R^T   ]
-    [ R   <= b^2 ]
+    [ S   R^T ]
+    [ R   B   ]    with ||B|| = b^2.
 
-and its largest eigenvalue is at most `l^2 > b^2` just where that of the Schur complement `S + R^T R / (l^2 - b^2)` is
-(Golub & Van Loan, "Matrix Computations", section 3.2.11). `W (1 - V F V^T)` has `(1 - F) (...) (1 - F)` in its place.
-Pure functions.
+For any `l > b`, its largest eigenvalue is at most `l^2` if the largest eigenvalue of the Schur complement
+`S + R^T R / (l^2 - b^2)` is (Golub & Van Loan, "Matrix Computations", section 3.2.11). For `W (1 - V F V^T)`, the Schur
+complement is multiplied by `1 - F` from both sides: so `F` lowers its eigenvalues to `l^2`. Pure functions.
 """
 
 from typing import NamedTuple

@@ -671,7 +671,8 @@ def lstm():
 @pytest.mark.parametrize("make", [resnet50, lstm, pytest.param(vit, marks=pytest.mark.slow)])
 def test_the_number_of_launches_does_not_grow_with_the_model(make, on_cpu, unsolved, monkeypatch):
     model = make()
-    for norm, count in [("frobenius", None), ("spectral", 1), ("spectral", 2), ("spectral", 3)]:
+    by_solver = [("spectral", 1), ("spectral", 2), ("spectral", 3), ("cap", 2), ("normalize", 2)]
+    for norm, count in [("frobenius", None), *by_solver]:
         handle = apply_norm_scaling(model, norm, target=1.0, init=None)
         monkeypatch.setattr(Block, "next_num_iterations", lambda *args, count=count: count)
         handle._step.take(handle.weights)
