@@ -1,7 +1,9 @@
 """Where results come from: the code, the libraries and the machine."""
 
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +17,13 @@ def provenance() -> dict[str, str | int]:
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "threads": torch.get_num_threads(),
     }
+
+
+def command() -> str:
+    """The command line; a script of this checkout is named by its path in it, wherever the checkout lies."""
+    root, script = Path(__file__).resolve().parents[2], Path(sys.argv[0]).resolve()
+    name = str(script.relative_to(root)) if script.is_relative_to(root) else sys.argv[0]
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def commit() -> str:

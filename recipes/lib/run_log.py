@@ -1,9 +1,7 @@
 """What the main process writes about a run while it trains: JSON files in the run's folder, and W&B."""
 
 import json
-import shlex
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from lib.distributed import Processes
 from lib.files import append_json_line, write_atomically, write_json_lines
 from lib.models import excluded_pattern
 from lib.presets import Config, condition_name
-from lib.provenance import provenance
+from lib.provenance import command, provenance
 from lib.spectra import excesses, snapshot, spectral_norms
 from specscale import NormScaler
 
@@ -130,7 +128,7 @@ class RunLog:
         targets = {key.removeprefix("target/"): value for key, value in metrics.items() if key.startswith("target/")}
         times = {key: statistics.median(line[key] for line in history) for key in ("time/step_ms", "time/scaling_ms")}
         last = {key: value for key, value in history[-1].items() if not key.startswith("time/")}
-        origin = provenance() | {"processes": self.world_size, "command": shlex.join(sys.argv)}
+        origin = provenance() | {"processes": self.world_size, "command": command()}
         summary = last | {"targets": targets} | times | {"provenance": origin}
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2))
         self.wandb_run.finish()
