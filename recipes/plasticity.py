@@ -27,17 +27,38 @@ from specscale import Relative, apply_norm_scaling
 NUM_IMAGES, BATCH_SIZE, WIDTH = 250, 50, 64
 NUM_LAST = 5
 """The tasks at the end whose mean accuracy chooses the best cell."""
-CONSTRAINTS = {"Frobenius norm": "frobenius", "spectral norm": "spectral"}
-STRENGTHS: dict[str, tuple[float, ...]] = {
-    "nothing": (0.0,),
-    "new network": (0.0,),
-    "Frobenius norm": (1.0, 1.5, 2.0, 3.0),
-    "weight decay": (0.1, 0.3, 1.0, 3.0),
-    "L2": (1e-4, 1e-3, 1e-2),
-    "spectral norm": (1.0, 2.0),
-    "L2 to the init": (1e-4, 1e-3, 1e-2),
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done to the network, and the strengths that it is tried with."""
+
+    strengths: tuple[float, ...] = (0.0,)
+    """Coefficients of the decay, or targets over the initial norm."""
+    norm: str | None = None
+    """Norm to constrain."""
+    decay: bool = False
+    """Adam's weight decay."""
+    decoupled: bool = False
+    """The decay is AdamW's, not part of the gradient."""
+    layer_norm: bool = False
+    """Normalise before each ReLU."""
+    anew: bool = False
+    """Every task has a new network."""
+
+
+FACTORS, COEFFICIENTS = (1.0, 1.5, 2.0, 3.0), (0.1, 0.3, 1.0, 3.0)
+METHODS = {
+    "nothing": Method(),
+    "new network": Method(anew=True),
+    "Frobenius norm": Method(FACTORS, norm="frobenius"),
+    "weight decay": Method(COEFFICIENTS, decay=True, decoupled=True),
+    "L2": Method((1e-4, 1e-3, 1e-2), decay=True),
+    "layer norm": Method(layer_norm=True),
+    "layer norm, Frobenius norm": Method(FACTORS, norm="frobenius", layer_norm=True),
+    "layer norm, weight decay": Method(COEFFICIENTS, decay=True, decoupled=True, layer_norm=True),
+    "spectral norm": Method((1.0, 2.0), norm="spectral"),
 }
-"""The methods, each with the strengths that it is tried with."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +75,8 @@ class Cell:
     steps: int
 
     def __str__(self) -> str:
-        strength = f" x {self.strength:g}" if self.method in CONSTRAINTS else f" {self.strength:g}"
-        return f"{self.method}{strength if self.strength else ''}, Adam {self.lr:g}"
+        factor = f" x {self.strength:g}" if METHODS[self.method].norm else f" {self.strength:g}"
+        return f"{self.method}{factor if self.strength else ''}, Adam {self.lr:g}"
 
 
 @dataclass(frozen=True)
@@ -80,9 +101,9 @@ def plan(options: Options, results: dict[Cell, Result]) -> Iterator[Cell]:
         method: [
             Cell(method, lr, strength, 0, options.grid_tasks, options.steps)
             for lr in options.rates
-            for strength in strengths
+            for strength in details.strengths
         ]
-        for method, strengths in STRENGTHS.items()
+        for method, details in METHODS.items()
     }
     best: list[Cell] = []
     for method, grid in grids.items():
@@ -102,11 +123,13 @@ def last_tasks(result: Result) -> float:
     return mean(result["accuracy"][-NUM_LAST:])
 
 
-def build(seed: int) -> nn.Sequential:
+def build(seed: int, layer_norm: bool) -> nn.Sequential:
     """An MLP of three linear layers with torch's own init."""
     torch.manual_seed(seed)
-    hidden = nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU()
-    return nn.Sequential(*hidden, nn.Linear(WIDTH, 10))
+    layers: list[nn.Module] = []
+    for num_inputs in (64, WIDTH):
+        layers += [nn.Linear(num_inputs, WIDTH), *([nn.LayerNorm(WIDTH)] if layer_norm else []), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 10))
 
 
 def measure(cell: Cell) -> Result:
@@ -116,8 +139,8 @@ def measure(cell: Cell) -> Result:
     generator = torch.Generator().manual_seed(cell.seed)
     accuracies: list[float] = []
     for task in range(cell.tasks):
-        if task == 0 or cell.method == "new network":
-            model = build(1000 * cell.seed + task)
+        if task == 0 or METHODS[cell.method].anew:
+            model = build(1000 * cell.seed + task, METHODS[cell.method].layer_norm)
             # Listed before scaling, which changes the order of a model's parameters.
             parameters = list(model.parameters())
             initial = [parameter.detach().clone() for parameter in parameters]
@@ -126,10 +149,6 @@ def measure(cell: Cell) -> Result:
         for batch in batches(cell.steps, generator):
             optimizer.zero_grad()
             cross_entropy(model(images[batch]), labels[batch]).backward()
-            if cell.method == "L2 to the init":
-                # The gradient of half the coefficient times the squared distance to the init.
-                for parameter, start in zip(parameters, initial, strict=True):
-                    parameter.grad.add_(parameter.detach() - start, alpha=cell.strength)
             optimizer.step()
         with torch.no_grad():
             accuracies.append(round((model(images).argmax(1) == labels).double().mean().item(), 4))
@@ -145,15 +164,15 @@ def measure(cell: Cell) -> Result:
 
 def optimize(model: nn.Module, cell: Cell) -> torch.optim.Optimizer:
     """Adam, with the decay or the constraint of the cell."""
-    decoupled = cell.method == "weight decay"
-    decay = cell.strength if cell.method in ("weight decay", "L2") else 0.0
+    method = METHODS[cell.method]
+    decay = cell.strength if method.decay else 0.0
     optimizer = torch.optim.Adam(
-        model.parameters(), cell.lr, weight_decay=decay, decoupled_weight_decay=decoupled, fused=True
+        model.parameters(), cell.lr, weight_decay=decay, decoupled_weight_decay=method.decoupled, fused=True
     )
-    if cell.method in CONSTRAINTS:
+    if method.norm:
         # The weights are so small that an exact SVD is the fastest solver.
-        norm, target = CONSTRAINTS[cell.method], Relative(cell.strength)
-        apply_norm_scaling(model, norm, target=target, solver="svd").attach(optimizer).project()
+        scaling = apply_norm_scaling(model, method.norm, target=Relative(cell.strength), solver="svd")
+        scaling.attach(optimizer).project()
     return optimizer
 
 
@@ -178,39 +197,49 @@ def dead_units(model: nn.Sequential, images: Tensor) -> float:
     return torch.cat(dead).double().mean().item()
 
 
-def best_at(results: dict[Cell, Result], method: str, lr: float) -> Cell:
-    """The best cell of the grid at a learning rate."""
-    cells = [cell for cell in results if (cell.method, cell.lr, cell.seed) == (method, lr, 0)]
-    return max(cells, key=lambda cell: last_tasks(results[cell]))
+def by_rate(results: dict[Cell, Result], method: str) -> dict[float, Cell]:
+    """The best cell of a method's grid at each learning rate."""
+    best: dict[float, Cell] = {}
+    for cell in sorted(results, key=lambda cell: (cell.lr, last_tasks(results[cell]))):
+        if cell.method == method and cell.seed == 0:
+            best[cell.lr] = cell
+    return best
 
 
-def by_seed(results: dict[Cell, Result]) -> dict[str, list[Result]]:
-    """The results of the chosen cells, one for each of their seeds."""
-    chosen = {str(cell): cell for cell in results if cell.seed}
-    return {name: [results[one] for one in results if one.seed and str(one) == name] for name in chosen}
+def by_seed(results: dict[Cell, Result]) -> dict[Cell, list[Result]]:
+    """The results of the chosen cells for each of their seeds, by the cell with seed 1."""
+    chosen: dict[Cell, list[Result]] = {}
+    for cell, result in results.items():
+        if cell.seed:
+            chosen.setdefault(replace(cell, seed=1), []).append(result)
+    return chosen
 
 
 def table(results: dict[Cell, Result]) -> str:
     """The chosen cells over their seeds, and the grid."""
     rows = []
-    for name, runs in by_seed(results).items():
-        last = [100 * last_tasks(run) for run in runs]
-        first, average = (
-            100 * mean(map(pick, runs)) for pick in (lambda r: r["accuracy"][0], lambda r: mean(r["accuracy"]))
-        )
+    for cell, runs in by_seed(results).items():
+        first, last = [100 * run["accuracy"][0] for run in runs], [100 * last_tasks(run) for run in runs]
+        everything = [100 * mean(run["accuracy"]) for run in runs]
         spread = f"{mean(last):.1f} ({min(last):.1f} to {max(last):.1f})"
-        growth, dead = mean(run["growth"] for run in runs), mean(run["dead units"] for run in runs)
-        rows.append([name, f"{first:.1f}", f"{average:.1f}", spread, f"{growth:.2f}", f"{100 * dead:.0f}"])
+        growth, dead = mean(run["growth"] for run in runs), mean(100 * run["dead units"] for run in runs)
+        rows.append(
+            [str(cell), f"{mean(first):.1f}", f"{mean(everything):.1f}", spread, f"{growth:.2f}", f"{dead:.0f}"]
+        )
     header = ["method", "first task", "all tasks", f"last {NUM_LAST} tasks", "norm / initial", "dead units (%)"]
-    rates = sorted({cell.lr for cell in results})
-    grid = []
-    for method, strengths in STRENGTHS.items():
-        best = [best_at(results, method, lr) for lr in rates]
-        shown = [f"{100 * last_tasks(results[cell]):.1f}" for cell in best]
-        if len(strengths) > 1:
-            shown = [f"{text} ({cell.strength:g})" for text, cell in zip(shown, best, strict=True)]
-        grid.append([method, *shown])
-    return f"{markdown(header, rows)}\n{markdown(['Adam', *(f'{lr:g}' for lr in rates)], grid)}"
+    best = {method: by_rate(results, method) for method in METHODS}
+    grid = [
+        [
+            method,
+            *(
+                f"{100 * last_tasks(results[cell]):.1f}{f' ({cell.strength:g})' * bool(cell.strength)}"
+                for cell in cells.values()
+            ),
+        ]
+        for method, cells in best.items()
+    ]
+    rates = [f"{lr:g}" for lr in best["nothing"]]
+    return f"{markdown(header, rows)}\n{markdown(['Adam', *rates], grid)}"
 
 
 def draw(results: dict[Cell, Result], path: Path) -> None:
@@ -218,25 +247,26 @@ def draw(results: dict[Cell, Result], path: Path) -> None:
     from lib.figures import PALETTE, grid, save
 
     figure, (axes,) = grid(1, 2, (5.4, 4.6), sharey=True)
-    colours = dict(zip(STRENGTHS, PALETTE, strict=False))
-    for name, runs in by_seed(results).items():
-        colour = next(colours[method] for method in sorted(STRENGTHS, key=len, reverse=True) if name.startswith(method))
-        points = list(zip(*(run["accuracy"] for run in runs), strict=True))
-        tasks = range(1, len(points) + 1)
-        axes[0].plot(tasks, [100 * mean(values) for values in points], color=colour, label=name)
-        low, high = ([100 * pick(values) for values in points] for pick in (min, max))
-        axes[0].fill_between(tasks, low, high, color=colour, alpha=0.15, lw=0)
+    colours = dict(zip(METHODS, PALETTE, strict=False))
+    for cell, runs in by_seed(results).items():
+        points = [[100 * value for value in values] for values in zip(*(run["accuracy"] for run in runs), strict=True)]
+        tasks = range(1, cell.tasks + 1)
+        axes[0].plot(tasks, [mean(values) for values in points], color=colours[cell.method], label=str(cell))
+        low, high = [min(values) for values in points], [max(values) for values in points]
+        axes[0].fill_between(tasks, low, high, color=colours[cell.method], alpha=0.15, lw=0)
     for method, colour in colours.items():
-        rates = sorted({cell.lr for cell in results})
-        shares = [100 * last_tasks(results[best_at(results, method, lr)]) for lr in rates]
-        axes[1].plot(rates, shares, "o-", color=colour, label=method)
+        best = by_rate(results, method)
+        axes[1].plot(list(best), [100 * last_tasks(results[cell]) for cell in best.values()], "o-", color=colour)
     axes[0].set(xlabel="task", ylabel="accuracy at the end of the task (%)", ylim=(0, 102))
     axes[1].set(xlabel="learning rate of Adam", xscale="log")
     save(figure, path)
 
 
+STUDY = Study("plasticity", Cell, partial(plan, Options()), measure, table, draw)
+
+
 def main(options: Options) -> None:
-    run_study(Study("plasticity", Cell, partial(plan, options), measure, table, draw), options)
+    run_study(replace(STUDY, plan=partial(plan, options)), options)
 
 
 if __name__ == "__main__":
