@@ -33,6 +33,8 @@ NUM_LAST = 5
 class Method:
     """What is done to the network, and the strengths that it is tried with."""
 
+    colour: str
+    """In the figure."""
     strengths: tuple[float, ...] = (0.0,)
     """Coefficients of the decay, or targets over the initial norm."""
     norm: str | None = None
@@ -48,16 +50,17 @@ class Method:
 
 
 FACTORS, COEFFICIENTS = (1.0, 1.5, 2.0, 3.0), (0.1, 0.3, 1.0, 3.0)
+GREY, BLUE, RED, GREEN, PURPLE, ORANGE = "#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04"
 METHODS = {
-    "nothing": Method(),
-    "new network": Method(anew=True),
-    "Frobenius norm": Method(FACTORS, norm="frobenius"),
-    "weight decay": Method(COEFFICIENTS, decay=True, decoupled=True),
-    "L2": Method((1e-4, 1e-3, 1e-2), decay=True),
-    "layer norm": Method(layer_norm=True),
-    "layer norm, Frobenius norm": Method(FACTORS, norm="frobenius", layer_norm=True),
-    "layer norm, weight decay": Method(COEFFICIENTS, decay=True, decoupled=True, layer_norm=True),
-    "spectral norm": Method((1.0, 2.0), norm="spectral"),
+    "nothing": Method(GREY),
+    "new network": Method(ORANGE, anew=True),
+    "Frobenius norm": Method(BLUE, FACTORS, norm="frobenius"),
+    "weight decay": Method(GREEN, COEFFICIENTS, decay=True, decoupled=True),
+    "L2": Method(PURPLE, (1e-4, 1e-3, 1e-2), decay=True),
+    "layer norm": Method(GREY, layer_norm=True),
+    "layer norm, Frobenius norm": Method(BLUE, FACTORS, norm="frobenius", layer_norm=True),
+    "layer norm, weight decay": Method(GREEN, COEFFICIENTS, decay=True, decoupled=True, layer_norm=True),
+    "spectral norm": Method(RED, (1.0, 2.0), norm="spectral"),
 }
 
 
@@ -244,21 +247,29 @@ def table(results: dict[Cell, Result]) -> str:
 
 def draw(results: dict[Cell, Result], path: Path) -> None:
     """The accuracy by task of the chosen cells, with a band over their seeds; and that of the grid by learning rate."""
-    from lib.figures import PALETTE, grid, save
+    from lib.figures import grid, save
 
-    figure, (axes,) = grid(1, 2, (5.4, 4.6), sharey=True)
-    colours = dict(zip(METHODS, PALETTE, strict=False))
-    for cell, runs in by_seed(results).items():
-        points = [[100 * value for value in values] for values in zip(*(run["accuracy"] for run in runs), strict=True)]
-        tasks = range(1, cell.tasks + 1)
-        axes[0].plot(tasks, [mean(values) for values in points], color=colours[cell.method], label=str(cell))
-        low, high = [min(values) for values in points], [max(values) for values in points]
-        axes[0].fill_between(tasks, low, high, color=colours[cell.method], alpha=0.15, lw=0)
-    for method, colour in colours.items():
-        best = by_rate(results, method)
-        axes[1].plot(list(best), [100 * last_tasks(results[cell]) for cell in best.values()], "o-", color=colour)
-    axes[0].set(xlabel="task", ylabel="accuracy at the end of the task (%)", ylim=(0, 102))
-    axes[1].set(xlabel="learning rate of Adam", xscale="log")
+    figure, rows = grid(2, 2, (4.6, 3.6), sharex="col", sharey=True)
+    for axes, has_layer_norm in zip(rows, (False, True), strict=True):
+        for cell, runs in by_seed(results).items():
+            method = METHODS[cell.method]
+            if method.layer_norm == has_layer_norm:
+                points = list(zip(*(run["accuracy"] for run in runs), strict=True))
+                low, middle, high = ([100 * pick(values) for values in points] for pick in (min, mean, max))
+                tasks = range(1, cell.tasks + 1)
+                axes[0].plot(tasks, middle, color=method.colour, label=str(cell))
+                axes[0].fill_between(tasks, low, high, color=method.colour, alpha=0.15, lw=0)
+        for name, method in METHODS.items():
+            best = by_rate(results, name)
+            if method.layer_norm == has_layer_norm and best:
+                shares = [100 * last_tasks(results[cell]) for cell in best.values()]
+                axes[1].plot(list(best), shares, "o-", color=method.colour)
+        axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        axes[0].set(ylabel="accuracy (%)", ylim=(0, 102))
+    for axis, title in zip(rows[0], ("at the end of each task", "mean of the last tasks"), strict=True):
+        axis.set_title(title)
+    rows[1][0].set_xlabel("task")
+    rows[1][1].set(xlabel="learning rate of Adam", xscale="log")
     save(figure, path)
 
 

@@ -9,7 +9,7 @@ import torch
 from test_recipe import ROOT, run
 
 from lib.studies import read_record
-from plasticity import NUM_IMAGES, STRENGTHS, STUDY, Cell, Options, batches, measure, plan, table
+from plasticity import METHODS, NUM_IMAGES, STUDY, Cell, Options, batches, build, dead_units, measure, plan, table
 
 SMALL = Options(rates=(1e-2,), steps=2, grid_tasks=2, tasks=3, seeds=2)
 
@@ -37,31 +37,40 @@ def test_the_best_of_each_method_and_nothing_at_the_best_rate_of_new_networks_ta
     options = Options(rates=(1e-3, 1e-2), seeds=2, grid_tasks=6, tasks=9)
     results = {}
     grid = set(plan(options, results))
-    assert len(grid) == 2 * sum(map(len, STRENGTHS.values()))
+    assert len(grid) == 2 * sum(len(method.strengths) for method in METHODS.values())
     for cell in grid:
-        # Nothing is best at the small rate, all others at the large one; the decays with the strength of 1 or 1e-3.
-        better = (cell.lr == 1e-3) == (cell.method == "nothing") and cell.strength in (0, 1, 1e-3)
+        # Nothing is best at the small rate, and every other method at the large one, at its last strength.
+        is_best = (cell.lr == 1e-3) == (cell.method == "nothing") and cell.strength == METHODS[cell.method].strengths[
+            -1
+        ]
         # What is learnt before the last five tasks does not count.
-        results[cell] = {"accuracy": [float(not better)] + 5 * [0.5 + 0.1 * better]}
+        results[cell] = {"accuracy": [float(not is_best)] + 5 * [0.5 + 0.1 * is_best]}
     more = [cell for cell in plan(options, results) if cell not in grid]
-    chosen = {("nothing", 1e-3, 0), ("nothing", 1e-2, 0), ("new network", 1e-2, 0), ("weight decay", 1e-2, 1)}
-    chosen |= {("L2", 1e-2, 1e-3), ("L2 to the init", 1e-2, 1e-3)}
-    chosen |= {("Frobenius norm", 1e-2, 1), ("spectral norm", 1e-2, 1)}
+    chosen = {(name, 1e-2, method.strengths[-1]) for name, method in METHODS.items()} | {("nothing", 1e-3, 0)}
     assert set(more) == {Cell(*cell, seed, tasks=9, steps=100) for cell in chosen for seed in (1, 2)}
     assert len(more) == 2 * len(chosen)
 
 
 def test_what_the_methods_do_to_the_norms():
-    cell = Cell("nothing", 3e-3, 0.0, seed=1, tasks=2, steps=50)
+    cell = Cell("nothing", 3e-3, 0.0, seed=1, tasks=2, steps=20)
     free = measure(cell)["growth"]
-    assert measure(replace(cell, method="Frobenius norm", strength=2.0))["growth"] == pytest.approx(2, rel=1e-3)
-    assert measure(replace(cell, method="L2", strength=1.0))["growth"] < 0.9
-    assert measure(replace(cell, method="L2 to the init", strength=10.0))["growth"] == pytest.approx(1, abs=0.1)
-    assert measure(replace(cell, method="weight decay", strength=3.0))["growth"] < 0.9 * free
+    for name in ("Frobenius norm", "layer norm, Frobenius norm"):
+        assert measure(replace(cell, method=name, strength=2.0))["growth"] == pytest.approx(2, rel=1e-3)
+    for name, strength in (("L2", 1.0), ("weight decay", 3.0), ("layer norm, weight decay", 3.0)):
+        assert measure(replace(cell, method=name, strength=strength))["growth"] < 0.95 * free
+
+
+@torch.no_grad()
+def test_layer_norm_leaves_the_init_of_the_weights_and_dead_units_are_counted():
+    plain, normalised = build(0, layer_norm=False), build(0, layer_norm=True)
+    for one, other in zip(plain[::2], normalised[::3], strict=True):
+        assert one.weight.equal(other.weight)
+    plain[2].bias[:16] = -1e3
+    assert dead_units(plain, torch.randn(50, 64)) == 16 / 128
 
 
 def test_new_networks_begin_alike_and_then_with_each_task():
-    cell = Cell("nothing", 1e-2, 0.0, seed=1, tasks=3, steps=50)
+    cell = Cell("nothing", 1e-2, 0.0, seed=1, tasks=3, steps=20)
     carried, anew = measure(cell), measure(replace(cell, method="new network"))
     assert carried["accuracy"][0] == anew["accuracy"][0]
     assert carried["accuracy"][1:] != anew["accuracy"][1:]
