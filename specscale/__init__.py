@@ -34,7 +34,6 @@ __all__ = [
     "Power",
     "Relative",
     "WeightNorms",
-    "__version__",
     "apply_norm_scaling",
     "is_norm_scaled",
     "measure",
