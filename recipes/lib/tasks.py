@@ -26,7 +26,7 @@ class Task:
     findings_title: str = "Findings"
 
 
-def generalisation_findings(runs: Runs) -> list[Finding]:
+def generalization_findings(runs: Runs) -> list[Finding]:
     """Under which conditions the network, once it fits the pairs that it sees, gets the others right as well."""
     claims = {
         "none": ("without scaling, the network fits the pairs that it sees and gets the others wrong", False),
@@ -38,9 +38,9 @@ def generalisation_findings(runs: Runs) -> list[Finding]:
     for condition, seeds in runs.items():
         if condition not in claims:
             continue
-        claim, generalises = claims[condition]
+        claim, generalizes = claims[condition]
         train, test = (mean_of(seeds, f"{split} accuracy %") for split in ("train", "test"))
-        holds = train >= 99 and (test >= 99 if generalises else test < 50)
+        holds = train >= 99 and (test >= 99 if generalizes else test < 50)
         found.append(Finding(claim, holds, f"train {train:.1f} %, test {test:.1f} %"))
     return found
 
@@ -57,7 +57,7 @@ TASKS = {
             for column in (COLUMNS[0], STEPS_TO_GENERALIZE, *COLUMNS[1:])
             if column.title not in ("accuracy gap", "loss gap", "spectral norm, deviation")
         ),
-        findings=generalisation_findings,
+        findings=generalization_findings,
     ),
 }
 """The tasks, by data set."""
