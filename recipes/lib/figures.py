@@ -48,9 +48,13 @@ def _style(run: Run) -> dict[str, Any]:
     return {"color": COLORS[run.config["norm"]], "linestyle": LINE_STYLES[run.config["targets"]]}
 
 
-def _set_epoch_axis(axis: Axes, title: str) -> None:
-    axis.set(title=title, xlabel="epoch")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def _set_epoch_axis(axis: Axes, title: str, run: Run) -> None:
+    """Label an axis of epochs; where the epochs of the run are numbers of steps, with the steps."""
+    steps = run.config.get("steps_per_epoch")
+    axis.set(title=title, xlabel="step" if steps else "epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
+    if steps:
+        axis.xaxis.set_major_formatter(lambda epoch, _: f"{epoch * steps:g}")
 
 
 def _by_epoch(run: Run, key: str) -> tuple[list[int], list[float]]:
@@ -90,7 +94,7 @@ def _train_beside_test(runs: Runs, key: str, path: Path) -> None:
             for number, run in enumerate(seeds):
                 style = _style(run) | {"marker": _marker(len(run.epochs)), "ms": 4}
                 axis.plot(*_by_epoch(run, f"{split}/{key}"), label=None if number else name, **style)
-        _set_epoch_axis(axis, split)
+        _set_epoch_axis(axis, split, run)
     axes[0][0].set_ylabel(_axis_label(key))
     axes[0][1].legend(frameon=False)
     save(figure, path)
@@ -106,7 +110,7 @@ def model_family(presets: dict[str, Runs], path: Path) -> None:
                 for name, seeds in runs.items():
                     style = _style(seeds[0]) | {"linewidth": widths[preset]}
                     axis.plot(*_by_epoch(seeds[0], f"{split}/{key}"), label=f"{preset}, {name}", **style)
-            _set_epoch_axis(axis, f"{split} {key}")
+            _set_epoch_axis(axis, f"{split} {key}", seeds[0])
             axis.set_ylabel(_axis_label(key))
     axes[1][1].legend(frameon=False, fontsize="small")
     save(figure, path)
@@ -121,7 +125,7 @@ def curves(runs: Runs, path: Path) -> None:
                 points = _by_epoch(seeds[0], f"{split}/{key}")
                 axis.plot(*points, color=color, label=split, marker=_marker(len(seeds[0].epochs)))
             axis.set_ylabel(_axis_label(key))
-            _set_epoch_axis(axis, name)
+            _set_epoch_axis(axis, name, seeds[0])
     for axis in axes[:-1].flat:
         axis.set_xlabel("")
     axes[0][0].legend(frameon=False)
@@ -150,7 +154,7 @@ def _layers_by_epoch(
             marker = _marker(len(points))
             axis.plot([e for e, _ in points], [v[layer] for _, v in points], color=color, marker=marker, ms=4)
             axis.lines[-1].set_label(layer if len(names) <= 8 else "")
-        _set_epoch_axis(axis, name)
+        _set_epoch_axis(axis, name, runs[name][0])
         if log:
             axis.set_yscale("log")
             axis.grid(alpha=0.25, which="both")
@@ -211,7 +215,7 @@ def ranks(runs: Runs, path: Path) -> None:
                 shares = [one[f"{key}/{layer}"] / len(one[f"singular_values/{layer}"]) for one in snapshots]
                 axis.plot(epochs, shares, color=shade(depth, len(names)), marker="o", ms=3)
                 axis.lines[-1].set_label(layer if len(names) <= 8 else "")
-            _set_epoch_axis(axis, f"{name}: {key.replace('_', ' ')}")
+            _set_epoch_axis(axis, f"{name}: {key.replace('_', ' ')}", seeds[0])
             axis.label_outer()
         row[0].set_ylabel("share of full rank")
     if len(names) <= 8:
