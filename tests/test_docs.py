@@ -20,7 +20,7 @@ from lib.runs import Run, group_by_condition
 from specscale.constraints import CONSTRAINTS
 
 ROOT = Path(__file__).parent.parent
-DOCS = sorted(page for page in ROOT.glob("docs/**/*.md") if "results" not in page.parts)
+DOCS = sorted({*ROOT.glob("docs/**/*.md")} - {*ROOT.glob("docs/results/*.md")})
 PAGES = [page for page in (ROOT / "README.md", *DOCS) if "```python" in page.read_text()]
 REFERENCE = sorted(ROOT.glob("docs/reference*.md"))
 MAX_LINES = 100
