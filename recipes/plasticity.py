@@ -2,17 +2,18 @@
 
 Example: python recipes/plasticity.py --jobs 2
 
-Every task gives the same images of digits new labels, so what was learnt in one is of no use in the next. A network
+Every task gives the same images of digits new labels, so what was learned in one is of no use in the next. A network
 that keeps its plasticity fits the last task as well as the first. Every method has the same learning rates, and its own
 strengths: the coefficient of a decay, or the target over the initial norm. The grid is run on a few tasks with one
 seed. The best cell of each method is run on more tasks with other seeds.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import geometric_mean, mean
+from statistics import mean
 
 import torch
 import tyro
@@ -33,7 +34,7 @@ NUM_LAST = 5
 class Method:
     """What is done to the network, and the strengths that it is tried with."""
 
-    colour: str
+    color: str
     """In the figure."""
     strengths: tuple[float, ...] = (0.0,)
     """Coefficients of the decay, or targets over the initial norm."""
@@ -44,20 +45,20 @@ class Method:
     decoupled: bool = False
     """The decay is AdamW's, not part of the gradient."""
     layer_norm: bool = False
-    """Normalise before each ReLU."""
+    """Normalize before each ReLU."""
     anew: bool = False
     """Every task has a new network."""
 
 
 FACTORS, COEFFICIENTS = (1.0, 1.5, 2.0, 3.0), (0.1, 0.3, 1.0, 3.0)
-GREY, BLUE, RED, GREEN, PURPLE, ORANGE = "#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04"
+GRAY, BLUE, RED, GREEN, PURPLE, ORANGE = "#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04"
 METHODS = {
-    "nothing": Method(GREY),
+    "nothing": Method(GRAY),
     "new network": Method(ORANGE, anew=True),
     "Frobenius norm": Method(BLUE, FACTORS, norm="frobenius"),
     "weight decay": Method(GREEN, COEFFICIENTS, decay=True, decoupled=True),
     "L2": Method(PURPLE, (1e-4, 1e-3, 1e-2), decay=True),
-    "layer norm": Method(GREY, layer_norm=True),
+    "layer norm": Method(GRAY, layer_norm=True),
     "layer norm, Frobenius norm": Method(BLUE, FACTORS, norm="frobenius", layer_norm=True),
     "layer norm, weight decay": Method(GREEN, COEFFICIENTS, decay=True, decoupled=True, layer_norm=True),
     "spectral norm": Method(RED, (1.0, 2.0), norm="spectral"),
@@ -160,7 +161,8 @@ def measure(cell: Cell) -> Result:
     ]
     return {
         "accuracy": accuracies,
-        "growth": float(f"{geometric_mean(growth):.4g}"),
+        # The geometric mean. It is zero where a decay has taken all of a weight.
+        "growth": float(f"{math.prod(growth) ** (1 / len(growth)):.4g}"),
         "dead units": round(dead_units(model, images), 4),
     }
 
@@ -257,13 +259,13 @@ def draw(results: dict[Cell, Result], path: Path) -> None:
                 points = list(zip(*(run["accuracy"] for run in runs), strict=True))
                 low, middle, high = ([100 * pick(values) for values in points] for pick in (min, mean, max))
                 tasks = range(1, cell.tasks + 1)
-                axes[0].plot(tasks, middle, color=method.colour, label=str(cell))
-                axes[0].fill_between(tasks, low, high, color=method.colour, alpha=0.15, lw=0)
+                axes[0].plot(tasks, middle, color=method.color, label=str(cell))
+                axes[0].fill_between(tasks, low, high, color=method.color, alpha=0.15, lw=0)
         for name, method in METHODS.items():
             best = by_rate(results, name)
             if method.layer_norm == has_layer_norm and best:
                 shares = [100 * last_tasks(results[cell]) for cell in best.values()]
-                axes[1].plot(list(best), shares, "o-", color=method.colour)
+                axes[1].plot(list(best), shares, "o-", color=method.color)
         axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         axes[0].set(ylabel="accuracy (%)", ylim=(0, 102))
     for axis, title in zip(rows[0], ("at the end of each task", "mean of the last tasks"), strict=True):

@@ -43,7 +43,7 @@ def test_the_best_of_each_method_and_nothing_at_the_best_rate_of_new_networks_ta
         is_best = (cell.lr == 1e-3) == (cell.method == "nothing") and cell.strength == METHODS[cell.method].strengths[
             -1
         ]
-        # What is learnt before the last five tasks does not count.
+        # What is learned before the last five tasks does not count.
         results[cell] = {"accuracy": [float(not is_best)] + 5 * [0.5 + 0.1 * is_best]}
     more = [cell for cell in plan(options, results) if cell not in grid]
     chosen = {(name, 1e-2, method.strengths[-1]) for name, method in METHODS.items()} | {("nothing", 1e-3, 0)}
@@ -62,8 +62,8 @@ def test_what_the_methods_do_to_the_norms():
 
 @torch.no_grad()
 def test_layer_norm_leaves_the_init_of_the_weights_and_dead_units_are_counted():
-    plain, normalised = build(0, layer_norm=False), build(0, layer_norm=True)
-    for one, other in zip(plain[::2], normalised[::3], strict=True):
+    plain, normalized = build(0, layer_norm=False), build(0, layer_norm=True)
+    for one, other in zip(plain[::2], normalized[::3], strict=True):
         assert one.weight.equal(other.weight)
     plain[2].bias[:16] = -1e3
     assert dead_units(plain, torch.randn(50, 64)) == 16 / 128
