@@ -44,6 +44,8 @@ class Method:
     """Adam's weight decay."""
     decoupled: bool = False
     """The decay is AdamW's, not part of the gradient."""
+    decays_vectors: bool = True
+    """The decay acts on biases and on layer norm's gains too."""
     layer_norm: bool = False
     """Normalize before each ReLU."""
     anew: bool = False
@@ -61,6 +63,9 @@ METHODS = {
     "layer norm": Method(GRAY, layer_norm=True),
     "layer norm, Frobenius norm": Method(BLUE, FACTORS, norm="frobenius", layer_norm=True),
     "layer norm, weight decay": Method(GREEN, COEFFICIENTS, decay=True, decoupled=True, layer_norm=True),
+    "layer norm, decay of matrices": Method(
+        PURPLE, COEFFICIENTS, decay=True, decoupled=True, decays_vectors=False, layer_norm=True
+    ),
     "spectral norm": Method(RED, (1.0, 2.0), norm="spectral"),
 }
 
@@ -170,10 +175,13 @@ def measure(cell: Cell) -> Result:
 def optimize(model: nn.Module, cell: Cell) -> torch.optim.Optimizer:
     """Adam, with the decay or the constraint of the cell."""
     method = METHODS[cell.method]
+    parameters = list(model.parameters())
     decay = cell.strength if method.decay else 0.0
-    optimizer = torch.optim.Adam(
-        model.parameters(), cell.lr, weight_decay=decay, decoupled_weight_decay=method.decoupled, fused=True
-    )
+    groups = [
+        {"params": [one for one in parameters if one.dim() > 1], "weight_decay": decay},
+        {"params": [one for one in parameters if one.dim() == 1], "weight_decay": decay * method.decays_vectors},
+    ]
+    optimizer = torch.optim.Adam(groups, cell.lr, decoupled_weight_decay=method.decoupled, fused=True)
     if method.norm:
         # The weights are so small that an exact SVD is the fastest solver.
         scaling = apply_norm_scaling(model, method.norm, target=Relative(cell.strength), solver="svd")
