@@ -1,0 +1,210 @@
+"""When a network generalises on modular addition, by the norm of its layers and by the scale of its logits.
+
+Example: python recipes/delay.py --jobs 2
+
+Every linear layer is held at `layers` times its initial Frobenius norm. That multiplies the logits by the cube of
+`layers`, for three layers. A constant factor puts them at the cube of `logits` times their initial scale instead,
+whatever the norm. Three series meet at the factor 1: of layers and logits, of the layers alone, of the logits alone.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import nn
+
+from lib.console import markdown
+from lib.modular_addition import pair_mlp, pairs
+from lib.studies import Result, Study, StudyOptions, run_study
+from specscale import Relative, apply_norm_scaling
+
+LR = 1e-2
+"""The constant learning rate of Adam."""
+BATCH_SIZE = 512
+LOOK_EVERY = 25
+"""Steps between two looks at the accuracy."""
+LEARNT = 0.95
+"""The accuracy from which on pairs count as learnt."""
+FACTORS = (0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+DECAYS = (0.1, 0.3, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    layers: float | None
+    """The held norm of every linear layer over its initial norm; None: no norm is held."""
+    logits: float
+    """Cube root of the scale of the logits at the start, over their scale at the initial norms."""
+    decay: float
+    """AdamW's weight decay, of all parameters."""
+    seed: int
+    """Seed of the split, of the init and of the batches."""
+    steps: int
+    """The most steps that are taken."""
+
+
+@dataclass(frozen=True)
+class Options(StudyOptions):
+    """Where the study goes, and how large it is."""
+
+    seeds: int = 3
+    """Runs of each pair of factors."""
+    reference_seeds: int = 5
+    """Runs without scaling, and with the best weight decay."""
+    steps: int = 2500
+    """The most steps of a run; one that has learnt both halves stops before."""
+
+
+SERIES = {
+    "layers and logits": lambda factor: (factor, factor),
+    "layers alone": lambda factor: (factor, 1.0),
+    "logits alone": lambda factor: (1.0, factor),
+}
+"""The factors of layers and logits, from that of the axis."""
+
+
+def prepare(cell: Cell) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    """The model, which ends in a constant factor of the logits, and its optimizer, which holds the norms."""
+    torch.manual_seed(cell.seed)
+    model = pair_mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=cell.decay)
+    if cell.layers is None:
+        return model, optimizer
+    # With the biases on their way, each activation is exactly a multiple of what it is at the initial norms.
+    linears = [layer for layer in model if isinstance(layer, nn.Linear)]
+    with torch.no_grad():
+        for depth, linear in enumerate(linears, 1):
+            linear.bias *= cell.layers**depth
+    scaling = apply_norm_scaling(model, "frobenius", target=Relative(cell.layers))
+    scaling.project()
+    scaling.attach(optimizer)
+    return model.append(Factor((cell.logits / cell.layers) ** len(linears))), optimizer
+
+
+class Factor(nn.Module):
+    """A constant factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * x
+
+
+def measure(cell: Cell) -> Result:
+    """Train; returns the steps after which training and test pairs were learnt, or None, and the last accuracies."""
+    train, test = pairs(cell.seed)
+    model, optimizer = prepare(cell)
+    generator = torch.Generator().manual_seed(cell.seed)
+    learnt: dict[str, int | None] = {"train": None, "test": None}
+    for step in range(1, cell.steps + 1):
+        batch = torch.randperm(len(train[0]), generator=generator)[:BATCH_SIZE]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(train[0][batch]), train[1][batch]).backward()
+        optimizer.step()
+        if step % LOOK_EVERY and step < cell.steps:
+            continue
+        accuracy = {"train": accuracy_on(model, *train), "test": accuracy_on(model, *test)}
+        for split in learnt:
+            if learnt[split] is None and accuracy[split] >= LEARNT:
+                learnt[split] = step
+        if None not in learnt.values():
+            break
+    return learnt | {f"{split} accuracy": round(value, 4) for split, value in accuracy.items()}
+
+
+@torch.no_grad()
+def accuracy_on(model: nn.Module, inputs: torch.Tensor, sums: torch.Tensor) -> float:
+    return (model(inputs).argmax(1) == sums).float().mean().item()
+
+
+def plan(results: dict[Cell, Result], options: Options) -> Iterable[Cell]:
+    """The three series; no scaling; each decay once, and the one under which test pairs were learnt first again."""
+    for seed in range(options.seeds):
+        for factor in FACTORS:
+            # The series share the factor 1.
+            for layers, logits in dict.fromkeys(series(factor) for series in SERIES.values()):
+                yield Cell(layers, logits, 0.0, seed, options.steps)
+    for seed in range(options.reference_seeds):
+        yield Cell(None, 1.0, 0.0, seed, options.steps)
+    grid = [Cell(None, 1.0, decay, 0, options.steps) for decay in DECAYS]
+    yield from grid
+    if all(cell in results for cell in grid):
+        best = min(grid, key=lambda cell: steps_until(results[cell], "test")).decay
+        yield from (Cell(None, 1.0, best, seed, options.steps) for seed in range(1, options.reference_seeds))
+
+
+def steps_until(result: Result, split: str) -> float:
+    """The steps until these pairs were learnt, infinite if they were not."""
+    return math.inf if result[split] is None else result[split]
+
+
+def select(results: dict[Cell, Result], layers: float | None, logits: float = 1.0, decay: float = 0.0) -> list[Result]:
+    """The results of all seeds."""
+    wanted = (layers, logits, decay)
+    return [result for cell, result in results.items() if (cell.layers, cell.logits, cell.decay) == wanted]
+
+
+def told(seeds: list[Result], split: str) -> str:
+    """The median of the steps, or a dash, and how many of the seeds got there if not all did."""
+    steps = [steps_until(result, split) for result in seeds]
+    median, reached = statistics.median_low(steps), sum(map(math.isfinite, steps))
+    share = "" if reached == len(steps) else f" ({reached} of {len(steps)})"
+    return (f"{median:g}" if math.isfinite(median) else "-") + share
+
+
+def table(results: dict[Cell, Result]) -> str:
+    """Two tables: by factor, and of what holds no norm."""
+    splits = ("train", "test")
+    rows = []
+    for factor in FACTORS:
+        seeds = [select(results, *series(factor)) for series in SERIES.values()]
+        rows.append([f"{factor:g}", *(told(own, split) for own in seeds for split in splits)])
+    text = markdown(["factor", *(f"{name}: {split}" for name in SERIES for split in splits)], rows)
+    free = {cell.decay: select(results, None, decay=cell.decay) for cell in results if cell.layers is None}
+    rows = [
+        [f"{decay:g}", str(len(own)), *(told(own, split) for split in splits)] for decay, own in sorted(free.items())
+    ]
+    return f"{text}\n{markdown(['weight decay, no scaling', 'seeds', *splits], rows)}"
+
+
+def draw(results: dict[Cell, Result], path: Path) -> None:
+    """Steps by factor, a panel for each split: medians as lines, seeds as points, at the top those that failed."""
+    from lib.figures import PALETTE, grid, save
+
+    figure, axes = grid(1, 2, (5, 4), sharey=True)
+    most = max(cell.steps for cell in results)
+    free = {cell.decay for cell in results if cell.layers is None and cell.decay}
+    best = min(free, key=lambda decay: -len(select(results, None, decay=decay)))
+    for axis, (split, name) in zip(axes[0], {"train": "training pairs", "test": "test pairs"}.items(), strict=True):
+        for (label, series), colour, marker in zip(SERIES.items(), PALETTE[1:], "osD", strict=False):
+            points = [[steps_until(one, split) for one in select(results, *series(factor))] for factor in FACTORS]
+            medians = [statistics.median_low(own) for own in points]
+            axis.plot(FACTORS, medians, color=colour, label=label)
+            for factor, own in zip(FACTORS, points, strict=True):
+                axis.plot([factor] * len(own), own, marker, color=colour, ms=4, alpha=0.6)
+                if math.inf in own:
+                    axis.plot(factor, 1.3 * most, "^", color=colour, ms=7)
+        decayed = statistics.median_low(steps_until(one, split) for one in select(results, None, decay=best))
+        axis.axhline(decayed, color="#888888", ls="--", lw=1, label=f"no scaling, weight decay {best:g}")
+        axis.axhline(most, color="black", lw=0.8, ls=":")
+        axis.set(yscale="log", title=name, xlabel="factor of the held norms, or of the logits (cube root)")
+    axes[0][0].set_ylabel(f"steps until {LEARNT:.0%} are right")
+    axes[0][1].legend(frameon=False, fontsize="small")
+    save(figure, path)
+
+
+def study(options: Options) -> Study[Cell]:
+    return Study("delay", Cell, lambda results: plan(results, options), measure, table, draw)
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options, description=__doc__)
+    run_study(study(options), options)
