@@ -29,7 +29,6 @@ LOOK_EVERY = 25
 """Steps between two looks at the accuracy."""
 LEARNT = 0.95
 """The accuracy from which on pairs count as learnt."""
-FACTORS = (0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 DECAYS = (0.1, 0.3, 1.0, 3.0)
 
 
@@ -53,6 +52,8 @@ class Cell:
 class Options(StudyOptions):
     """Where the study goes, and how large it is."""
 
+    factors: tuple[float, ...] = (0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+    """Factors of the norms and of the cube root of the logits' scale."""
     seeds: int = 3
     """Runs of each pair of factors."""
     reference_seeds: int = 5
@@ -62,11 +63,11 @@ class Options(StudyOptions):
 
 
 SERIES = {
-    "layers and logits": lambda factor: (factor, factor),
-    "layers alone": lambda factor: (factor, 1.0),
-    "logits alone": lambda factor: (1.0, factor),
+    "norms f, logits f³": lambda factor: (factor, factor),
+    "norms f, logits 1": lambda factor: (factor, 1.0),
+    "norms 1, logits f³": lambda factor: (1.0, factor),
 }
-"""The factors of layers and logits, from that of the axis."""
+"""The factors of layers and logits by the factor f of a row of the table."""
 
 
 def prepare(cell: Cell) -> tuple[nn.Sequential, torch.optim.Optimizer]:
@@ -126,12 +127,17 @@ def accuracy_on(model: nn.Module, inputs: torch.Tensor, sums: torch.Tensor) -> f
 
 
 def plan(results: dict[Cell, Result], options: Options) -> Iterable[Cell]:
-    """The three series; no scaling; each decay once, and the one under which test pairs were learnt first again."""
+    """The three series; no scaling; each decay once, and the one under which test pairs were learnt first again.
+
+    Factors under which the first seed has not even learnt the training pairs are not tried with others.
+    """
     for seed in range(options.seeds):
-        for factor in FACTORS:
+        for factor in options.factors:
             # The series share the factor 1.
             for layers, logits in dict.fromkeys(series(factor) for series in SERIES.values()):
-                yield Cell(layers, logits, 0.0, seed, options.steps)
+                first = results.get(Cell(layers, logits, 0.0, 0, options.steps))
+                if seed == 0 or (first and first["train"]):
+                    yield Cell(layers, logits, 0.0, seed, options.steps)
     for seed in range(options.reference_seeds):
         yield Cell(None, 1.0, 0.0, seed, options.steps)
     grid = [Cell(None, 1.0, decay, 0, options.steps) for decay in DECAYS]
@@ -152,6 +158,10 @@ def select(results: dict[Cell, Result], layers: float | None, logits: float = 1.
     return [result for cell, result in results.items() if (cell.layers, cell.logits, cell.decay) == wanted]
 
 
+def factors_of(results: dict[Cell, Result]) -> list[float]:
+    return sorted({max(cell.layers, cell.logits, key=lambda one: abs(one - 1)) for cell in results if cell.layers})
+
+
 def told(seeds: list[Result], split: str) -> str:
     """The median of the steps, or a dash, and how many of the seeds got there if not all did."""
     steps = [steps_until(result, split) for result in seeds]
@@ -164,10 +174,10 @@ def table(results: dict[Cell, Result]) -> str:
     """Two tables: by factor, and of what holds no norm."""
     splits = ("train", "test")
     rows = []
-    for factor in FACTORS:
+    for factor in factors_of(results):
         seeds = [select(results, *series(factor)) for series in SERIES.values()]
         rows.append([f"{factor:g}", *(told(own, split) for own in seeds for split in splits)])
-    text = markdown(["factor", *(f"{name}: {split}" for name in SERIES for split in splits)], rows)
+    text = markdown(["f", *(f"{name}: {split}" for name in SERIES for split in splits)], rows)
     free = {cell.decay: select(results, None, decay=cell.decay) for cell in results if cell.layers is None}
     rows = [
         [f"{decay:g}", str(len(own)), *(told(own, split) for split in splits)] for decay, own in sorted(free.items())
@@ -180,24 +190,29 @@ def draw(results: dict[Cell, Result], path: Path) -> None:
     from lib.figures import PALETTE, grid, save
 
     figure, axes = grid(1, 2, (5, 4), sharey=True)
-    most = max(cell.steps for cell in results)
-    free = {cell.decay for cell in results if cell.layers is None and cell.decay}
-    best = min(free, key=lambda decay: -len(select(results, None, decay=decay)))
-    for axis, (split, name) in zip(axes[0], {"train": "training pairs", "test": "test pairs"}.items(), strict=True):
-        for (label, series), colour, marker in zip(SERIES.items(), PALETTE[1:], "osD", strict=False):
-            points = [[steps_until(one, split) for one in select(results, *series(factor))] for factor in FACTORS]
-            medians = [statistics.median_low(own) for own in points]
-            axis.plot(FACTORS, medians, color=colour, label=label)
-            for factor, own in zip(FACTORS, points, strict=True):
+    factors, most = factors_of(results), max(cell.steps for cell in results)
+    # The decay that more than one seed has is the best.
+    seeds_of = {cell.decay: select(results, None, decay=cell.decay) for cell in results if cell.decay}
+    best = max(seeds_of, key=lambda decay: len(seeds_of[decay]))
+    for axis, split in zip(axes[0], ("train", "test"), strict=True):
+        for shift, (name, series), colour, marker in zip((-1, 0, 1), SERIES.items(), PALETTE[1:], "osD", strict=False):
+            points = [[steps_until(one, split) for one in select(results, *series(factor))] for factor in factors]
+            axis.plot(factors, list(map(statistics.median_low, points)), color=colour, label=name)
+            for factor, own in zip(factors, points, strict=True):
                 axis.plot([factor] * len(own), own, marker, color=colour, ms=4, alpha=0.6)
                 if math.inf in own:
-                    axis.plot(factor, 1.3 * most, "^", color=colour, ms=7)
-        decayed = statistics.median_low(steps_until(one, split) for one in select(results, None, decay=best))
-        axis.axhline(decayed, color="#888888", ls="--", lw=1, label=f"no scaling, weight decay {best:g}")
+                    axis.plot(factor + 0.025 * shift, 1.25 * most, "x", color=colour, ms=6)
+        decayed = statistics.median_low(steps_until(one, split) for one in seeds_of[best])
+        axis.axhline(decayed, color=PALETTE[0], ls="--", lw=1, label=f"no scaling, weight decay {best:g}")
         axis.axhline(most, color="black", lw=0.8, ls=":")
-        axis.set(yscale="log", title=name, xlabel="factor of the held norms, or of the logits (cube root)")
-    axes[0][0].set_ylabel(f"steps until {LEARNT:.0%} are right")
-    axes[0][1].legend(frameon=False, fontsize="small")
+        axis.set(yscale="log", ylim=(most / 15, 1.6 * most), xlabel="factor f")
+        axis.set_title(f"until {LEARNT:.0%} of the {split}{'ing' if split == 'train' else ''} pairs are right")
+    axes[0][0].set_ylabel("steps")
+    ticks = [most * share for share in (0.1, 0.2, 0.4, 0.8, 1)]
+    axes[0][0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0][0].minorticks_off()
+    axes[0][0].text(1.0, 1.25 * most, f"x: not within {most} steps", va="center")
+    axes[0][0].legend(frameon=False, fontsize="small", loc="center right", bbox_to_anchor=(1, 0.62))
     save(figure, path)
 
 
