@@ -1,4 +1,4 @@
-"""When a network generalises on modular addition, by the norm of its layers and by the scale of its logits.
+"""When a network generalizes on modular addition, by the norm of its layers and by the scale of its logits.
 
 Example: python recipes/delay.py --jobs 2
 
@@ -27,8 +27,8 @@ LR = 1e-2
 BATCH_SIZE = 512
 LOOK_EVERY = 25
 """Steps between two looks at the accuracy."""
-LEARNT = 0.95
-"""The accuracy from which on pairs count as learnt."""
+LEARNED = 0.95
+"""The accuracy from which on pairs count as learned."""
 DECAYS = (0.1, 0.3, 1.0, 3.0)
 
 
@@ -59,7 +59,7 @@ class Options(StudyOptions):
     reference_seeds: int = 5
     """Runs without scaling, and with the best weight decay."""
     steps: int = 2500
-    """The most steps of a run; one that has learnt both halves stops before."""
+    """The most steps of a run; one that has learned both halves stops before."""
 
 
 SERIES = {
@@ -100,11 +100,11 @@ class Factor(nn.Module):
 
 
 def measure(cell: Cell) -> Result:
-    """Train; returns the steps after which training and test pairs were learnt, or None, and the last accuracies."""
+    """Train; returns the steps after which training and test pairs were learned, or None, and the last accuracies."""
     train, test = pairs(cell.seed)
     model, optimizer = prepare(cell)
     generator = torch.Generator().manual_seed(cell.seed)
-    learnt: dict[str, int | None] = {"train": None, "test": None}
+    learned: dict[str, int | None] = {"train": None, "test": None}
     for step in range(1, cell.steps + 1):
         batch = torch.randperm(len(train[0]), generator=generator)[:BATCH_SIZE]
         optimizer.zero_grad()
@@ -113,12 +113,12 @@ def measure(cell: Cell) -> Result:
         if step % LOOK_EVERY and step < cell.steps:
             continue
         accuracy = {"train": accuracy_on(model, *train), "test": accuracy_on(model, *test)}
-        for split in learnt:
-            if learnt[split] is None and accuracy[split] >= LEARNT:
-                learnt[split] = step
-        if None not in learnt.values():
+        for split in learned:
+            if learned[split] is None and accuracy[split] >= LEARNED:
+                learned[split] = step
+        if None not in learned.values():
             break
-    return learnt | {f"{split} accuracy": round(value, 4) for split, value in accuracy.items()}
+    return learned | {f"{split} accuracy": round(value, 4) for split, value in accuracy.items()}
 
 
 @torch.no_grad()
@@ -127,9 +127,9 @@ def accuracy_on(model: nn.Module, inputs: torch.Tensor, sums: torch.Tensor) -> f
 
 
 def plan(results: dict[Cell, Result], options: Options) -> Iterable[Cell]:
-    """The three series; no scaling; each decay once, and the one under which test pairs were learnt first again.
+    """The three series; no scaling; each decay once, and the one under which test pairs were learned first again.
 
-    Factors under which the first seed has not even learnt the training pairs are not tried with others.
+    Factors under which the first seed has not even learned the training pairs are not tried with others.
     """
     for seed in range(options.seeds):
         for factor in options.factors:
@@ -148,7 +148,7 @@ def plan(results: dict[Cell, Result], options: Options) -> Iterable[Cell]:
 
 
 def steps_until(result: Result, split: str) -> float:
-    """The steps until these pairs were learnt, infinite if they were not."""
+    """The steps until these pairs were learned, infinite if they were not."""
     return math.inf if result[split] is None else result[split]
 
 
@@ -195,18 +195,18 @@ def draw(results: dict[Cell, Result], path: Path) -> None:
     seeds_of = {cell.decay: select(results, None, decay=cell.decay) for cell in results if cell.decay}
     best = max(seeds_of, key=lambda decay: len(seeds_of[decay]))
     for axis, split in zip(axes[0], ("train", "test"), strict=True):
-        for shift, (name, series), colour, marker in zip((-1, 0, 1), SERIES.items(), PALETTE[1:], "osD", strict=False):
+        for shift, (name, series), color, marker in zip((-1, 0, 1), SERIES.items(), PALETTE[1:], "osD", strict=False):
             points = [[steps_until(one, split) for one in select(results, *series(factor))] for factor in factors]
-            axis.plot(factors, list(map(statistics.median_low, points)), color=colour, label=name)
+            axis.plot(factors, list(map(statistics.median_low, points)), color=color, label=name)
             for factor, own in zip(factors, points, strict=True):
-                axis.plot([factor] * len(own), own, marker, color=colour, ms=4, alpha=0.6)
+                axis.plot([factor] * len(own), own, marker, color=color, ms=4, alpha=0.6)
                 if math.inf in own:
-                    axis.plot(factor + 0.025 * shift, 1.25 * most, "x", color=colour, ms=6)
+                    axis.plot(factor + 0.025 * shift, 1.25 * most, "x", color=color, ms=6)
         decayed = statistics.median_low(steps_until(one, split) for one in seeds_of[best])
         axis.axhline(decayed, color=PALETTE[0], ls="--", lw=1, label=f"no scaling, weight decay {best:g}")
         axis.axhline(most, color="black", lw=0.8, ls=":")
         axis.set(yscale="log", ylim=(most / 15, 1.6 * most), xlabel="factor f")
-        axis.set_title(f"until {LEARNT:.0%} of the {split}{'ing' if split == 'train' else ''} pairs are right")
+        axis.set_title(f"until {LEARNED:.0%} of the {split}{'ing' if split == 'train' else ''} pairs are right")
     axes[0][0].set_ylabel("steps")
     ticks = [most * share for share in (0.1, 0.2, 0.4, 0.8, 1)]
     axes[0][0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -1,4 +1,4 @@
-"""When a network generalises: what the two factors do to it, which runs are asked for, what is shown, the command."""
+"""When a network generalizes: what the two factors do to it, which runs are asked for, what is shown, the command."""
 
 import sys
 
@@ -61,7 +61,7 @@ def test_a_norm_acts_by_the_scale_of_the_logits_and_by_the_relative_rate_alone()
     assert (unmatched - expected).abs().max() > 0.1
 
 
-def test_the_series_share_the_run_at_the_initial_norms_and_other_seeds_follow_where_the_first_learnt():
+def test_the_series_share_the_run_at_the_initial_norms_and_other_seeds_follow_where_the_first_learned():
     options = Options(factors=(0.7, 1.0, 2.0), seeds=3, reference_seeds=0)
     grid = [one for one in plan({}, options) if one.layers is not None]
     factors = [(0.7, 0.7), (0.7, 1), (1, 0.7), (1, 1), (2, 2), (2, 1), (1, 2)]
