@@ -40,13 +40,14 @@ def train_five_steps(model, optimizer):
     return model(ANY_PAIRS)
 
 
-def test_a_norm_acts_by_the_scale_of_the_logits_and_by_the_relative_rate_alone():
-    """Layers at twice their norm, with rates to match, train like layers at their norm with eightfold logits."""
+@pytest.mark.parametrize("logits", [1.0, 2.0])
+def test_a_norm_acts_by_the_scale_of_the_logits_and_by_the_relative_rate_alone(logits):
+    """Layers at twice their norm, with rates to match, train like layers at their norm with as large logits."""
     torch.set_default_dtype(torch.float64)
     try:
-        expected = train_five_steps(*prepare(cell(1.0, 2.0)))
-        unmatched = train_five_steps(*prepare(cell(2.0, 2.0)))
-        model, optimizer = prepare(cell(2.0, 2.0))
+        expected = train_five_steps(*prepare(cell(1.0, logits)))
+        unmatched = train_five_steps(*prepare(cell(2.0, logits)))
+        model, optimizer = prepare(cell(2.0, logits))
         (group,) = optimizer.param_groups
         # The embedding, then the weight and the bias of each layer; a bias is added to activations of factor 2, 4, 8.
         factors = [1, 2, 2, 2, 4, 2, 8]
