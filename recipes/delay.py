@@ -191,17 +191,19 @@ def draw(results: dict[Cell, Result], path: Path) -> None:
 
     figure, axes = grid(1, 2, (5, 4), sharey=True)
     factors, most = factors_of(results), max(cell.steps for cell in results)
+    failed = 1.25 * most
     # The decay that more than one seed has is the best.
     seeds_of = {cell.decay: select(results, None, decay=cell.decay) for cell in results if cell.decay}
     best = max(seeds_of, key=lambda decay: len(seeds_of[decay]))
     for axis, split in zip(axes[0], ("train", "test"), strict=True):
         for shift, (name, series), color, marker in zip((-1, 0, 1), SERIES.items(), PALETTE[1:], "osD", strict=False):
             points = [[steps_until(one, split) for one in select(results, *series(factor))] for factor in factors]
-            axis.plot(factors, list(map(statistics.median_low, points)), color=color, label=name)
+            medians = [min(statistics.median_low(own), failed) for own in points]
+            axis.plot(factors, medians, color=color, label=name)
             for factor, own in zip(factors, points, strict=True):
                 axis.plot([factor] * len(own), own, marker, color=color, ms=4, alpha=0.6)
                 if math.inf in own:
-                    axis.plot(factor + 0.025 * shift, 1.25 * most, "x", color=color, ms=6)
+                    axis.plot(factor + 0.02 * shift, failed, "x", color=color, ms=6)
         decayed = statistics.median_low(steps_until(one, split) for one in seeds_of[best])
         axis.axhline(decayed, color=PALETTE[0], ls="--", lw=1, label=f"no scaling, weight decay {best:g}")
         axis.axhline(most, color="black", lw=0.8, ls=":")
@@ -211,7 +213,7 @@ def draw(results: dict[Cell, Result], path: Path) -> None:
     ticks = [most * share for share in (0.1, 0.2, 0.4, 0.8, 1)]
     axes[0][0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0][0].minorticks_off()
-    axes[0][0].text(1.0, 1.25 * most, f"x: not within {most} steps", va="center")
+    axes[0][0].text(1.0, failed, f"x: not within {most} steps", va="center")
     axes[0][0].legend(frameon=False, fontsize="small", loc="center right", bbox_to_anchor=(1, 0.62))
     save(figure, path)
 
