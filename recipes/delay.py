@@ -57,7 +57,7 @@ class Options(StudyOptions):
     seeds: int = 3
     """Runs of each pair of factors."""
     reference_seeds: int = 5
-    """Runs without scaling, and with the best weight decay."""
+    """Runs at the initial norms, without scaling, and with the best weight decay."""
     steps: int = 2500
     """The most steps of a run; one that has learned both halves stops before."""
 
@@ -129,6 +129,8 @@ def accuracy_on(model: nn.Module, inputs: torch.Tensor, sums: torch.Tensor) -> f
 def plan(results: dict[Cell, Result], options: Options) -> Iterable[Cell]:
     """The three series; no scaling; each decay once, and the one under which test pairs were learned first again.
 
+    The initial norms have as many seeds as what they are compared with.
+
     Factors under which the first seed has not even learned the training pairs are not tried with others.
     """
     for seed in range(options.seeds):
@@ -139,6 +141,7 @@ def plan(results: dict[Cell, Result], options: Options) -> Iterable[Cell]:
                 if seed == 0 or (first and first["train"]):
                     yield Cell(layers, logits, 0.0, seed, options.steps)
     for seed in range(options.reference_seeds):
+        yield Cell(1.0, 1.0, 0.0, seed, options.steps)
         yield Cell(None, 1.0, 0.0, seed, options.steps)
     grid = [Cell(None, 1.0, decay, 0, options.steps) for decay in DECAYS]
     yield from grid
@@ -162,7 +165,7 @@ def factors_of(results: dict[Cell, Result]) -> list[float]:
     return sorted({max(cell.layers, cell.logits, key=lambda one: abs(one - 1)) for cell in results if cell.layers})
 
 
-def told(seeds: list[Result], split: str) -> str:
+def steps_text(seeds: list[Result], split: str) -> str:
     """The median of the steps, or a dash, and how many of the seeds got there if not all did."""
     steps = [steps_until(result, split) for result in seeds]
     median, reached = statistics.median_low(steps), sum(map(math.isfinite, steps))
@@ -176,11 +179,12 @@ def table(results: dict[Cell, Result]) -> str:
     rows = []
     for factor in factors_of(results):
         seeds = [select(results, *series(factor)) for series in SERIES.values()]
-        rows.append([f"{factor:g}", *(told(own, split) for own in seeds for split in splits)])
+        rows.append([f"{factor:g}", *(steps_text(own, split) for own in seeds for split in splits)])
     text = markdown(["f", *(f"{name}: {split}" for name in SERIES for split in splits)], rows)
     free = {cell.decay: select(results, None, decay=cell.decay) for cell in results if cell.layers is None}
     rows = [
-        [f"{decay:g}", str(len(own)), *(told(own, split) for split in splits)] for decay, own in sorted(free.items())
+        [f"{decay:g}", str(len(own)), *(steps_text(own, split) for split in splits)]
+        for decay, own in sorted(free.items())
     ]
     return f"{text}\n{markdown(['weight decay, no scaling', 'seeds', *splits], rows)}"
 
