@@ -35,7 +35,7 @@ class Method:
     """What is done to the network, and the strengths that it is tried with."""
 
     color: str
-    """In the figure."""
+    """matplotlib's name of its color in the figure."""
     strengths: tuple[float, ...] = (0.0,)
     """Coefficients of the decay, or targets over the initial norm."""
     norm: str | None = None
@@ -53,20 +53,19 @@ class Method:
 
 
 FACTORS, COEFFICIENTS = (1.0, 1.5, 2.0, 3.0), (0.1, 0.3, 1.0, 3.0)
-GRAY, BLUE, RED, GREEN, PURPLE, ORANGE = "#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04"
 METHODS = {
-    "nothing": Method(GRAY),
-    "new network": Method(ORANGE, anew=True),
-    "Frobenius norm": Method(BLUE, FACTORS, norm="frobenius"),
-    "weight decay": Method(GREEN, COEFFICIENTS, decay=True, decoupled=True),
-    "L2": Method(PURPLE, (1e-4, 1e-3, 1e-2), decay=True),
-    "layer norm": Method(GRAY, layer_norm=True),
-    "layer norm, Frobenius norm": Method(BLUE, FACTORS, norm="frobenius", layer_norm=True),
-    "layer norm, weight decay": Method(GREEN, COEFFICIENTS, decay=True, decoupled=True, layer_norm=True),
+    "nothing": Method("black"),
+    "new network": Method("tab:orange", anew=True),
+    "Frobenius norm": Method("tab:blue", FACTORS, norm="frobenius"),
+    "weight decay": Method("tab:green", COEFFICIENTS, decay=True, decoupled=True),
+    "L2": Method("tab:purple", (1e-4, 1e-3, 1e-2), decay=True),
+    "layer norm": Method("black", layer_norm=True),
+    "layer norm, Frobenius norm": Method("tab:blue", FACTORS, norm="frobenius", layer_norm=True),
+    "layer norm, weight decay": Method("tab:green", COEFFICIENTS, decay=True, decoupled=True, layer_norm=True),
     "layer norm, decay of matrices": Method(
-        PURPLE, COEFFICIENTS, decay=True, decoupled=True, decays_vectors=False, layer_norm=True
+        "tab:cyan", COEFFICIENTS, decay=True, decoupled=True, decays_vectors=False, layer_norm=True
     ),
-    "spectral norm": Method(RED, (1.0, 2.0), norm="spectral"),
+    "spectral norm": Method("tab:red", (1.0, 2.0), norm="spectral"),
 }
 
 
@@ -105,7 +104,7 @@ class Options(StudyOptions):
 
 
 def plan(options: Options, results: dict[Cell, Result]) -> Iterator[Cell]:
-    """The grid with seed 0; then the best cells with the seeds from 1 on."""
+    """The grid with seed 0; then the best cell of each method, and nothing at every rate, with the seeds from 1 on."""
     grids = {
         method: [
             Cell(method, lr, strength, 0, options.grid_tasks, options.steps)
@@ -114,15 +113,13 @@ def plan(options: Options, results: dict[Cell, Result]) -> Iterator[Cell]:
         ]
         for method, details in METHODS.items()
     }
-    best: list[Cell] = []
+    chosen: list[Cell] = []
     for method, grid in grids.items():
         yield from grid
         if all(cell in results for cell in grid):
-            best.append(max(grid, key=lambda cell: last_tasks(results[cell])))
-            if method == "new network":
-                # The same rate without the new networks: how the network does at the rate that suits a single task.
-                best.append(replace(best[-1], method="nothing"))
-    for cell in dict.fromkeys(best):
+            # Nothing at every rate: at which one it is best depends on the number of tasks.
+            chosen += grid if method == "nothing" else [max(grid, key=lambda cell: last_tasks(results[cell]))]
+    for cell in chosen:
         for seed in range(1, options.seeds + 1):
             yield replace(cell, seed=seed, tasks=options.tasks)
 
@@ -240,18 +237,14 @@ def table(results: dict[Cell, Result]) -> str:
             [str(cell), f"{mean(first):.1f}", f"{mean(everything):.1f}", spread, f"{growth:.2f}", f"{dead:.0f}"]
         )
     header = ["method", "first task", "all tasks", f"last {NUM_LAST} tasks", "norm / initial", "dead units (%)"]
-    best = {method: by_rate(results, method) for method in METHODS}
-    grid = [
-        [
-            method,
-            *(
-                f"{100 * last_tasks(results[cell]):.1f}{f' ({cell.strength:g})' * bool(cell.strength)}"
-                for cell in cells.values()
-            ),
-        ]
-        for method, cells in best.items()
-    ]
-    rates = [f"{lr:g}" for lr in best["nothing"]]
+    grid = []
+    for method, details in METHODS.items():
+        best = by_rate(results, method)
+        shares = [f"{100 * last_tasks(results[cell]):.1f}" for cell in best.values()]
+        if len(details.strengths) > 1:
+            shares = [f"{share} ({cell.strength:g})" for share, cell in zip(shares, best.values(), strict=True)]
+        grid.append([method, *shares])
+    rates = [f"{lr:g}" for lr in by_rate(results, "nothing")]
     return f"{markdown(header, rows)}\n{markdown(['Adam', *rates], grid)}"
 
 
@@ -259,27 +252,33 @@ def draw(results: dict[Cell, Result], path: Path) -> None:
     """The accuracy by task of the chosen cells, with a band over their seeds; and that of the grid by learning rate."""
     from lib.figures import grid, save
 
-    figure, rows = grid(2, 2, (4.6, 3.6), sharex="col", sharey=True)
+    figure, rows = grid(2, 2, (4.6, 3.4), sharex="col", sharey=True)
+    rates = sorted({cell.lr for cell in results})
     for axes, has_layer_norm in zip(rows, (False, True), strict=True):
+        own = {name: method for name, method in METHODS.items() if method.layer_norm == has_layer_norm}
         for cell, runs in by_seed(results).items():
-            method = METHODS[cell.method]
-            if method.layer_norm == has_layer_norm:
+            if cell.method in own:
+                color = own[cell.method].color
+                # One method is shown at several rates.
+                style = ("-", "--", "-.", ":")[rates.index(cell.lr) % 4] if cell.method == "nothing" else "-"
                 points = list(zip(*(run["accuracy"] for run in runs), strict=True))
                 low, middle, high = ([100 * pick(values) for values in points] for pick in (min, mean, max))
                 tasks = range(1, cell.tasks + 1)
-                axes[0].plot(tasks, middle, color=method.color, label=str(cell))
-                axes[0].fill_between(tasks, low, high, color=method.color, alpha=0.15, lw=0)
-        for name, method in METHODS.items():
+                axes[0].plot(tasks, middle, color=color, linestyle=style, label=str(cell))
+                axes[0].fill_between(tasks, low, high, color=color, alpha=0.15, lw=0)
+        for name, method in own.items():
             best = by_rate(results, name)
-            if method.layer_norm == has_layer_norm and best:
-                shares = [100 * last_tasks(results[cell]) for cell in best.values()]
-                axes[1].plot(list(best), shares, "o-", color=method.color)
-        axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-        axes[0].set(ylabel="accuracy (%)", ylim=(0, 102))
-    for axis, title in zip(rows[0], ("at the end of each task", "mean of the last tasks"), strict=True):
-        axis.set_title(title)
+            shares = [100 * last_tasks(results[cell]) for cell in best.values()]
+            axes[1].plot(list(best), shares, "o-", color=method.color)
+        title = "with layer norm" if has_layer_norm else "without layer norm"
+        handles = axes[0].get_legend_handles_labels()
+        axes[1].legend(*handles, title=title, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), alignment="left")
+        axes[0].set(ylabel="accuracy (%)", xlim=(1, None), ylim=(0, 102))
+    rows[0][0].set_title("at the end of each task")
+    rows[0][1].set_title(f"mean of the last {NUM_LAST} tasks")
     rows[1][0].set_xlabel("task")
-    rows[1][1].set(xlabel="learning rate of Adam", xscale="log")
+    rows[1][1].set(xlabel="learning rate of Adam", xscale="log", xticks=rates, xticklabels=[f"{lr:g}" for lr in rates])
+    rows[1][1].minorticks_off()
     save(figure, path)
 
 

@@ -33,7 +33,7 @@ def test_a_small_run_of_the_command(tmp_path):
     assert json.loads((out / "plasticity.json").read_text())["command"] == f"recipes/plasticity.py {sizes}"
 
 
-def test_the_best_of_each_method_and_nothing_at_the_best_rate_of_new_networks_take_more_seeds():
+def test_the_best_of_each_method_and_nothing_at_every_rate_take_more_seeds():
     options = Options(rates=(1e-3, 1e-2), seeds=2, grid_tasks=6, tasks=9)
     results = {}
     grid = set(plan(options, results))
