@@ -57,6 +57,7 @@ METHODS = {
     "nothing": Method("black"),
     "new network": Method("tab:orange", anew=True),
     "Frobenius norm": Method("tab:blue", FACTORS, norm="frobenius"),
+    "spectral norm": Method("tab:red", (1.0, 2.0), norm="spectral"),
     "weight decay": Method("tab:green", COEFFICIENTS, decay=True, decoupled=True),
     "L2": Method("tab:purple", (1e-4, 1e-3, 1e-2), decay=True),
     "layer norm": Method("black", layer_norm=True),
@@ -65,7 +66,6 @@ METHODS = {
     "layer norm, decay of matrices": Method(
         "tab:cyan", COEFFICIENTS, decay=True, decoupled=True, decays_vectors=False, layer_norm=True
     ),
-    "spectral norm": Method("tab:red", (1.0, 2.0), norm="spectral"),
 }
 
 
