@@ -51,6 +51,11 @@ class Method:
     anew: bool = False
     """Every task has a new network."""
 
+    @property
+    def is_bare(self) -> bool:
+        """Nothing acts on the weights."""
+        return self.norm is None and not self.decay and not self.anew
+
 
 FACTORS, COEFFICIENTS = (1.0, 1.5, 2.0, 3.0), (0.1, 0.3, 1.0, 3.0)
 METHODS = {
@@ -104,7 +109,7 @@ class Options(StudyOptions):
 
 
 def plan(options: Options, results: dict[Cell, Result]) -> Iterator[Cell]:
-    """The grid with seed 0; then the best cell of each method, and nothing at every rate, with the seeds from 1 on."""
+    """The grid with seed 0; then each method's best cell, and bare networks at every rate, with the seeds from 1 on."""
     grids = {
         method: [
             Cell(method, lr, strength, 0, options.grid_tasks, options.steps)
@@ -117,8 +122,9 @@ def plan(options: Options, results: dict[Cell, Result]) -> Iterator[Cell]:
     for method, grid in grids.items():
         yield from grid
         if all(cell in results for cell in grid):
-            # Nothing at every rate: at which one it is best depends on the number of tasks.
-            chosen += grid if method == "nothing" else [max(grid, key=lambda cell: last_tasks(results[cell]))]
+            best = max(grid, key=lambda cell: last_tasks(results[cell]))
+            # A bare network at every rate: the more tasks there are, the smaller is its best one.
+            chosen += grid if METHODS[method].is_bare else [best]
     for cell in chosen:
         for seed in range(1, options.seeds + 1):
             yield replace(cell, seed=seed, tasks=options.tasks)
@@ -259,8 +265,7 @@ def draw(results: dict[Cell, Result], path: Path) -> None:
         for cell, runs in by_seed(results).items():
             if cell.method in own:
                 color = own[cell.method].color
-                # One method is shown at several rates.
-                style = ("-", "--", "-.", ":")[rates.index(cell.lr) % 4] if cell.method == "nothing" else "-"
+                style = (":", "-.", "--", "-")[rates.index(cell.lr) % 4] if own[cell.method].is_bare else "-"
                 points = list(zip(*(run["accuracy"] for run in runs), strict=True))
                 low, middle, high = ([100 * pick(values) for values in points] for pick in (min, mean, max))
                 tasks = range(1, cell.tasks + 1)

@@ -33,7 +33,7 @@ def test_a_small_run_of_the_command(tmp_path):
     assert json.loads((out / "plasticity.json").read_text())["command"] == f"recipes/plasticity.py {sizes}"
 
 
-def test_the_best_of_each_method_and_nothing_at_every_rate_take_more_seeds():
+def test_the_best_of_each_method_and_bare_networks_at_every_rate_take_more_seeds():
     options = Options(rates=(1e-3, 1e-2), seeds=2, grid_tasks=6, tasks=9)
     results = {}
     grid = set(plan(options, results))
@@ -46,7 +46,10 @@ def test_the_best_of_each_method_and_nothing_at_every_rate_take_more_seeds():
         # What is learned before the last five tasks does not count.
         results[cell] = {"accuracy": [float(not is_best)] + 5 * [0.5 + 0.1 * is_best]}
     more = [cell for cell in plan(options, results) if cell not in grid]
-    chosen = {(name, 1e-2, method.strengths[-1]) for name, method in METHODS.items()} | {("nothing", 1e-3, 0)}
+    chosen = {(name, 1e-2, method.strengths[-1]) for name, method in METHODS.items()} | {
+        ("nothing", 1e-3, 0),
+        ("layer norm", 1e-3, 0),
+    }
     assert set(more) == {Cell(*cell, seed, tasks=9, steps=100) for cell in chosen for seed in (1, 2)}
     assert len(more) == 2 * len(chosen)
 
