@@ -50,7 +50,7 @@ TASKS = {
     "cifar100": Task(findings=post.findings, findings_title="Of the post's findings"),
     "modular-addition": Task(
         "A network learns a + b modulo 97 from 40 % of all pairs of numbers. Which conditions, once they fit these "
-        "pairs, get the other 60 % right as well, and after how many steps? A weight decay of 1 is tuned for this task; "
+        "pairs, get the other 60 % right as well, and after how many steps? The weight decay is tuned for this task; "
         "Frobenius scaling has no coefficient to tune.",
         columns=tuple(
             column
