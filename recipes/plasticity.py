@@ -62,7 +62,7 @@ METHODS = {
     "nothing": Method("black"),
     "new network": Method("tab:orange", anew=True),
     "Frobenius norm": Method("tab:blue", FACTORS, norm="frobenius"),
-    "spectral norm": Method("tab:red", (1.0, 2.0), norm="spectral"),
+    "spectral norm": Method("tab:red", (1.0, 2.0, 3.0), norm="spectral"),
     "weight decay": Method("tab:green", COEFFICIENTS, decay=True, decoupled=True),
     "L2": Method("tab:purple", (1e-4, 1e-3, 1e-2), decay=True),
     "layer norm": Method("black", layer_norm=True),
