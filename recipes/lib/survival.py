@@ -38,16 +38,22 @@ class Stop:
     """Whether a process wants to stop, and what all of them have agreed on."""
 
     def __init__(self, processes: Processes) -> None:
-        self._reason: Exception | signal.Signals | None = None
+        self._reason: str | signal.Signals | None = None
+        """The text of an error, or a signal."""
+        self._noted = self._num_checks = 0
         # Of its own, so that on GPUs too the host learns it without waiting for the device.
         self._group = dist.new_group(backend="gloo") if processes.world_size > 1 else None
         self._said: tuple[dist.Work, torch.Tensor] | None = None
 
     def receive(self, number: int, _: FrameType | None) -> None:
         """Note a signal: the step goes on. A second Ctrl-C ends it."""
-        if number == signal.SIGINT and self._reason == signal.SIGINT:
+        if number == self._reason == signal.SIGINT:
             raise KeyboardInterrupt
-        self._reason = self._reason or signal.Signals(number)
+        if self._reason is None:
+            self._note(signal.Signals(number))
+
+    def _note(self, reason: str | signal.Signals) -> None:
+        self._reason, self._noted = reason, self._num_checks
 
     @contextmanager
     def share(self, *errors: type[Exception]) -> Iterator[None]:
@@ -55,9 +61,9 @@ class Stop:
         try:
             yield
         except errors as error:
-            # What follows from an error is no news; a signal is.
-            if not isinstance(self._reason, Exception):
-                self._reason = error
+            # What follows from the first error is no news.
+            if not isinstance(self._reason, str):
+                self._note(str(error))
 
     def check(self, wait: bool = True) -> None:
         """Stop all processes, if one wants to; all of them must call this at the same place.
@@ -68,6 +74,7 @@ class Stop:
         Raises:
             Stopped: on all processes.
         """
+        self._num_checks += 1
         if self._group is None:
             agreed = self._reason is not None
         else:
@@ -88,21 +95,23 @@ class Stop:
         return bool(said)
 
     def _stopped(self) -> Stopped:
-        """The reasons of all processes in one text: errors if there are any, else the signal."""
-        reasons = [self._reason]
+        """The reasons of all processes in one text: the first errors if there are any, else the signal."""
+        own = self._reason, self._noted
+        all_reasons = [own]
         if self._group is not None:
-            # As text: not every error goes through pickle and comes back.
-            own = self._reason if isinstance(self._reason, signal.Signals | None) else str(self._reason)
-            reasons = [None] * dist.get_world_size()
-            dist.all_gather_object(reasons, own, self._group)
-        by_rank = {rank: str(one) for rank, one in enumerate(reasons) if not isinstance(one, signal.Signals | None)}
-        if not by_rank:
-            number = next(one for one in reasons if one is not None)
+            all_reasons = [own] * dist.get_world_size()
+            dist.all_gather_object(all_reasons, own, self._group)
+        errors = {rank: own for rank, own in enumerate(all_reasons) if isinstance(own[0], str)}
+        if not errors:
+            number = next(reason for reason, _ in all_reasons if reason is not None)
             # As a shell reports a program that the signal has ended.
             return Stopped(f"stopped by {number.name}", 128 + number)
-        if len(by_rank) == len(reasons) and len(set(by_rank.values())) == 1:
-            return Stopped(by_rank[0], 1)
-        return Stopped("; ".join(f"rank {rank}: {text}" for rank, text in by_rank.items()), 1)
+        # Gradients carry NaN to the other processes in the step that they take together after it.
+        first = min(noted for _, noted in errors.values())
+        texts = {rank: text for rank, (text, noted) in errors.items() if noted == first}
+        if len(texts) == len(all_reasons) and len(set(texts.values())) == 1:
+            return Stopped(texts[0], 1)
+        return Stopped("; ".join(f"rank {rank}: {text}" for rank, text in texts.items()), 1)
 
     def barrier(self) -> None:
         """Wait for the process that saves: torchrun ends it soon after the first of the others is gone."""
