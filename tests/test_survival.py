@@ -6,7 +6,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,7 +17,6 @@ from test_recipe import TORCHRUN, TRAIN, lines, run
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import train
 from lib.checkpoint import DamagedFileError, is_whole, load_states, save_states
 from lib.files import append_json_line, atomic, read_json_lines, write_atomically
 from lib.presets import digits
@@ -368,3 +366,82 @@ def test_nan_on_one_rank_stops_all_ranks_with_the_name_of_the_layer(what, norm, 
     # Neither has lost the other while it trained.
     assert "Connection" not in output
     assert states(tmp_path / folder)["epoch"] == 2
+
+
+def is_running(pid):
+    try:
+        # The state follows the name in brackets; a zombie runs no longer.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_no_bit(tmp_path):
+    """While the processes start, train and save; of one rank, or of all and torchrun, as when a machine goes down."""
+    options = [TRAIN, *OPTIONS, "--epochs", "150", "--width", "700", "--checkpoint-minutes", "0"]
+    code, output = run([*TORCHRUN, *options, "--out", "whole"], tmp_path)
+    assert code == 0, output
+    whole, folder, said = tmp_path / "whole" / "digits" / "spectral-seed0", tmp_path / "runs", tmp_path / "said"
+    folder = folder / "digits" / "spectral-seed0"
+    part, lost = folder / "checkpoint.pt.part", 0
+    moments = ["start"] * 5 + ["epoch"] * 7 + ["save"] * 8
+    rng = random.Random(0)
+    rng.shuffle(moments)
+    table, kills = [], iter(moments)
+    for launch in range(3):
+        with torchrun([*options, *["--resume"] * (launch > 0)], tmp_path, restarts=30) as process:
+            for moment in kills:
+                seen = len(epochs_in(said))
+                workers = wait_for(lambda: len(found := children(process)) == 2 and found, process)
+                if moment == "start":
+                    time.sleep(rng.uniform(0, 4))
+                else:
+                    wait_for(lambda seen=seen: len(epochs_in(said)) > seen, process)
+                    time.sleep(rng.uniform(0, 0.3))
+                victims = [workers[rng.randrange(2)]]
+                ends_all = launch < 2 and rng.random() < 0.15
+                if ends_all:
+                    victims = [process.pid, *workers.values()]
+                if moment == "save":
+                    # Of the process that saves.
+                    victims = victims if ends_all else [workers[0]]
+                    wait_for(part.exists, process)
+                for pid in victims:
+                    os.kill(pid, signal.SIGKILL)
+                if ends_all:
+                    process.wait()
+                while any(map(is_running, workers.values())):
+                    time.sleep(0.001)
+                is_torn, lost = part.exists(), lost + (bool(seen) and not (folder / "checkpoint.pt").exists())
+                table.append((moment, len(victims), is_torn, epochs_in(said)[-1:]))
+                print(*table[-1], flush=True)
+                if ends_all:
+                    break
+            else:
+                assert process.wait(timeout=600) == 0, said.read_text()
+                break
+    assert len(table) == 20
+    assert sum(is_torn for _, _, is_torn, _ in table) >= 4
+    assert lost == 0
+    assert_same_run(folder, whole)
+    assert not part.exists()
+
+
+@pytest.mark.slow
+def test_a_stop_with_loader_workers_and_a_second_start_change_no_bit(tmp_path):
+    """SIGTERM reaches the loaders' processes too."""
+    options = [TRAIN, *OPTIONS, "--epochs", "8", "--no-data-on-device", "--num-workers", "1"]
+    code, output = run([*TORCHRUN, *options, "--out", "whole"], tmp_path)
+    assert code == 0, output
+    folder, said = tmp_path / "runs" / "digits" / "spectral-seed0", tmp_path / "said"
+    with torchrun(options, tmp_path) as process:
+        wait_for(lambda: len(epochs_in(said)) > 3, process)
+        process.terminate()
+        process.wait()
+    assert f"stopped by SIGTERM; runs/digits/spectral-seed0/checkpoint.pt holds epoch {len(lines(folder))}" in (
+        said.read_text()
+    )
+    code, output = run([*TORCHRUN, *options, "--resume"], tmp_path)
+    assert code == 0, output
+    assert_same_run(folder, tmp_path / "whole" / "digits" / "spectral-seed0")
