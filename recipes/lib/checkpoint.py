@@ -68,6 +68,8 @@ class Checkpoints:
             self._write(self._states())
             self.timer.restart()
         else:
+            # Not two copies at a time.
+            self._unsaved = None
             self._unsaved = copy.deepcopy(self._states())
 
     @contextmanager
