@@ -379,7 +379,7 @@ def is_running(pid):
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_no_bit(tmp_path):
     """While the processes start, train and save; of one rank, or of all and torchrun, as when a machine goes down."""
-    options = [TRAIN, *OPTIONS, "--epochs", "150", "--width", "700", "--checkpoint-minutes", "0"]
+    options = [TRAIN, *OPTIONS, "--epochs", "60", "--width", "512", "--checkpoint-minutes", "0"]
     code, output = run([*TORCHRUN, *options, "--out", "whole"], tmp_path)
     assert code == 0, output
     whole, folder, said = tmp_path / "whole" / "digits" / "spectral-seed0", tmp_path / "runs", tmp_path / "said"
@@ -398,7 +398,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path):
                     time.sleep(rng.uniform(0, 4))
                 else:
                     wait_for(lambda seen=seen: len(epochs_in(said)) > seen, process)
-                    time.sleep(rng.uniform(0, 0.3))
+                    time.sleep(rng.uniform(0, 0.1))
                 victims = [workers[rng.randrange(2)]]
                 ends_all = launch < 2 and rng.random() < 0.15
                 if ends_all:
