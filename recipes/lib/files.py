@@ -28,8 +28,8 @@ def atomic(path: Path, previous: Path | None = None) -> Iterator[Path]:
         flush_to_disk(path.parent)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        # torch.save reports the position in the file; the error of the disk is the one before.
-        cause = error if isinstance(error, OSError) else error.__context__
+        # torch.save raises an error of its own while that of the disk is under way.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise OSError(cause.errno, f"{cause.strerror}; not written", str(path)) from error
         raise
