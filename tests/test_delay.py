@@ -7,7 +7,7 @@ import torch
 from test_recipe import ROOT, run
 from torch import nn
 
-from delay import DECAYS, Cell, Options, plan, prepare, study, told
+from delay import DECAYS, Cell, Options, plan, prepare, steps_text, study
 from lib.modular_addition import pairs
 from lib.studies import read_record
 
@@ -86,9 +86,9 @@ def test_a_median_counts_the_runs_that_did_not_get_there():
     def results(*steps):
         return [{"test": one} for one in steps]
 
-    assert told(results(300, 500, 400), "test") == "400"
-    assert told(results(300, None, 400), "test") == "400 (2 of 3)"
-    assert told(results(300, None, None), "test") == "- (1 of 3)"
+    assert steps_text(results(300, 500, 400), "test") == "400"
+    assert steps_text(results(300, None, 400), "test") == "400 (2 of 3)"
+    assert steps_text(results(300, None, None), "test") == "- (1 of 3)"
 
 
 def test_the_committed_table_is_that_of_the_record():
