@@ -1,0 +1,248 @@
+"""How to choose a spectral target: an MLP on small images, over targets, treatments of the head, sizes and lengths.
+
+Example: python recipes/spectral_targets.py --data-root data
+
+The images are CIFAR-100's at 16 x 16 pixels, mirrored at random. Every run starts from the same scaled orthogonal init,
+whatever its targets. A grid with one seed comes first, then the other learning rates for its best spectral targets, and
+then more seeds for what is best on the validation images. The test images are for the report alone.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from math import prod
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lib.console import markdown
+from lib.datasets import Data, Preprocessing, load_data
+from lib.distributed import Processes
+from lib.models import build_model
+from lib.presets import Config
+from lib.studies import Result, Study, StudyOptions, run_study
+from specscale import apply_norm_scaling, orthogonal_init_
+
+BATCH = 256
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Options(StudyOptions):
+    """The images, and the grid."""
+
+    data: Literal["cifar100", "digits"] = "cifar100"
+    """digits: seconds, to see that it runs."""
+    data_root: Path = Path("data")
+    """Folder that contains cifar-100-python."""
+    images: int = 5_000
+    """Training images."""
+    validation: int = 10_000
+    """Validation images: the next ones of the training set."""
+    width: int = 128
+    """Hidden units of each layer; the wide model has four times as many."""
+    epochs: int = 15
+    """Passes over the training images in the short runs; the long ones have three times as many."""
+    targets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Targets of the hidden layers."""
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Learning rates; the grid of targets takes the second one."""
+    heads: tuple[float, ...] = (0.2, 2.0)
+    """Targets of the head, beside that of the hidden layers and none at all."""
+    decays: tuple[float, ...] = (1.0, 3.0)
+    """Decoupled weight decays of runs without norm scaling, at the second rate."""
+    seeds: int = 3
+    """Seeds of the best runs."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    width: int
+    depth: int
+    epochs: int
+    lr: float
+    norm: str = "none"
+    hidden: float | str = "initial"
+    """Target of every layer but the head: a number, or its initial norm."""
+    head: float | str = "initial"
+    """Target of the head: a number, its initial norm, or "free"."""
+    decay: float = 0.0
+    seed: int = 0
+
+
+def settings(options: Options) -> dict[str, Cell]:
+    """The models and lengths, as runs without norm scaling."""
+    short = Cell(options.width, 3, options.epochs, options.rates[1])
+    long, wide = replace(short, epochs=3 * options.epochs), replace(short, width=4 * options.width)
+    cells = (short, long, wide, replace(short, depth=5), replace(wide, epochs=long.epochs))
+    return {f"{cell.depth} layers of {cell.width}, {cell.epochs} epochs": cell for cell in cells}
+
+
+def grid(plain: Cell, options: Options) -> Iterator[Cell]:
+    """The runs with one seed of one model and length."""
+    for norm in ("none", "frobenius"):
+        yield from (replace(plain, norm=norm, lr=lr) for lr in options.rates)
+    yield from (replace(plain, decay=decay) for decay in options.decays)
+    spectral = replace(plain, norm="spectral")
+    yield from (spectral, replace(spectral, head="free"))
+    for target in options.targets:
+        yield from (replace(spectral, hidden=target, head=head) for head in (target, *options.heads, "free"))
+
+
+def plan(options: Options, results: dict[Cell, Result]) -> Iterable[Cell]:
+    """The grid of a setting, then the other rates for its best spectral targets, then more seeds for each side.
+
+    Settings follow one another, so that a run that is stopped leaves whole ones.
+    """
+    cells: list[Cell] = []
+    for plain in settings(options).values():
+        own = list(grid(plain, options))
+        if results.keys() >= set(own):
+            best = best_of(results, [cell for cell in own if cell.norm == "spectral"])
+            own += [replace(best, lr=lr) for lr in options.rates]
+            if results.keys() >= set(own):
+                own += [replace(one, seed=k) for one in sides(results, own).values() for k in range(options.seeds)]
+        cells += own
+        if not results.keys() >= set(own):
+            break
+    return dict.fromkeys(cells)
+
+
+def best_of(results: dict[Cell, Result], cells: Iterable[Cell]) -> Cell:
+    return max(cells, key=lambda cell: results[cell]["validation accuracy"])
+
+
+def sides(results: dict[Cell, Result], cells: Iterable[Cell]) -> dict[str, Cell]:
+    """The best run with seed 0 of each norm."""
+    first = [cell for cell in cells if cell.seed == 0]
+    norms = dict.fromkeys(cell.norm for cell in first)
+    return {norm: best_of(results, [cell for cell in first if cell.norm == norm]) for norm in norms}
+
+
+def train(options: Options, cell: Cell) -> Result:
+    """Train one MLP: losses, accuracies in percent and the spread of the logits by split, and the spectral norms."""
+    torch.manual_seed(cell.seed)
+    data, validation = load(options)
+    preprocessing = Preprocessing(data, CPU, torch.contiguous_format)
+    images, labels, _ = data.train.tensors
+    model = build_model(Config(depth=cell.depth, width=cell.width), data.image_shape, data.num_classes)
+    orthogonal_init_(model)
+    optimizer = torch.optim.AdamW(model.parameters(), cell.lr, weight_decay=cell.decay, fused=True)
+    milestones = [max(1, round(fraction * cell.epochs)) for fraction in Config.milestones]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, Config.gamma)
+    if cell.norm != "none":
+        head, free = str(len(model) - 1), cell.head == "free"
+        target = {"*": cell.hidden} if free else {head: cell.head, "*": cell.hidden}
+        apply_norm_scaling(model, cell.norm, target=target, exclude=head if free else None).attach(optimizer)
+    for _ in range(cell.epochs):
+        mirrored = torch.rand(len(images), 1, 1, 1) < 0.5 * data.augment
+        for batch in torch.randperm(len(images)).split(BATCH):
+            inputs = torch.where(mirrored[batch], images[batch].flip(-1), images[batch])
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(preprocessing.test(inputs)), labels[batch]).backward()
+            optimizer.step()
+        schedule.step()
+    norms = [torch.linalg.matrix_norm(layer.weight, 2).item() for layer in model if isinstance(layer, nn.Linear)]
+    results = {"norms": norms}
+    for split, part in {"train": data.train, "validation": validation, "test": data.test}.items():
+        images, labels, _ = part.tensors
+        results |= {f"{split} {name}": value for name, value in evaluate(model, preprocessing.test(images), labels)}
+    return results
+
+
+@cache
+def load(options: Options) -> tuple[Data, TensorDataset]:
+    """The data set with images of at most 16 x 16 pixels, and what of its training images is for validation."""
+    sizes = [options.images, options.validation]
+    config = Config(data=options.data, data_root=options.data_root, limit_train=sum(sizes))
+    data = load_data(config, Processes(0, 1, CPU))
+    if len(data.train) != sum(sizes):
+        raise ValueError(f"{len(data.train)} images for training and validation; give smaller numbers than {sizes}")
+    train, validation = zip(*(tensor.split(sizes) for tensor in data.train.tensors), strict=True)
+    data.train, validation, data.test = map(small, (train, validation, data.test.tensors))
+    return data, validation
+
+
+def small(split: tuple[Tensor, ...]) -> TensorDataset:
+    """Images of 32 x 32 pixels at half that size."""
+    images, *others = split
+    if images.shape[-1] == 32:
+        images = nn.functional.avg_pool2d(images.float(), 2).byte()
+    return TensorDataset(images, *others)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> Iterator[tuple[str, float]]:
+    """Means: the loss, the accuracy, the deviation of an image's logits over the classes, and the inputs' norm."""
+    logits = model(inputs)
+    yield "loss", nn.functional.cross_entropy(logits, labels).item()
+    yield "accuracy", 100 * (logits.argmax(1) == labels).float().mean().item()
+    yield "logits", logits.std(1).mean().item()
+    yield "input norm", inputs.flatten(1).norm(dim=1).mean().item()
+
+
+def table(options: Options, results: dict[Cell, Result]) -> str:
+    """What is best of each side, with its seeds, and then the test accuracy over the grid."""
+    header = ["model and length", "norm", "target", "head", "rate", "decay", "test accuracy %"]
+    means = ["test loss", "train loss", "test logits"]
+    best, rows = [], []
+    for name, plain in settings(options).items():
+        for side in sides(results, [cell for cell in results if same_setting(cell, plain)]).values():
+            seeds = [results[replace(side, seed=k)] for k in range(options.seeds)]
+            accuracies = [result["test accuracy"] for result in seeds]
+            spread = f" ± {stdev(accuracies):.2f}" if len(seeds) > 1 else ""
+            targets = ["-", "-"] if side.norm == "none" else [said(side.hidden), said(side.head)]
+            choice = [side.norm, *targets, f"{side.lr:g}", f"{side.decay:g}", f"{mean(accuracies):.2f}{spread}"]
+            numbers = [f"{mean(result[key] for result in seeds):.2f}" for key in means]
+            best.append([name, *choice, *numbers, f"{mean(prod(result['norms']) for result in seeds):.2g}"])
+        for head in ("same", *options.heads, "free"):
+            row = by_target(results, plain, head, options)
+            rows.append([name, said(head), *(f"{result['test accuracy']:.1f}" for result in row)])
+    grid_header = ["model and length", "head", *(f"target {target:g}" for target in options.targets)]
+    return f"{markdown([*header, *means, 'product of norms'], best)}\n{markdown(grid_header, rows)}"
+
+
+def same_setting(cell: Cell, plain: Cell) -> bool:
+    return (cell.width, cell.depth, cell.epochs) == (plain.width, plain.depth, plain.epochs)
+
+
+def said(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def by_target(results: dict[Cell, Result], plain: Cell, head: float | str, options: Options) -> list[Result]:
+    """The results with one treatment of the head, by the target of the hidden layers."""
+    cells = (replace(plain, norm="spectral", hidden=t, head=t if head == "same" else head) for t in options.targets)
+    return [results[cell] for cell in cells]
+
+
+def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
+    """Test accuracy by target, a panel for each model and length, a line for each treatment of the head."""
+    from lib.figures import COLOURS, save
+    from lib.figures import grid as panels
+
+    own = settings(options)
+    figure, axes = panels(1, len(own), (3.3, 3.6))
+    heads = {"same": "head as the others", 0.2: "head at 0.2", "free": "head free"}
+    for axis, (name, plain) in zip(axes[0], own.items(), strict=True):
+        for (head, label), style in zip(heads.items(), ("o-", "s--", "^:"), strict=True):
+            accuracies = [result["test accuracy"] for result in by_target(results, plain, head, options)]
+            axis.plot(options.targets, accuracies, style, color=COLOURS["spectral"], label=label)
+        axis.set(xscale="log", title=name, xlabel="target of the hidden layers")
+    save(figure, path)
+
+
+def main(options: Options) -> None:
+    study = Study("spectral_targets", Cell, *(partial(one, options) for one in (plan, train, table, draw)))
+    run_study(study, options)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
