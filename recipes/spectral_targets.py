@@ -239,9 +239,14 @@ def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
     save(figure, path)
 
 
+def study_of(options: Options) -> Study[Cell]:
+    return Study("spectral_targets", Cell, *(partial(one, options) for one in (plan, train, table, draw)))
+
+
 def main(options: Options) -> None:
-    study = Study("spectral_targets", Cell, *(partial(one, options) for one in (plan, train, table, draw)))
-    run_study(study, options)
+    if options.data == "cifar100" and not (options.data_root / "cifar-100-python").is_dir():
+        raise SystemExit(f"spectral_targets: {options.data_root} holds no cifar-100-python; give --data-root DIR")
+    run_study(study_of(options), options)
 
 
 if __name__ == "__main__":
