@@ -45,15 +45,15 @@ class Options(StudyOptions):
     validation: int = 10_000
     """Validation images: the next ones of the training set."""
     width: int = 128
-    """Hidden units of each layer; the wide model has four times as many."""
+    """Hidden units of each layer; the wide model has twice as many."""
     epochs: int = 15
     """Passes over the training images in the short runs; the long ones have three times as many."""
     targets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Targets of the hidden layers."""
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """Learning rates; the grid of targets takes the second one."""
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    """Learning rates; the grid of targets takes the second one, the post's."""
     heads: tuple[float, ...] = (0.2, 2.0)
-    """Targets of the head, beside that of the hidden layers and none at all."""
+    """Targets of the head, beside that of the hidden layers and none at all; only the first model takes all of them."""
     decays: tuple[float, ...] = (1.0, 3.0)
     """Decoupled weight decays of runs without norm scaling, at the second rate."""
     seeds: int = 3
@@ -80,9 +80,19 @@ class Cell:
 def settings(options: Options) -> dict[str, Cell]:
     """The models and lengths, as runs without norm scaling."""
     short = Cell(options.width, 3, options.epochs, options.rates[1])
-    long, wide = replace(short, epochs=3 * options.epochs), replace(short, width=4 * options.width)
-    cells = (short, long, wide, replace(short, depth=5), replace(wide, epochs=long.epochs))
+    long, wide = replace(short, epochs=3 * options.epochs), replace(short, width=2 * options.width)
+    cells = (short, long, wide, replace(short, depth=5))
     return {f"{cell.depth} layers of {cell.width}, {cell.epochs} epochs": cell for cell in cells}
+
+
+def heads_of(plain: Cell, options: Options) -> list[float | str]:
+    """The treatments of the head: as the hidden layers, held at targets of its own, and free."""
+    is_first = plain == next(iter(settings(options).values()))
+    return ["same", *options.heads[: None if is_first else 1], "free"]
+
+
+def spectral(plain: Cell, target: float, head: float | str) -> Cell:
+    return replace(plain, norm="spectral", hidden=target, head=target if head == "same" else head)
 
 
 def grid(plain: Cell, options: Options) -> Iterator[Cell]:
@@ -90,10 +100,8 @@ def grid(plain: Cell, options: Options) -> Iterator[Cell]:
     for norm in ("none", "frobenius"):
         yield from (replace(plain, norm=norm, lr=lr) for lr in options.rates)
     yield from (replace(plain, decay=decay) for decay in options.decays)
-    spectral = replace(plain, norm="spectral")
-    yield from (spectral, replace(spectral, head="free"))
-    for target in options.targets:
-        yield from (replace(spectral, hidden=target, head=head) for head in (target, *options.heads, "free"))
+    yield from (replace(plain, norm="spectral", head=head) for head in ("initial", "free"))
+    yield from (spectral(plain, target, head) for target in options.targets for head in heads_of(plain, options))
 
 
 def plan(options: Options, results: dict[Cell, Result]) -> Iterable[Cell]:
@@ -202,8 +210,8 @@ def table(options: Options, results: dict[Cell, Result]) -> str:
             choice = [side.norm, *targets, f"{side.lr:g}", f"{side.decay:g}", f"{mean(accuracies):.2f}{spread}"]
             numbers = [f"{mean(result[key] for result in seeds):.2f}" for key in means]
             best.append([name, *choice, *numbers, f"{mean(prod(result['norms']) for result in seeds):.2g}"])
-        for head in ("same", *options.heads, "free"):
-            row = by_target(results, plain, head, options)
+        for head in heads_of(plain, options):
+            row = [results[spectral(plain, target, head)] for target in options.targets]
             rows.append([name, said(head), *(f"{result['test accuracy']:.1f}" for result in row)])
     grid_header = ["model and length", "head", *(f"target {target:g}" for target in options.targets)]
     return f"{markdown([*header, *means, 'product of norms'], best)}\n{markdown(grid_header, rows)}"
@@ -217,12 +225,6 @@ def said(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def by_target(results: dict[Cell, Result], plain: Cell, head: float | str, options: Options) -> list[Result]:
-    """The results with one treatment of the head, by the target of the hidden layers."""
-    cells = (replace(plain, norm="spectral", hidden=t, head=t if head == "same" else head) for t in options.targets)
-    return [results[cell] for cell in cells]
-
-
 def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
     """Test accuracy by target, a panel for each model and length, a line for each treatment of the head."""
     from lib.figures import COLOURS, save
@@ -230,11 +232,10 @@ def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
 
     own = settings(options)
     figure, axes = panels(1, len(own), (3.3, 3.6))
-    heads = {"same": "head as the others", 0.2: "head at 0.2", "free": "head free"}
     for axis, (name, plain) in zip(axes[0], own.items(), strict=True):
-        for (head, label), style in zip(heads.items(), ("o-", "s--", "^:"), strict=True):
-            accuracies = [result["test accuracy"] for result in by_target(results, plain, head, options)]
-            axis.plot(options.targets, accuracies, style, color=COLOURS["spectral"], label=label)
+        for head in heads_of(plain, options):
+            found = [results[spectral(plain, target, head)]["test accuracy"] for target in options.targets]
+            axis.plot(options.targets, found, "o-", color=COLOURS["spectral"], label=said(head))
         axis.set(xscale="log", title=name, xlabel="target of the hidden layers")
     save(figure, path)
 
