@@ -50,12 +50,12 @@ class Options(StudyOptions):
     """Passes over the training images in the short runs; the long ones have three times as many."""
     targets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Targets of the hidden layers."""
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    """Learning rates; the grid of targets takes the second one, the post's."""
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    """Learning rates; the grid of targets takes the first one, the post's."""
     heads: tuple[float, ...] = (0.2, 2.0)
     """Targets of the head, beside that of the hidden layers and none at all; only the first model takes all of them."""
     decays: tuple[float, ...] = (1.0, 3.0)
-    """Decoupled weight decays of runs without norm scaling, at the second rate."""
+    """Decoupled weight decays of runs without norm scaling, at the first rate."""
     seeds: int = 3
     """Seeds of the best runs."""
 
@@ -79,7 +79,7 @@ class Cell:
 
 def settings(options: Options) -> dict[str, Cell]:
     """The models and lengths, as runs without norm scaling."""
-    short = Cell(options.width, 3, options.epochs, options.rates[1])
+    short = Cell(options.width, 3, options.epochs, options.rates[0])
     long, wide = replace(short, epochs=3 * options.epochs), replace(short, width=2 * options.width)
     cells = (short, long, wide, replace(short, depth=5))
     return {f"{cell.depth} layers of {cell.width}, {cell.epochs} epochs": cell for cell in cells}
