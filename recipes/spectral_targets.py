@@ -51,11 +51,11 @@ class Options(StudyOptions):
     targets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Targets of the hidden layers."""
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    """Learning rates; the grid of targets takes the first one, the post's."""
+    """Learning rates; the grid of targets takes the first one, the post's, and the first model the third one too."""
     heads: tuple[float, ...] = (0.2, 2.0)
     """Targets of the head, beside that of the hidden layers and none at all; only the first model takes all of them."""
     decays: tuple[float, ...] = (1.0, 3.0)
-    """Decoupled weight decays of runs without norm scaling, at the first rate."""
+    """Decoupled weight decays of runs without norm scaling, beside none."""
     seeds: int = 3
     """Seeds of the best runs."""
 
@@ -81,27 +81,35 @@ def settings(options: Options) -> dict[str, Cell]:
     """The models and lengths, as runs without norm scaling."""
     short = Cell(options.width, 3, options.epochs, options.rates[0])
     long, wide = replace(short, epochs=3 * options.epochs), replace(short, width=2 * options.width)
-    cells = (short, long, wide, replace(short, depth=5))
+    cells = (short, replace(short, depth=5), long, wide)
     return {f"{cell.depth} layers of {cell.width}, {cell.epochs} epochs": cell for cell in cells}
+
+
+def is_first(plain: Cell, options: Options) -> bool:
+    return plain == next(iter(settings(options).values()))
+
+
+def rates_of(plain: Cell, options: Options) -> tuple[float, ...]:
+    """The learning rates of the grid of targets."""
+    return options.rates[:3:2] if is_first(plain, options) else options.rates[:1]
 
 
 def heads_of(plain: Cell, options: Options) -> list[float | str]:
     """The treatments of the head: as the hidden layers, held at targets of its own, and free."""
-    is_first = plain == next(iter(settings(options).values()))
-    return ["same", *options.heads[: None if is_first else 1], "free"]
+    return ["same", *options.heads[: None if is_first(plain, options) else 1], "free"]
 
 
-def spectral(plain: Cell, target: float, head: float | str) -> Cell:
+def spectral(plain: Cell, target: float | str, head: float | str) -> Cell:
     return replace(plain, norm="spectral", hidden=target, head=target if head == "same" else head)
 
 
 def grid(plain: Cell, options: Options) -> Iterator[Cell]:
     """The runs with one seed of one model and length."""
-    for norm in ("none", "frobenius"):
-        yield from (replace(plain, norm=norm, lr=lr) for lr in options.rates)
-    yield from (replace(plain, decay=decay) for decay in options.decays)
-    yield from (replace(plain, norm="spectral", head=head) for head in ("initial", "free"))
-    yield from (spectral(plain, target, head) for target in options.targets for head in heads_of(plain, options))
+    yield from (replace(plain, lr=lr, decay=decay) for lr in options.rates for decay in (0.0, *options.decays))
+    yield from (replace(plain, lr=lr, norm="frobenius") for lr in options.rates)
+    for one in (replace(plain, lr=lr) for lr in rates_of(plain, options)):
+        yield from (spectral(one, "initial", head) for head in ("initial", "free"))
+        yield from (spectral(one, target, head) for target in options.targets for head in heads_of(plain, options))
 
 
 def plan(options: Options, results: dict[Cell, Result]) -> Iterable[Cell]:
@@ -210,11 +218,13 @@ def table(options: Options, results: dict[Cell, Result]) -> str:
             choice = [side.norm, *targets, f"{side.lr:g}", f"{side.decay:g}", f"{mean(accuracies):.2f}{spread}"]
             numbers = [f"{mean(result[key] for result in seeds):.2f}" for key in means]
             best.append([name, *choice, *numbers, f"{mean(prod(result['norms']) for result in seeds):.2g}"])
-        for head in heads_of(plain, options):
-            row = [results[spectral(plain, target, head)] for target in options.targets]
-            rows.append([name, said(head), *(f"{result['test accuracy']:.1f}" for result in row)])
-    grid_header = ["model and length", "head", *(f"target {target:g}" for target in options.targets)]
-    return f"{markdown([*header, *means, 'product of norms'], best)}\n{markdown(grid_header, rows)}"
+        for lr in rates_of(plain, options):
+            for head in heads_of(plain, options):
+                row = [results[spectral(replace(plain, lr=lr), target, head)] for target in options.targets]
+                rows.append([name, f"{lr:g}", said(head), *(f"{result['test accuracy']:.1f}" for result in row)])
+    grid_header = ["model and length", "rate", "head", *(f"target {target:g}" for target in options.targets)]
+    choices = markdown([*header, *means, "product of norms"], best)
+    return f"{choices}\n{markdown(grid_header, rows)}"
 
 
 def same_setting(cell: Cell, plain: Cell) -> bool:
