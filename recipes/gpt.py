@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from lib.console import format_cell, markdown, progress
 from lib.files import write_atomically
-from lib.presets import NORMS
 from lib.provenance import provenance
 from lib.runs import per_layer
 from lib.workloads import GPT, GPTSizes
 from specscale import NormScaler, Relative, apply_norm_scaling
+from specscale.constraints import CONSTRAINTS
 
 NUM_BYTES = 2**20
 """The bytes that are read; the last tenth of them is for the test."""
@@ -163,8 +163,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def main(options: Options) -> None:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    if options.norm not in NORMS[1:]:
-        raise SystemExit(f"gpt: unknown norm {options.norm!r}; choose {', '.join(NORMS[1:])}")
+    if options.norm not in CONSTRAINTS:
+        raise SystemExit(f"gpt: unknown norm {options.norm!r}; choose {', '.join(CONSTRAINTS)}")
     results = train(options)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(options).items() if name != "out"}

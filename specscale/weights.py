@@ -452,7 +452,7 @@ def refuse_unwritable(weights: Iterable[Weight]) -> None:
             sources = ", ".join(map(repr, weight.sources))
             raise Refusal(
                 f"{weight.tensor!r} of {weight.name!r} is computed from {sources}, "
-                "as by pruning, weight normalisation or a parametrization; remove that first, or exclude the layer"
+                "as by pruning, weight normalization or a parametrization; remove that first, or exclude the layer"
             )
 
 
