@@ -45,13 +45,13 @@ class Options(StudyOptions):
     validation: int = 10_000
     """Validation images: the next ones of the training set."""
     width: int = 128
-    """Hidden units of each layer; the wide model has twice as many."""
+    """Hidden units of each layer."""
     epochs: int = 15
     """Passes over the training images in the short runs; the long ones have three times as many."""
     targets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Targets of the hidden layers."""
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    """Learning rates; the grid of targets takes the first one, the post's, and the first model the third one too."""
+    """Learning rates; the grid of targets takes the first, the post's, or the last but one, or both."""
     heads: tuple[float, ...] = (0.2, 2.0)
     """Targets of the head, beside that of the hidden layers and none at all; only the first model takes all of them."""
     decays: tuple[float, ...] = (1.0, 3.0)
@@ -78,10 +78,9 @@ class Cell:
 
 
 def settings(options: Options) -> dict[str, Cell]:
-    """The models and lengths, as runs without norm scaling."""
+    """The models and lengths, as runs without norm scaling at the (first) rate of the grid of targets."""
     short = Cell(options.width, 3, options.epochs, options.rates[0])
-    long, wide = replace(short, epochs=3 * options.epochs), replace(short, width=2 * options.width)
-    cells = (short, replace(short, depth=5), long, wide)
+    cells = (short, replace(short, depth=5, lr=options.rates[-2]), replace(short, epochs=3 * options.epochs))
     return {f"{cell.depth} layers of {cell.width}, {cell.epochs} epochs": cell for cell in cells}
 
 
@@ -89,9 +88,9 @@ def is_first(plain: Cell, options: Options) -> bool:
     return plain == next(iter(settings(options).values()))
 
 
-def rates_of(plain: Cell, options: Options) -> tuple[float, ...]:
-    """The learning rates of the grid of targets."""
-    return options.rates[:3:2] if is_first(plain, options) else options.rates[:1]
+def rates_of(plain: Cell, options: Options) -> list[float]:
+    """The learning rates of the grid of targets: two for the first model, one for the others."""
+    return sorted({plain.lr, options.rates[-2]} if is_first(plain, options) else {plain.lr})
 
 
 def heads_of(plain: Cell, options: Options) -> list[float | str]:
@@ -236,17 +235,39 @@ def said(value: float | str) -> str:
 
 
 def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
-    """Test accuracy by target, a panel for each model and length, a line for each treatment of the head."""
-    from lib.figures import COLOURS, save
-    from lib.figures import grid as panels
+    """Test accuracy by target above, and by the product of all norms below; a column for each grid of targets."""
+    from lib.figures import COLOURS, PALETTE, grid, save
 
-    own = settings(options)
-    figure, axes = panels(1, len(own), (3.3, 3.6))
-    for axis, (name, plain) in zip(axes[0], own.items(), strict=True):
+    columns = [
+        (f"{name}\nAdam at {lr:g}", plain, lr)
+        for name, plain in settings(options).items()
+        for lr in rates_of(plain, options)
+    ]
+    figure, axes = grid(2, len(columns), (3.1, 3.2), sharey="col")
+    styles = dict(zip(("same", "free", *options.heads), zip("o^sD", PALETTE[2:], strict=False), strict=False))
+    for (upper, lower), (title, plain, lr) in zip(axes.T, columns, strict=True):
         for head in heads_of(plain, options):
-            found = [results[spectral(plain, target, head)]["test accuracy"] for target in options.targets]
-            axis.plot(options.targets, found, "o-", color=COLOURS["spectral"], label=said(head))
-        axis.set(xscale="log", title=name, xlabel="target of the hidden layers")
+            found = [results[spectral(replace(plain, lr=lr), target, head)] for target in options.targets]
+            marker, colour = styles[head]
+            style = {"marker": marker, "color": colour, "ms": 5, "lw": 1.2}
+            accuracies = [result["test accuracy"] for result in found]
+            label = {"same": "head: the same target", "free": "head: free"}.get(head, f"head: target {head}")
+            upper.plot(options.targets, accuracies, label=label, **style)
+            lower.plot([prod(result["norms"]) for result in found], accuracies, **style | {"ls": ""})
+        for norm in ("none", "frobenius"):
+            best = sides(results, [cell for cell in results if same_setting(cell, plain)])[norm]
+            for axis in (upper, lower):
+                for seed in range(options.seeds):
+                    accuracy = results[replace(best, seed=seed)]["test accuracy"]
+                    axis.axhline(accuracy, color=COLOURS[norm], lw=0.9, alpha=0.7, label=None if seed else norm)
+        upper.set(xscale="log", title=title, xlabel="spectral target of the hidden layers")
+        upper.set_xticks(options.targets, [f"{target:g}" for target in options.targets])
+        upper.minorticks_off()
+        lower.set(xscale="log", xlabel="product of the norms of all layers")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test accuracy (%)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     save(figure, path)
 
 
