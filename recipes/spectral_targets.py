@@ -51,9 +51,9 @@ class Options(StudyOptions):
     targets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Targets of the hidden layers."""
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    """Learning rates; the grid of targets takes the first, the post's, or the last but one, or both."""
+    """Learning rates; the grid of targets takes the first, the post's, or the third, or both."""
     heads: tuple[float, ...] = (0.2, 2.0)
-    """Targets of the head, beside that of the hidden layers and none at all; only the first model takes all of them."""
+    """Targets of the head, beside that of the hidden layers and none at all."""
     decays: tuple[float, ...] = (1.0, 3.0)
     """Decoupled weight decays of runs without norm scaling, beside none."""
     seeds: int = 3
@@ -77,38 +77,47 @@ class Cell:
     seed: int = 0
 
 
-def settings(options: Options) -> dict[str, Cell]:
-    """The models and lengths, as runs without norm scaling at the (first) rate of the grid of targets."""
+@dataclass(frozen=True)
+class Setting:
+    """One model and length, and what is tried with it."""
+
+    plain: Cell
+    """Without norm scaling."""
+    heads: tuple[float | str, ...]
+    """Treatments of the head: a target of its own, "same" as the hidden layers, or "free"."""
+    grid_rates: tuple[float, ...]
+    """Learning rates of the grid of targets."""
+    rates: tuple[float, ...]
+    """Learning rates of the baselines, and of the best targets."""
+
+    def spectral(self, target: float | str, head: float | str, lr: float) -> Cell:
+        return replace(self.plain, norm="spectral", hidden=target, head=target if head == "same" else head, lr=lr)
+
+
+def settings(options: Options) -> dict[str, Setting]:
+    """A model, a deeper one, and the first one trained for longer: where runs take longer, less is tried."""
     short = Cell(options.width, 3, options.epochs, options.rates[0])
-    cells = (short, replace(short, depth=5, lr=options.rates[-2]), replace(short, epochs=3 * options.epochs))
-    return {f"{cell.depth} layers of {cell.width}, {cell.epochs} epochs": cell for cell in cells}
+    deep, long = replace(short, depth=5), replace(short, epochs=3 * options.epochs)
+    rates, heads = options.rates, options.heads
+    return {
+        f"{one.plain.depth} layers of {options.width}, {one.plain.epochs} epochs": one
+        for one in (
+            Setting(short, ("same", *heads, "free"), rates[:3:2], rates),
+            Setting(deep, ("same", *heads[:1], "free"), rates[2:3], rates),
+            Setting(long, ("same", "free"), rates[:1], rates[:3]),
+        )
+    }
 
 
-def is_first(plain: Cell, options: Options) -> bool:
-    return plain == next(iter(settings(options).values()))
-
-
-def rates_of(plain: Cell, options: Options) -> list[float]:
-    """The learning rates of the grid of targets: two for the first model, one for the others."""
-    return sorted({plain.lr, options.rates[-2]} if is_first(plain, options) else {plain.lr})
-
-
-def heads_of(plain: Cell, options: Options) -> list[float | str]:
-    """The treatments of the head: as the hidden layers, held at targets of its own, and free."""
-    return ["same", *options.heads[: None if is_first(plain, options) else 1], "free"]
-
-
-def spectral(plain: Cell, target: float | str, head: float | str) -> Cell:
-    return replace(plain, norm="spectral", hidden=target, head=target if head == "same" else head)
-
-
-def grid(plain: Cell, options: Options) -> Iterator[Cell]:
+def grid(setting: Setting, options: Options) -> Iterator[Cell]:
     """The runs with one seed of one model and length."""
-    yield from (replace(plain, lr=lr, decay=decay) for lr in options.rates for decay in (0.0, *options.decays))
-    yield from (replace(plain, lr=lr, norm="frobenius") for lr in options.rates)
-    for one in (replace(plain, lr=lr) for lr in rates_of(plain, options)):
-        yield from (spectral(one, "initial", head) for head in ("initial", "free"))
-        yield from (spectral(one, target, head) for target in options.targets for head in heads_of(plain, options))
+    plain = setting.plain
+    yield from (replace(plain, lr=lr, decay=decay) for lr in setting.rates for decay in (0.0, *options.decays))
+    yield from (replace(plain, lr=lr, norm="frobenius") for lr in setting.rates)
+    for lr in setting.grid_rates:
+        for target in ("initial", *options.targets):
+            heads = ("same", "free") if target == "initial" else setting.heads
+            yield from (setting.spectral(target, head, lr) for head in heads)
 
 
 def plan(options: Options, results: dict[Cell, Result]) -> Iterable[Cell]:
@@ -117,11 +126,11 @@ def plan(options: Options, results: dict[Cell, Result]) -> Iterable[Cell]:
     Settings follow one another, so that a run that is stopped leaves whole ones.
     """
     cells: list[Cell] = []
-    for plain in settings(options).values():
-        own = list(grid(plain, options))
+    for setting in settings(options).values():
+        own = list(grid(setting, options))
         if results.keys() >= set(own):
-            best = best_of(results, [cell for cell in own if cell.norm == "spectral"])
-            own += [replace(best, lr=lr) for lr in options.rates]
+            best = [best for best in sides(results, own).values() if best.norm == "spectral"]
+            own += [replace(one, lr=lr) for one in best for lr in setting.rates]
             if results.keys() >= set(own):
                 own += [replace(one, seed=k) for one in sides(results, own).values() for k in range(options.seeds)]
         cells += own
@@ -130,15 +139,13 @@ def plan(options: Options, results: dict[Cell, Result]) -> Iterable[Cell]:
     return dict.fromkeys(cells)
 
 
-def best_of(results: dict[Cell, Result], cells: Iterable[Cell]) -> Cell:
-    return max(cells, key=lambda cell: results[cell]["validation accuracy"])
-
-
 def sides(results: dict[Cell, Result], cells: Iterable[Cell]) -> dict[str, Cell]:
-    """The best run with seed 0 of each norm."""
-    first = [cell for cell in cells if cell.seed == 0]
-    norms = dict.fromkeys(cell.norm for cell in first)
-    return {norm: best_of(results, [cell for cell in first if cell.norm == norm]) for norm in norms}
+    """The best runs with seed 0: of each norm, and of the spectral norm with the head held and with a free head."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.seed == 0:
+            groups.setdefault(cell.norm + (", head free" if cell.head == "free" else ""), []).append(cell)
+    return {name: max(own, key=lambda cell: results[cell]["validation accuracy"]) for name, own in groups.items()}
 
 
 def train(options: Options, cell: Cell) -> Result:
@@ -208,26 +215,29 @@ def table(options: Options, results: dict[Cell, Result]) -> str:
     header = ["model and length", "norm", "target", "head", "rate", "decay", "test accuracy %"]
     means = ["test loss", "train loss", "test logits"]
     best, rows = [], []
-    for name, plain in settings(options).items():
-        for side in sides(results, [cell for cell in results if same_setting(cell, plain)]).values():
+    for name, setting in settings(options).items():
+        for label, side in sides(results, of_setting(results, setting)).items():
             seeds = [results[replace(side, seed=k)] for k in range(options.seeds)]
             accuracies = [result["test accuracy"] for result in seeds]
             spread = f" ± {stdev(accuracies):.2f}" if len(seeds) > 1 else ""
             targets = ["-", "-"] if side.norm == "none" else [said(side.hidden), said(side.head)]
-            choice = [side.norm, *targets, f"{side.lr:g}", f"{side.decay:g}", f"{mean(accuracies):.2f}{spread}"]
+            choice = [label, *targets, f"{side.lr:g}", f"{side.decay:g}", f"{mean(accuracies):.2f}{spread}"]
             numbers = [f"{mean(result[key] for result in seeds):.2f}" for key in means]
             best.append([name, *choice, *numbers, f"{mean(prod(result['norms']) for result in seeds):.2g}"])
-        for lr in rates_of(plain, options):
-            for head in heads_of(plain, options):
-                row = [results[spectral(replace(plain, lr=lr), target, head)] for target in options.targets]
+        for lr in setting.grid_rates:
+            for head in setting.heads:
+                row = [results[setting.spectral(target, head, lr)] for target in options.targets]
                 rows.append([name, f"{lr:g}", said(head), *(f"{result['test accuracy']:.1f}" for result in row)])
     grid_header = ["model and length", "rate", "head", *(f"target {target:g}" for target in options.targets)]
     choices = markdown([*header, *means, "product of norms"], best)
     return f"{choices}\n{markdown(grid_header, rows)}"
 
 
-def same_setting(cell: Cell, plain: Cell) -> bool:
-    return (cell.width, cell.depth, cell.epochs) == (plain.width, plain.depth, plain.epochs)
+def of_setting(results: dict[Cell, Result], setting: Setting) -> list[Cell]:
+    """The runs of the same model and length."""
+    plain = setting.plain
+    size = (plain.width, plain.depth, plain.epochs)
+    return [cell for cell in results if (cell.width, cell.depth, cell.epochs) == size]
 
 
 def said(value: float | str) -> str:
@@ -236,30 +246,31 @@ def said(value: float | str) -> str:
 
 def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
     """Test accuracy by target above, and by the product of all norms below; a column for each grid of targets."""
-    from lib.figures import COLOURS, PALETTE, grid, save
+    from lib.figures import COLORS, PALETTE, save
+    from lib.figures import grid as panels
 
     columns = [
-        (f"{name}\nAdam at {lr:g}", plain, lr)
-        for name, plain in settings(options).items()
-        for lr in rates_of(plain, options)
+        (f"{name}\nAdam at {lr:g}", setting, lr)
+        for name, setting in settings(options).items()
+        for lr in setting.grid_rates
     ]
-    figure, axes = grid(2, len(columns), (3.1, 3.2), sharey="col")
+    figure, axes = panels(2, len(columns), (3.1, 3.2), sharey="col")
     styles = dict(zip(("same", "free", *options.heads), zip("o^sD", PALETTE[2:], strict=False), strict=False))
-    for (upper, lower), (title, plain, lr) in zip(axes.T, columns, strict=True):
-        for head in heads_of(plain, options):
-            found = [results[spectral(replace(plain, lr=lr), target, head)] for target in options.targets]
-            marker, colour = styles[head]
-            style = {"marker": marker, "color": colour, "ms": 5, "lw": 1.2}
+    for (upper, lower), (title, setting, lr) in zip(axes.T, columns, strict=True):
+        for head in setting.heads:
+            found = [results[setting.spectral(target, head, lr)] for target in options.targets]
+            marker, color = styles[head]
+            style = {"marker": marker, "color": color, "ms": 5, "lw": 1.2}
             accuracies = [result["test accuracy"] for result in found]
             label = {"same": "head: the same target", "free": "head: free"}.get(head, f"head: target {head}")
             upper.plot(options.targets, accuracies, label=label, **style)
             lower.plot([prod(result["norms"]) for result in found], accuracies, **style | {"ls": ""})
         for norm in ("none", "frobenius"):
-            best = sides(results, [cell for cell in results if same_setting(cell, plain)])[norm]
+            best = sides(results, of_setting(results, setting))[norm]
             for axis in (upper, lower):
                 for seed in range(options.seeds):
                     accuracy = results[replace(best, seed=seed)]["test accuracy"]
-                    axis.axhline(accuracy, color=COLOURS[norm], lw=0.9, alpha=0.7, label=None if seed else norm)
+                    axis.axhline(accuracy, color=COLORS[norm], lw=0.9, alpha=0.7, label=None if seed else norm)
         upper.set(xscale="log", title=title, xlabel="spectral target of the hidden layers")
         upper.set_xticks(options.targets, [f"{target:g}" for target in options.targets])
         upper.minorticks_off()

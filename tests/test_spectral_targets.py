@@ -14,7 +14,7 @@ TINY = Options(data="digits", images=64, validation=32, width=16, epochs=1, targ
 
 
 def test_the_grid_comes_first_then_other_rates_then_seeds_of_what_is_best_in_validation():
-    plain = next(iter(settings(TINY).values()))
+    plain = next(iter(settings(TINY).values())).plain
     results = {}
 
     def answer(cells):
@@ -29,13 +29,14 @@ def test_the_grid_comes_first_then_other_rates_then_seeds_of_what_is_best_in_val
     assert {cell.lr for cell in grid if cell.norm == "spectral"} == {1e-3, 1e-2}
     assert {cell.head for cell in grid if cell.hidden == 2.0} == {2.0, 0.2, "free"}
     answer(grid)
-    best = replace(plain, norm="spectral", hidden=2.0, head=2.0)
+    held = replace(plain, norm="spectral", hidden=2.0, head=2.0)
+    free = replace(held, head="free")
     rates = [cell for cell in plan(TINY, results) if cell not in results]
-    assert rates == [replace(best, lr=lr) for lr in (3e-3, 3e-2)]
+    assert rates == [replace(one, lr=lr) for one in (held, free) for lr in (3e-3, 3e-2)]
     answer(rates)
     seeds = [cell for cell in plan(TINY, results) if cell not in results]
-    lowest = [replace(one, lr=1e-3) for one in (plain, replace(plain, norm="frobenius"), best)]
-    assert [cell for cell in seeds if cell.seed] == [replace(one, seed=1) for one in lowest]
+    best = [plain, replace(plain, norm="frobenius"), held, free]
+    assert {cell for cell in seeds if cell.seed} == {replace(one, seed=1) for one in best}
     answer(seeds)
     # The next setting follows.
     assert {cell.depth for cell in plan(TINY, results) if cell not in results} == {5}
@@ -80,13 +81,13 @@ def test_the_command_measures_every_setting(tmp_path):
         "--seeds",
         "1",
     ]
-    small += ["--targets", "1", "--heads", "0.2", "--rates", "1e-3", "3e-3", "--decays", "1", "--jobs", "1"]
+    small += ["--targets", "1", "--heads", "0.2", "--rates", "1e-3", "3e-3", "1e-2", "--decays", "1", "--jobs", "1"]
     code, said = run([sys.executable, str(ROOT / "recipes" / "spectral_targets.py"), *small, "--out", "out"], tmp_path)
     assert code == 0, said
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".jsonl", ".md", ".png"}
     table = (tmp_path / "out" / "spectral_targets.md").read_text()
     assert table in said
-    assert table.count("| spectral |") == 3
+    assert table.count("| spectral, head free |") == 3
 
 
 def test_the_committed_table_is_that_of_its_record():
