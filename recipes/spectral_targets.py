@@ -254,7 +254,7 @@ def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
         for name, setting in settings(options).items()
         for lr in setting.grid_rates
     ]
-    figure, axes = panels(2, len(columns), (3.1, 3.2), sharey="col")
+    figure, axes = panels(2, len(columns), (3.1, 3.2), sharey=True)
     styles = dict(zip(("same", "free", *options.heads), zip("o^sD", PALETTE[2:], strict=False), strict=False))
     for (upper, lower), (title, setting, lr) in zip(axes.T, columns, strict=True):
         for head in setting.heads:
@@ -262,15 +262,24 @@ def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
             marker, color = styles[head]
             style = {"marker": marker, "color": color, "ms": 5, "lw": 1.2}
             accuracies = [result["test accuracy"] for result in found]
-            label = {"same": "head: the same target", "free": "head: free"}.get(head, f"head: target {head}")
+            label = {"same": "head: the same target", "free": "head: free"}.get(head, f"head: target {said(head)}")
             upper.plot(options.targets, accuracies, label=label, **style)
             lower.plot([prod(result["norms"]) for result in found], accuracies, **style | {"ls": ""})
+        plain = results[replace(setting.plain, lr=lr)]["test accuracy"]
+        for axis in (upper, lower):
+            axis.axhline(plain, color=COLORS["none"], ls="--", lw=1.2, label="none at this rate")
         for norm in ("none", "frobenius"):
             best = sides(results, of_setting(results, setting))[norm]
             for axis in (upper, lower):
                 for seed in range(options.seeds):
                     accuracy = results[replace(best, seed=seed)]["test accuracy"]
-                    axis.axhline(accuracy, color=COLORS[norm], lw=0.9, alpha=0.7, label=None if seed else norm)
+                    axis.axhline(
+                        accuracy,
+                        color=COLORS[norm],
+                        lw=0.9,
+                        alpha=0.7,
+                        label=None if seed else f"{norm} at its best, each seed",
+                    )
         upper.set(xscale="log", title=title, xlabel="spectral target of the hidden layers")
         upper.set_xticks(options.targets, [f"{target:g}" for target in options.targets])
         upper.minorticks_off()
@@ -278,7 +287,7 @@ def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("test accuracy (%)")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     save(figure, path)
 
 
