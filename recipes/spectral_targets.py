@@ -83,6 +83,8 @@ class Setting:
 
     plain: Cell
     """Without norm scaling."""
+    targets: tuple[float | str, ...]
+    """Targets of the hidden layers; "initial" are those of the post's text."""
     heads: tuple[float | str, ...]
     """Treatments of the head: a target of its own, "same" as the hidden layers, or "free"."""
     grid_rates: tuple[float, ...]
@@ -98,13 +100,13 @@ def settings(options: Options) -> dict[str, Setting]:
     """A model, a deeper one, and the first one trained for longer: where runs take longer, less is tried."""
     short = Cell(options.width, 3, options.epochs, options.rates[0])
     deep, long = replace(short, depth=5), replace(short, epochs=3 * options.epochs)
-    rates, heads = options.rates, options.heads
+    rates, heads, targets = options.rates, options.heads, options.targets
     return {
         f"{one.plain.depth} layers of {options.width}, {one.plain.epochs} epochs": one
         for one in (
-            Setting(short, ("same", *heads, "free"), rates[:3:2], rates),
-            Setting(deep, ("same", *heads[:1], "free"), rates[2:3], rates),
-            Setting(long, ("same", "free"), rates[:1], rates[:3]),
+            Setting(short, ("initial", *targets), ("same", *heads, "free"), rates[:3:2], rates),
+            Setting(deep, ("initial", *targets), ("same", *heads[:1], "free"), rates[2:3], rates),
+            Setting(long, targets, ("same", "free"), rates[:1], rates[:2]),
         )
     }
 
@@ -115,7 +117,7 @@ def grid(setting: Setting, options: Options) -> Iterator[Cell]:
     yield from (replace(plain, lr=lr, decay=decay) for lr in setting.rates for decay in (0.0, *options.decays))
     yield from (replace(plain, lr=lr, norm="frobenius") for lr in setting.rates)
     for lr in setting.grid_rates:
-        for target in ("initial", *options.targets):
+        for target in setting.targets:
             heads = ("same", "free") if target == "initial" else setting.heads
             yield from (setting.spectral(target, head, lr) for head in heads)
 
