@@ -106,7 +106,7 @@ def settings(options: Options) -> dict[str, Setting]:
         for one in (
             Setting(short, ("initial", *targets), ("same", *heads, "free"), rates[:3:2], rates),
             Setting(deep, ("initial", *targets), ("same", *heads[:1], "free"), rates[2:3], rates),
-            Setting(long, targets, ("same", "free"), rates[:1], rates[:2]),
+            Setting(long, targets[:3], ("same", "free"), rates[:1], rates[:2]),
         )
     }
 
@@ -228,8 +228,9 @@ def table(options: Options, results: dict[Cell, Result]) -> str:
             best.append([name, *choice, *numbers, f"{mean(prod(result['norms']) for result in seeds):.2g}"])
         for lr in setting.grid_rates:
             for head in setting.heads:
-                row = [results[setting.spectral(target, head, lr)] for target in options.targets]
-                rows.append([name, f"{lr:g}", said(head), *(f"{result['test accuracy']:.1f}" for result in row)])
+                cells = [setting.spectral(target, head, lr) for target in options.targets]
+                row = [f"{results[cell]['test accuracy']:.1f}" if cell in results else "-" for cell in cells]
+                rows.append([name, f"{lr:g}", said(head), *row])
     grid_header = ["model and length", "rate", "head", *(f"target {target:g}" for target in options.targets)]
     choices = markdown([*header, *means, "product of norms"], best)
     return f"{choices}\n{markdown(grid_header, rows)}"
@@ -260,13 +261,14 @@ def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
     styles = dict(zip(("same", "free", *options.heads), zip("o^sD", PALETTE[2:], strict=False), strict=False))
     for (upper, lower), (title, setting, lr) in zip(axes.T, columns, strict=True):
         for head in setting.heads:
-            found = [results[setting.spectral(target, head, lr)] for target in options.targets]
+            cells = {target: setting.spectral(target, head, lr) for target in options.targets}
+            found = {target: results[cell] for target, cell in cells.items() if cell in results}
             marker, color = styles[head]
             style = {"marker": marker, "color": color, "ms": 5, "lw": 1.2}
-            accuracies = [result["test accuracy"] for result in found]
+            accuracies = [result["test accuracy"] for result in found.values()]
             label = {"same": "head: the same target", "free": "head: free"}.get(head, f"head: target {said(head)}")
-            upper.plot(options.targets, accuracies, label=label, **style)
-            lower.plot([prod(result["norms"]) for result in found], accuracies, **style | {"ls": ""})
+            upper.plot(list(found), accuracies, label=label, **style)
+            lower.plot([prod(one["norms"]) for one in found.values()], accuracies, **style | {"ls": ""})
         plain = results[replace(setting.plain, lr=lr)]["test accuracy"]
         for axis in (upper, lower):
             axis.axhline(plain, color=COLORS["none"], ls="--", lw=1.2, label="none at this rate")
