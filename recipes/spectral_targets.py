@@ -91,6 +91,8 @@ class Setting:
     """Learning rates of the grid of targets."""
     rates: tuple[float, ...]
     """Learning rates of the baselines, and of the best targets."""
+    seeds: int
+    """Seeds of what is best."""
 
     def spectral(self, target: float | str, head: float | str, lr: float) -> Cell:
         return replace(self.plain, norm="spectral", hidden=target, head=target if head == "same" else head, lr=lr)
@@ -104,9 +106,9 @@ def settings(options: Options) -> dict[str, Setting]:
     return {
         f"{one.plain.depth} layers of {options.width}, {one.plain.epochs} epochs": one
         for one in (
-            Setting(short, ("initial", *targets), ("same", *heads, "free"), rates[:3:2], rates),
-            Setting(deep, ("initial", *targets), ("same", *heads[:1], "free"), rates[2:3], rates),
-            Setting(long, targets[:3], ("same", "free"), rates[:1], rates[:2]),
+            Setting(short, ("initial", *targets), ("same", *heads, "free"), rates[:3:2], rates, options.seeds),
+            Setting(deep, ("initial", *targets), ("same", *heads[:1], "free"), rates[2:3], rates, options.seeds),
+            Setting(long, targets[:3], ("same", "free"), rates[:1], rates[:2], 1),
         )
     }
 
@@ -134,7 +136,7 @@ def plan(options: Options, results: dict[Cell, Result]) -> Iterable[Cell]:
             best = [best for best in sides(results, own).values() if best.norm == "spectral"]
             own += [replace(one, lr=lr) for one in best for lr in setting.rates]
             if results.keys() >= set(own):
-                own += [replace(one, seed=k) for one in sides(results, own).values() for k in range(options.seeds)]
+                own += [replace(one, seed=k) for one in sides(results, own).values() for k in range(setting.seeds)]
         cells += own
         if not results.keys() >= set(own):
             break
@@ -219,7 +221,7 @@ def table(options: Options, results: dict[Cell, Result]) -> str:
     best, rows = [], []
     for name, setting in settings(options).items():
         for label, side in sides(results, of_setting(results, setting)).items():
-            seeds = [results[replace(side, seed=k)] for k in range(options.seeds)]
+            seeds = [results[replace(side, seed=k)] for k in range(setting.seeds)]
             accuracies = [result["test accuracy"] for result in seeds]
             spread = f" ± {stdev(accuracies):.2f}" if len(seeds) > 1 else ""
             targets = ["-", "-"] if side.norm == "none" else [said(side.hidden), said(side.head)]
@@ -275,7 +277,7 @@ def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
         for norm in ("none", "frobenius"):
             best = sides(results, of_setting(results, setting))[norm]
             for axis in (upper, lower):
-                for seed in range(options.seeds):
+                for seed in range(setting.seeds):
                     accuracy = results[replace(best, seed=seed)]["test accuracy"]
                     axis.axhline(
                         accuracy,
