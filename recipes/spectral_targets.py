@@ -51,7 +51,7 @@ class Options(StudyOptions):
     targets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Targets of the hidden layers."""
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    """Learning rates; the grid of targets takes the first, the post's, or the third, or both."""
+    """Learning rates; the grid of targets takes one or two of them."""
     heads: tuple[float, ...] = (0.2, 2.0)
     """Targets of the head, beside that of the hidden layers and none at all."""
     decays: tuple[float, ...] = (1.0, 3.0)
@@ -108,7 +108,7 @@ def settings(options: Options) -> dict[str, Setting]:
         for one in (
             Setting(short, ("initial", *targets), ("same", *heads, "free"), rates[:3:2], rates, options.seeds),
             Setting(deep, ("initial", *targets), ("same", *heads[:1], "free"), rates[2:3], rates, options.seeds),
-            Setting(long, targets[:3], ("same", "free"), rates[:1], rates[:2], 1),
+            Setting(long, targets[:3], ("same", "free"), rates[:2], rates[:2], 1),
         )
     }
 
