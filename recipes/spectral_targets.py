@@ -259,7 +259,7 @@ def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
         for name, setting in settings(options).items()
         for lr in setting.grid_rates
     ]
-    figure, axes = panels(2, len(columns), (3.1, 3.2), sharey=True)
+    figure, axes = panels(2, len(columns), (3.1, 3.2), sharex="row", sharey=True)
     styles = dict(zip(("same", "free", *options.heads), zip("o^sD", PALETTE[2:], strict=False), strict=False))
     for (upper, lower), (title, setting, lr) in zip(axes.T, columns, strict=True):
         for head in setting.heads:
