@@ -14,7 +14,7 @@ from specscale.held import HeldWeights
 from specscale.parametrization import unregister
 from specscale.plain import PlainModel, Rule, refuse_inside_plain
 from specscale.state_dicts import end_unused_checks, plain_state_dict
-from specscale.step import ScalingStep, solve_anew_
+from specscale.step import ScalingStep, solve_anew_, solve_first_
 from specscale.weights import (
     Weight,
     refuse_non_finite,
@@ -229,6 +229,7 @@ class NormScaler:
         weights = self._scaled()
         refuse_non_finite(weights, "load good weights first")
         for weight in weights:
+            weight.scaling.follow_(weight.parameter)
             solve_anew_(weight.scaling, weight.parameter)
             weight.scaling.mark_current(weight.parameter)
 
@@ -268,6 +269,7 @@ class NormScaler:
         self._held.warn_of_lost("metrics", stacklevel=4)
         warn_of_unowned(self._held, "metrics", stacklevel=4)
         _refuse_unreadable(weights)
+        solve_first_(weights, to_report=True)
         return reports.metrics(weights)
 
     @public_call()
@@ -288,7 +290,9 @@ class NormScaler:
             ValueError: `tolerance` or `miss` is not between 0 and 1, or no weight is scaled any more.
             NonFiniteWeightError: a weight holds NaN or infinity.
         """
-        return reports.audit(self._scaled(), tolerance, miss, seed)
+        weights = self._scaled()
+        solve_first_(weights, to_report=True)
+        return reports.audit(weights, tolerance, miss, seed)
 
     @public_call()
     def plain_state_dict(self) -> dict[str, Any]:
@@ -314,6 +318,7 @@ class NormScaler:
     def __str__(self) -> str:
         weights = self._held.current()
         refuse_without_values(weights)
+        solve_first_(weights, to_report=True)
         return reports.table(weights)
 
     def __repr__(self) -> str:
