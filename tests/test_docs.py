@@ -20,8 +20,8 @@ from lib.runs import Run, group_by_condition
 from specscale.constraints import CONSTRAINTS
 
 ROOT = Path(__file__).parent.parent
-DOCS = sorted(page for page in ROOT.glob("docs/**/*.md") if "results" not in page.parts)
-PAGES = [page for page in (ROOT / "README.md", *DOCS) if "```python\n" in page.read_text()]
+DOCS = sorted({*ROOT.glob("docs/**/*.md")} - {*ROOT.glob("docs/results/*.md")})
+PAGES = [page for page in (ROOT / "README.md", *DOCS) if "```python" in page.read_text()]
 REFERENCE = sorted(ROOT.glob("docs/reference*.md"))
 MAX_LINES = 100
 """The length of a page, in lines of at most 120 characters: about two screens."""
@@ -30,7 +30,7 @@ CODE_WIDTH = 76
 
 
 def blocks_of(text, language=r"\w+"):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}(?: [^\n]*)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -92,8 +92,10 @@ def test_the_source_archive_holds_tests_recipes_and_docs(sdist):
 
 
 def files_of(folder):
-    paths = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    return {path.relative_to(ROOT).as_posix() for path in paths}
+    """The files of a folder, without what Python and the linters keep there."""
+    paths = [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()]
+    kept = [path for path in paths if not any(part.startswith((".", "__pycache__")) for part in path.parts[:-1])]
+    return {path.as_posix() for path in kept}
 
 
 def test_an_import_loads_the_dependencies_and_nothing_else():
