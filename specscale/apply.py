@@ -65,6 +65,9 @@ def apply_norm_scaling(
 ) -> NormScaler:
     """Put the weights of a model under norm scaling, in place, and return the handle.
 
+    The model may be on the meta device, where the targets need no norms and there is no init. What first needs the
+    values, such as the first step, finds those that the weights have by then.
+
     Args:
         module: any model; its linear, convolution, attention and recurrent weights that require gradients, and
             those that `rules` add, are scaled.
@@ -106,8 +109,9 @@ def apply_norm_scaling(
         TypeError: `module` is no module, or an option has a wrong type.
         ValueError: an unknown name, a pattern that matches nothing, a weight that no pattern of a mapping matches, a
             rule that does not fit a layer, no weight selected, a gain or target that is not finite and positive, a
-            weight that is scaled already, computed from others, in the memory of another, sharded or not finite, a
-            model under DistributedDataParallel. The model is then as it was.
+            weight that is scaled already, computed from others, in the memory of another, sharded or not finite, an
+            init of a weight on the meta device or a target that needs its norm, a model under
+            DistributedDataParallel. The model is then as it was.
     """
     target = "initial" if target is None else target
     constraints = _constraints(norm, solver)

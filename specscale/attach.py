@@ -144,7 +144,8 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
 
     Raises:
         Refusal: `optimizer` is no torch optimizer (TypeError); it would never call a step hook, owns none of the
-            weights, is attached already, has a state in another order, or the weights have been sharded (ValueError).
+            weights, is attached already, has a state in another order, or the weights are on the meta device or have
+            been sharded (ValueError).
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise Refusal(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}", TypeError)
