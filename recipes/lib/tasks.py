@@ -49,9 +49,9 @@ TASKS = {
     "digits": Task("A quick run of every part. The task is too small to say anything of norm scaling."),
     "cifar100": Task(findings=post.findings, findings_title="Of the post's findings"),
     "modular-addition": Task(
-        "A network learns a + b modulo 97 from 40 % of all pairs of numbers. Every condition fits these pairs. The "
-        "question is which of them gets the other 60 % right, and after how many steps. Weight decay with a tuned "
-        "coefficient (here 1) gets there about as fast as Frobenius scaling, which has no coefficient to tune.",
+        "A network learns a + b modulo 97 from 40 % of all pairs of numbers. Which conditions, once they fit these "
+        "pairs, get the other 60 % right as well, and after how many steps? The weight decay is tuned for this task; "
+        "Frobenius scaling has no coefficient to tune.",
         columns=tuple(
             column
             for column in (COLUMNS[0], STEPS_TO_GENERALIZE, *COLUMNS[1:])
