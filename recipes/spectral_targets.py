@@ -56,7 +56,7 @@ class Options(StudyOptions):
     """Targets of the head, beside that of the hidden layers and none at all."""
     decays: tuple[float, ...] = (1.0, 3.0)
     """Decoupled weight decays of runs without norm scaling, beside none."""
-    seeds: int = 3
+    seeds: int = 5
     """Seeds of the best runs."""
 
 
