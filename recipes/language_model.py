@@ -47,6 +47,7 @@ HELD: dict[str, dict[str, Any]] = {
     "embeddings": WITH_EMBEDDINGS | {"exclude": "head", "target": {nn.Embedding: 1.0}},
     "everything": EVERYTHING,
     "everything, rising to 2": EVERYTHING | {"schedule": 2.0},
+    "everything, each row": EVERYTHING | {"norm": {nn.Embedding: "rows", "*": "rows"}},
     "everything, head at 4": WITH_EMBEDDINGS | {"target": {nn.Embedding: 1.0, "head": Relative(4.0)}},
 }
 """What is held, as options of `apply_norm_scaling`: "frobenius" where no norm is named, and at `Setting.factor` where
@@ -79,6 +80,8 @@ class Options(StudyOptions):
     """The grid's learning rates."""
     seeds: int = 5
     """Runs at the best of each side."""
+    seeds_beside: int = 2
+    """Runs of the best setting of each side at the other learning rates."""
     pilots: bool = True
     """Whether the pilots are run."""
     steps: int = 500
@@ -89,11 +92,11 @@ SIDES = {
     "Frobenius": {
         "held": Cell("everything"),
         "held, rising to twice": Cell("everything, rising to 2"),
-        "held, the blocks at twice": Cell("everything", 2.0),
+        "held, each row": Cell("everything, each row"),
     },
     "AdamW": {f"AdamW, decay {decay:g}": Cell("everything", released=True, decay=decay) for decay in (0.0, 0.1, 1.0)},
 }
-"""The two sides of the grid; all start from the same norms but the last of those that are held."""
+"""The two sides of the grid; all start from the same norms."""
 
 LOW, ONE, HIGH = (3e-3, 1e-2), (1e-2,), (1e-2, 3e-2)
 PILOTS = (
@@ -112,6 +115,7 @@ PILOTS = (
     ("everything: embeddings' rows at 1, the head at twice", Cell("everything"), (*LOW, 3e-2)),
     ("the same at the start only", Cell("everything", released=True), (*LOW, 3e-2)),
     ("everything, the blocks at half", Cell("everything", 0.5), ONE),
+    ("everything, the blocks at twice", Cell("everything", 2.0), LOW[:1]),
     ("everything, the head at 4 times", Cell("everything, head at 4"), ONE),
 )
 """What was tried first, and at which learning rates. Targets are the initial norms, or multiples of them."""
@@ -178,6 +182,8 @@ def plan(results: dict[Cell, Result], options: Options) -> Iterable[Cell]:
         if all(cell in results for cell in grid):
             best = min(grid, key=lambda cell: results[cell]["validation"])
             yield from (replace(best, seed=seed) for seed in range(1, options.seeds))
+            others = [replace(best, lr=lr) for lr in options.rates]
+            yield from (replace(one, seed=seed) for one in others for seed in range(1, options.seeds_beside))
 
 
 @dataclass(frozen=True)
@@ -190,8 +196,8 @@ class Grid:
     """Those of the settings with the lowest validation loss at each learning rate."""
     best: Cell
     """The run with the lowest validation loss; its seed is the first."""
-    seeds: list[float]
-    """Test losses of all seeds there."""
+    seeds: dict[float, list[float]]
+    """Test losses of all seeds of the best setting, by learning rate."""
 
 
 def grids_of(results: dict[Cell, Result]) -> dict[str, Grid]:
@@ -209,9 +215,14 @@ def grids_of(results: dict[Cell, Result]) -> dict[str, Grid]:
             {title: {cell.lr: results[cell]["test"] for cell in row} for title, row in cells.items()},
             {cell.lr: results[cell]["test"] for cell in best_at},
             best,
-            [result["test"] for cell, result in results.items() if replace(cell, seed=best.seed) == best],
+            {lr: seeds_of(results, replace(best, lr=lr)) for lr in rates},
         )
     return grids
+
+
+def seeds_of(results: dict[Cell, Result], first: Cell) -> list[float]:
+    """The test losses of a cell with all its seeds."""
+    return [result["test"] for cell, result in results.items() if replace(cell, seed=first.seed) == first]
 
 
 def working_range(losses: dict[float, float]) -> tuple[float, float]:
@@ -246,13 +257,12 @@ def table(results: dict[Cell, Result]) -> str:
     for name, own in grids.items():
         for title, losses in (own.losses | {f"{name}, the best at each rate": own.envelope}).items():
             rows.append([title, *(f"{loss:.3f}" for loss in losses.values()), told_range(losses)])
-        deviation = f" ± {statistics.stdev(own.seeds):.3f}" if len(own.seeds) > 1 else ""
+        at_best = own.seeds[own.best.lr]
+        deviation = f" ± {statistics.stdev(at_best):.3f}" if len(at_best) > 1 else ""
         title = next(
             title for title, one in SIDES[name].items() if replace(own.best, lr=one.lr, steps=one.steps) == one
         )
-        best_rows.append(
-            [title, f"{own.best.lr:g}", str(len(own.seeds)), f"{statistics.mean(own.seeds):.3f}{deviation}"]
-        )
+        best_rows.append([title, f"{own.best.lr:g}", str(len(at_best)), f"{statistics.mean(at_best):.3f}{deviation}"])
     text = markdown(["test loss by learning rate", *map("{:g}".format, rates), f"within {MARGIN:g} of the best"], rows)
     text += "\n" + markdown(["best of its side", "learning rate", "seeds", "test loss"], best_rows)
     if any(cell.held == "nothing" for cell in results):
@@ -281,7 +291,8 @@ def draw(results: dict[Cell, Result], path: Path) -> None:
         for losses, style in zip(own.losses.values(), ("-", "--", ":"), strict=True):
             axis.plot(losses.keys(), losses.values(), color=colour, lw=1, ls=style)
         axis.plot(own.envelope.keys(), own.envelope.values(), color=colour, lw=2.5, label=name)
-        axis.plot([own.best.lr] * len(own.seeds), own.seeds, "o", color=colour, ms=4)
+        for lr, losses in own.seeds.items():
+            axis.plot([lr] * len(losses), losses, "o", color=colour, ms=4)
     axis.set(xscale="log", xlabel="learning rate", ylabel="test loss (bits per byte)")
     axis.legend(frameon=False)
     save(figure, path)
