@@ -80,8 +80,6 @@ class Options(StudyOptions):
     """The grid's learning rates."""
     seeds: int = 5
     """Runs at the best of each side."""
-    seeds_beside: int = 2
-    """Runs of the best setting of each side at the other learning rates."""
     pilots: bool = True
     """Whether the pilots are run."""
     steps: int = 500
@@ -101,8 +99,8 @@ SIDES = {
 LOW, ONE, HIGH = (3e-3, 1e-2), (1e-2,), (1e-2, 3e-2)
 PILOTS = (
     ("nothing", Cell("nothing"), (1e-3, *LOW, 3e-2, 1e-1)),
-    ("all linear layers", Cell("all"), LOW),
-    ("all but the head", Cell("all but the head"), (*LOW, 3e-2)),
+    ("all linear layers", Cell("all"), (*LOW, 3e-2)),
+    ("all but the head", Cell("all but the head"), (1e-3, *LOW, 3e-2, 1e-1)),
     ("all but the head, at half", Cell("all but the head", 0.5), ONE),
     ("all but the head, at 4 times", Cell("all but the head", 4.0), LOW),
     ("all but the head, orthogonal init of gain 1", Cell("orthogonal init"), ONE),
@@ -173,55 +171,42 @@ def plan(results: dict[Cell, Result], options: Options) -> Iterable[Cell]:
     """The pilots, then the grid, then more seeds at the best of each side."""
     for _, setting, rates in PILOTS if options.pilots else ():
         yield from (replace(setting, lr=lr, steps=options.steps) for lr in rates)
-    grids = [
-        [replace(setting, lr=lr, steps=options.steps) for setting in side.values() for lr in options.rates]
-        for side in SIDES.values()
-    ]
+    grids = [list(itertools.chain(*rows_of(side, options.rates, options.steps).values())) for side in SIDES.values()]
     yield from itertools.chain(*grids)
     for grid in grids:
         if all(cell in results for cell in grid):
-            best = min(grid, key=lambda cell: results[cell]["validation"])
-            yield from (replace(best, seed=seed) for seed in range(1, options.seeds))
-            others = [replace(best, lr=lr) for lr in options.rates]
-            yield from (replace(one, seed=seed) for one in others for seed in range(1, options.seeds_beside))
+            yield from (replace(best_of(grid, results), seed=seed) for seed in range(1, options.seeds))
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The results of one side."""
-
-    losses: dict[str, dict[float, float]]
-    """Test losses of the first seed, by setting and learning rate."""
-    envelope: dict[float, float]
-    """Those of the settings with the lowest validation loss at each learning rate."""
-    best: Cell
-    """The run with the lowest validation loss; its seed is the first."""
-    seeds: dict[float, list[float]]
-    """Test losses of all seeds of the best setting, by learning rate."""
+def rows_of(side: dict[str, Cell], rates: Iterable[float], steps: int) -> dict[str, list[Cell]]:
+    """The runs of each setting, by learning rate."""
+    return {title: [replace(one, lr=lr, steps=steps) for lr in rates] for title, one in side.items()}
 
 
-def grids_of(results: dict[Cell, Result]) -> dict[str, Grid]:
+def best_of(cells: Iterable[Cell], results: dict[Cell, Result]) -> Cell:
+    return min(cells, key=lambda cell: results[cell]["validation"])
+
+
+def measured(side: dict[str, Cell], results: dict[Cell, Result]) -> tuple[dict[str, list[Cell]], list[Cell], Cell]:
+    """The side's rows of the grid, the best run at each learning rate, and the best of all."""
     # The pilots have other learning rates too, but no decay.
     rates = sorted({cell.lr for cell in results if cell.decay})
-    steps = next(iter(results)).steps
-    grids = {}
-    for name, side in SIDES.items():
-        cells = {title: [replace(one, lr=lr, steps=steps) for lr in rates] for title, one in side.items()}
-        best_at = [
-            min(column, key=lambda cell: results[cell]["validation"]) for column in zip(*cells.values(), strict=True)
-        ]
-        best = min(best_at, key=lambda cell: results[cell]["validation"])
-        grids[name] = Grid(
-            {title: {cell.lr: results[cell]["test"] for cell in row} for title, row in cells.items()},
-            {cell.lr: results[cell]["test"] for cell in best_at},
-            best,
-            {lr: seeds_of(results, replace(best, lr=lr)) for lr in rates},
-        )
-    return grids
+    rows = rows_of(side, rates, steps_of(results))
+    best_at = [best_of(column, results) for column in zip(*rows.values(), strict=True)]
+    return rows, best_at, best_of(best_at, results)
 
 
-def seeds_of(results: dict[Cell, Result], first: Cell) -> list[float]:
-    """The test losses of a cell with all its seeds."""
+def steps_of(results: dict[Cell, Result]) -> int:
+    return next(iter(results)).steps
+
+
+def losses_of(cells: Iterable[Cell], results: dict[Cell, Result]) -> dict[float, float]:
+    """Test losses by learning rate."""
+    return {cell.lr: results[cell]["test"] for cell in cells}
+
+
+def seeds_of(first: Cell, results: dict[Cell, Result]) -> list[float]:
+    """Test losses of a run with all its seeds."""
     return [result["test"] for cell, result in results.items() if replace(cell, seed=first.seed) == first]
 
 
@@ -251,50 +236,64 @@ def told_range(losses: dict[float, float]) -> str:
 
 def table(results: dict[Cell, Result]) -> str:
     """The grid with the rates that work, the seeds at the best of each side, and the pilots."""
-    grids = grids_of(results)
-    rates = next(iter(grids.values())).envelope
-    rows, best_rows = [], []
-    for name, own in grids.items():
-        for title, losses in (own.losses | {f"{name}, the best at each rate": own.envelope}).items():
-            rows.append([title, *(f"{loss:.3f}" for loss in losses.values()), told_range(losses)])
-        at_best = own.seeds[own.best.lr]
-        deviation = f" ± {statistics.stdev(at_best):.3f}" if len(at_best) > 1 else ""
-        title = next(
-            title for title, one in SIDES[name].items() if replace(own.best, lr=one.lr, steps=one.steps) == one
-        )
-        best_rows.append([title, f"{own.best.lr:g}", str(len(at_best)), f"{statistics.mean(at_best):.3f}{deviation}"])
-    text = markdown(["test loss by learning rate", *map("{:g}".format, rates), f"within {MARGIN:g} of the best"], rows)
-    text += "\n" + markdown(["best of its side", "learning rate", "seeds", "test loss"], best_rows)
-    if any(cell.held == "nothing" for cell in results):
+    grid_rows, best_rows = [], []
+    for name, side in SIDES.items():
+        rows, best_at, best = measured(side, results)
+        for title, cells in (rows | {f"{name}, the best of these": best_at}).items():
+            losses = losses_of(cells, results)
+            grid_rows.append([title, *(f"{loss:.3f}" for loss in losses.values()), told_range(losses)])
+        seeds = seeds_of(best, results)
+        title = next(title for title, cells in rows.items() if best in cells)
+        deviation = f" ± {statistics.stdev(seeds):.3f}" if len(seeds) > 1 else ""
+        best_rows.append([title, f"{best.lr:g}", str(len(seeds)), f"{statistics.mean(seeds):.3f}{deviation}"])
+    text = markdown(["test loss by learning rate", *map("{:g}".format, losses), "rates that work"], grid_rows)
+    text += "\n" + markdown(["the best of its side", "learning rate", "seeds", "test loss"], best_rows)
+    if has_pilots(results):
         text += "\n" + pilot_table(results)
     python = ", ".join(sorted({result["python"] for result in results.values()}))
-    return f"{text}\nTest losses in bits per byte of the source of Python {python}.\n"
+    return f"{text}\nTest losses in bits per byte of the source of Python {python}, after {steps_of(results)} steps.\n"
+
+
+def has_pilots(results: dict[Cell, Result]) -> bool:
+    return any(cell.held == PILOTS[0][1].held for cell in results)
 
 
 def pilot_table(results: dict[Cell, Result]) -> str:
     all_rates = sorted({lr for _, _, rates in PILOTS for lr in rates})
-    steps = next(iter(results)).steps
     rows = []
     for title, setting, rates in PILOTS:
-        losses = [results[replace(setting, lr=lr, steps=steps)]["test"] if lr in rates else None for lr in all_rates]
-        rows.append([title, *map(format_cell, losses)])
-    return markdown(["what the pilots held: test loss by learning rate", *map("{:g}".format, all_rates)], rows)
+        losses = losses_of(rows_of({title: setting}, rates, steps_of(results))[title], results)
+        rows.append([title, *(format_cell(losses.get(lr)) for lr in all_rates)])
+    return markdown(["pilots, by what is held: test loss", *map("{:g}".format, all_rates)], rows)
 
 
 def draw(results: dict[Cell, Result], path: Path) -> None:
-    """Test loss by learning rate: thick for the best setting at each rate, thin for each of them, seeds as points."""
+    """Test loss by learning rate, from the model's own init if the pilots were run, and from the norms of the grid."""
     from lib.figures import COLOURS, grid, save
 
-    figure, axes = grid(1, 1, (7, 4.5))
-    axis = axes[0][0]
-    for (name, own), colour in zip(grids_of(results).items(), (COLOURS["frobenius"], COLOURS["none"]), strict=True):
-        for losses, style in zip(own.losses.values(), ("-", "--", ":"), strict=True):
-            axis.plot(losses.keys(), losses.values(), color=colour, lw=1, ls=style)
-        axis.plot(own.envelope.keys(), own.envelope.values(), color=colour, lw=2.5, label=name)
-        for lr, losses in own.seeds.items():
-            axis.plot([lr] * len(losses), losses, "o", color=colour, ms=4)
-    axis.set(xscale="log", xlabel="learning rate", ylabel="test loss (bits per byte)")
-    axis.legend(frameon=False)
+    figure, axes = grid(1, 1 + has_pilots(results), (5.2, 4.4), sharex=True, sharey=True)
+    free, held, other = COLOURS["none"], COLOURS["frobenius"], COLOURS["spectral"]
+    if has_pilots(results):
+        axis = axes[0][0]
+        for (title, setting, rates), colour in zip(PILOTS[:3], (free, other, held), strict=True):
+            losses = losses_of(rows_of({title: setting}, rates, steps_of(results))[title], results)
+            axis.plot(losses.keys(), losses.values(), "o-", color=colour, ms=4, lw=2, label=f"{title} held")
+        axis.set_title("from the model's own init")
+    axis = axes[0][-1]
+    for (name, side), colour in zip(SIDES.items(), (held, free), strict=True):
+        rows, best_at, best = measured(side, results)
+        for (title, cells), style in zip(rows.items(), ("--", "-.", ":"), strict=True):
+            losses = losses_of(cells, results)
+            axis.plot(losses.keys(), losses.values(), color=colour, lw=1, ls=style, label=title)
+        losses = losses_of(best_at, results)
+        axis.plot(losses.keys(), losses.values(), color=colour, lw=2.4, label=f"{name}, the best of these")
+        seeds = seeds_of(best, results)
+        axis.plot([best.lr] * len(seeds), seeds, "o", color=colour, ms=4)
+    axis.set_title("from larger embeddings, and twice the head")
+    for axis in axes[0]:
+        axis.set(xscale="log", xlabel="learning rate")
+        axis.legend(frameon=False, fontsize="small")
+    axes[0][0].set_ylabel("test loss (bits per byte)")
     save(figure, path)
 
 

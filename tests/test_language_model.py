@@ -70,7 +70,7 @@ def test_a_range_ends_where_the_loss_is_the_margin_above_the_best_or_with_the_gr
 
 
 def test_more_seeds_are_asked_for_where_the_validation_loss_is_lowest():
-    options = Options(rates=(0.1, 0.2), pilots=False, seeds=3, seeds_beside=2, steps=2)
+    options = Options(rates=(0.1, 0.2), pilots=False, seeds=3, steps=2)
     grid = list(plan({}, options))
     assert len(grid) == len(set(grid)) == 2 * sum(map(len, SIDES.values()))
     # The test losses say the contrary.
@@ -78,7 +78,7 @@ def test_more_seeds_are_asked_for_where_the_validation_loss_is_lowest():
     best = Cell("everything", released=True, lr=0.1, steps=2)
     results[replace(best, released=False)]["validation"] = 0.0
     more = set(plan(results, options)) - set(grid)
-    seeds = {replace(best, seed=1), replace(best, seed=2), replace(best, lr=0.2, seed=1)}
+    seeds = {replace(best, seed=1), replace(best, seed=2)}
     assert more == seeds | {replace(cell, released=False) for cell in seeds}
 
 
