@@ -31,6 +31,7 @@ SIZES = GPTSizes(num_blocks=2, width=64, num_heads=4, num_tokens=64, vocabulary=
 BATCH_SIZE = 16
 WARM_UP = 0.05
 """The share of the steps in which the learning rate rises; then it falls to zero on half a period of a cosine."""
+DECAYS = (0.0, 0.1, 0.3, 1.0)
 MARGIN = 0.15
 """A learning rate works if it ends within this many bits of the side's best: 0.1 nats."""
 
@@ -47,6 +48,7 @@ HELD: dict[str, dict[str, Any]] = {
     "embeddings": WITH_EMBEDDINGS | {"exclude": "head", "target": {nn.Embedding: 1.0}},
     "everything": EVERYTHING,
     "everything, rising to 2": EVERYTHING | {"schedule": 2.0},
+    "everything, rising to 4": EVERYTHING | {"schedule": 4.0},
     "everything, each row": EVERYTHING | {"norm": {nn.Embedding: "rows", "*": "rows"}},
     "everything, head at 4": WITH_EMBEDDINGS | {"target": {nn.Embedding: 1.0, "head": Relative(4.0)}},
 }
@@ -90,9 +92,10 @@ SIDES = {
     "Frobenius": {
         "held": Cell("everything"),
         "held, rising to twice": Cell("everything, rising to 2"),
+        "held, rising to 4 times": Cell("everything, rising to 4"),
         "held, each row": Cell("everything, each row"),
     },
-    "AdamW": {f"AdamW, decay {decay:g}": Cell("everything", released=True, decay=decay) for decay in (0.0, 0.1, 1.0)},
+    "AdamW": {f"AdamW, decay {decay:g}": Cell("everything", released=True, decay=decay) for decay in DECAYS},
 }
 """The two sides of the grid; all start from the same norms."""
 
@@ -282,7 +285,7 @@ def draw(results: dict[Cell, Result], path: Path) -> None:
     axis = axes[0][-1]
     for (name, side), colour in zip(SIDES.items(), (held, free), strict=True):
         rows, best_at, best = measured(side, results)
-        for (title, cells), style in zip(rows.items(), ("--", "-.", ":"), strict=True):
+        for (title, cells), style in zip(rows.items(), ("--", "-.", ":", (0, (1, 4))), strict=True):
             losses = losses_of(cells, results)
             axis.plot(losses.keys(), losses.values(), color=colour, lw=1, ls=style, label=title)
         losses = losses_of(best_at, results)

@@ -94,7 +94,7 @@ def test_the_command_measures_the_grid_and_shows_it(tmp_path):
     assert code == 0, said
     own = study(Options())
     results = read_record(own, tmp_path / "out" / "language-model.json")
-    assert len(results) == 6
+    assert len(results) == 8
     assert all(0 < result["test"] < 9 for result in results.values())
     assert own.table(results) in said
     assert (tmp_path / "out" / "language-model.png").stat().st_size > 10_000
