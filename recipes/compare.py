@@ -12,32 +12,36 @@ import tyro
 from lib import figures
 from lib.console import markdown
 from lib.files import write_atomically
-from lib.post import findings_list, published_table
+from lib.post import published_table
 from lib.runs import Runs, finished_runs, preset_folders, read_runs
-from lib.summaries import HEADER, differing_options, rank_table, record, table_rows
+from lib.summaries import differing_options, header_of, rank_table, record, table_rows
+from lib.tasks import task_of
 
 
-def comparison(runs: Runs) -> str:
-    """The runs of a preset in Markdown: table, findings of the post, ranks."""
-    text = markdown(HEADER, table_rows(runs)) + differing_options(runs)
-    if findings := findings_list(runs):
-        text += f"\nOf the post's findings:\n\n{findings}"
-    if ranks := rank_table(runs):
-        text += f"\nRanks, mean over the weight matrices:\n\n{ranks}"
+def outcome(runs: Runs) -> str:
+    """The runs of a preset in Markdown: their question, table and findings."""
+    task = task_of(runs)
+    text = f"{task.question}\n\n" if task.question else ""
+    text += markdown(header_of(runs), table_rows(runs)) + differing_options(runs)
+    if findings := "".join(f"- {finding}\n" for finding in task.findings(runs)):
+        text += f"\n{task.findings_title}:\n\n{findings}"
     return text
 
 
-def compare(folder: Path) -> list[list[str]]:
-    """Write `comparison.md`, `results.json` and the figures of one preset into its folder.
+def comparison(runs: Runs) -> str:
+    """The outcome, and the ranks of the weight matrices."""
+    ranks = rank_table(runs)
+    return outcome(runs) + (f"\nRanks, mean over the weight matrices:\n\n{ranks}" if ranks else "")
 
-    Returns the rows of the table.
-    """
+
+def compare(folder: Path) -> Runs:
+    """Write `comparison.md`, `results.json` and the figures of one preset into its folder; returns its runs."""
     runs = read_runs(folder)
     write_atomically(folder / "comparison.md", f"# {folder.resolve().name}\n\n{comparison(runs)}")
     records = [record(run) for seeds in runs.values() for run in seeds]
     write_atomically(folder / "results.json", json.dumps(records, indent=1) + "\n")
     figures.draw(runs, folder)
-    return table_rows(runs)
+    return runs
 
 
 def compare_all(root: Path) -> str:

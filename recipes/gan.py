@@ -102,11 +102,11 @@ def start_on_target_(critic: nn.Module) -> None:
 
 
 def eight_gaussians(count: int, generator: torch.Generator) -> Tensor:
-    """Points `(count, 2)` around eight centres on a circle of radius 2."""
+    """Points `(count, 2)` around eight centers on a circle of radius 2."""
     device = generator.device
     angles = torch.randint(8, (count,), generator=generator, device=device) * (math.pi / 4)
-    centres = 2 * torch.stack([angles.cos(), angles.sin()], dim=1)
-    return centres + 0.05 * torch.randn(count, 2, generator=generator, device=device)
+    centers = 2 * torch.stack([angles.cos(), angles.sin()], dim=1)
+    return centers + 0.05 * torch.randn(count, 2, generator=generator, device=device)
 
 
 @dataclass

@@ -18,12 +18,12 @@ import tyro
 
 from lib.console import format_cell, markdown, progress
 from lib.files import write_atomically
-from lib.presets import NORMS
 from lib.provenance import provenance
 from lib.python_source import draw_sequences, held_out_loss, loss_of, standard_library
 from lib.runs import per_layer
 from lib.workloads import GPT, GPTSizes
 from specscale import NormScaler, Relative, apply_norm_scaling
+from specscale.constraints import CONSTRAINTS
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def main(options: Options) -> None:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    if options.norm not in NORMS[1:]:
-        raise SystemExit(f"gpt: unknown norm {options.norm!r}; choose {', '.join(NORMS[1:])}")
+    if options.norm not in CONSTRAINTS:
+        raise SystemExit(f"gpt: unknown norm {options.norm!r}; choose {', '.join(CONSTRAINTS)}")
     results = train(options)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(options).items() if name != "out"}

@@ -18,9 +18,9 @@ import tyro
 from lib import figures
 from lib.console import markdown
 from lib.files import write_atomically
-from lib.post import findings
 from lib.runs import Runs, per_layer, read_runs
-from lib.summaries import HEADER, differing_options, table_rows
+from lib.summaries import differing_options, header_of, table_rows
+from lib.tasks import task_of
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
@@ -50,7 +50,10 @@ def provenance_table(runs: Runs) -> tuple[list[str], list[list[str]]]:
 
 def html_report(title: str, runs: Runs, images: list[Path]) -> str:
     """The report as one HTML document that contains its images."""
-    items = "".join(f"<li>{escape(str(finding))}</li>\n" for finding in findings(runs))
+    task = task_of(runs)
+    question = f"<p>{escape(task.question)}</p>\n" if task.question else ""
+    items = "".join(f"<li>{escape(str(finding))}</li>\n" for finding in task.findings(runs))
+    findings = f"<h2>{escape(task.findings_title)}</h2>\n<ul>\n{items}</ul>\n" if items else ""
     figure_elements = ""
     for path in images:
         data = base64.b64encode(path.read_bytes()).decode()
@@ -60,13 +63,10 @@ def html_report(title: str, runs: Runs, images: list[Path]) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>Norm scaling: {escape(title)}</h1>
-<h2>Comparison</h2>
-<div class="wide">{html_table(HEADER, table_rows(runs))}</div>
+{question}<h2>Comparison</h2>
+<div class="wide">{html_table(header_of(runs), table_rows(runs))}</div>
 <p>{escape(differing_options(runs).strip())}</p>
-<h2>The post's findings</h2>
-<ul>
-{items}</ul>
-<h2>Figures</h2>
+{findings}<h2>Figures</h2>
 {figure_elements}
 <h2>Where the runs were made</h2>
 <div class="wide">{html_table(*provenance_table(runs))}</div>
@@ -84,7 +84,9 @@ def wandb_report(title: str, runs: Runs, project: str, entity: str = "") -> Any:
             "out: report.html needs neither it nor a login"
         ) from error
 
-    preset = next(iter(runs.values()))[0].config["preset"]
+    task, preset = task_of(runs), next(iter(runs.values()))[0].config["preset"]
+    items = list(map(str, task.findings(runs)))
+    findings = [wr.H1(task.findings_title), wr.UnorderedList(items=items)] if items else []
     runset = wr.Runset(
         entity=entity,
         project=project,
@@ -110,15 +112,12 @@ def wandb_report(title: str, runs: Runs, project: str, entity: str = "") -> Any:
         project=project,
         entity=entity,
         title=f"Norm scaling: {title}",
-        description="No scaling, Frobenius and spectral norm scaling, compared.",
+        description=task.question or "Training without scaling and under norm constraints, compared.",
         blocks=[
             wr.TableOfContents(),
             wr.H1("Comparison"),
-            wr.MarkdownBlock(markdown(HEADER, table_rows(runs)) + differing_options(runs)),
-            wr.H1("The post's findings"),
-            wr.UnorderedList(
-                items=list(map(str, findings(runs))) or ["The conditions that they compare are not all here."]
-            ),
+            wr.MarkdownBlock(markdown(header_of(runs), table_rows(runs)) + differing_options(runs)),
+            *findings,
             wr.H1("Accuracy and loss"),
             wr.PanelGrid(runsets=[runset], panels=curves),
             wr.H1("Spectral norms"),

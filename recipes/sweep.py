@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from compare import compare_all
+from lib.console import interruption_message
 from lib.post import POST_PRESETS
 from lib.presets import PRESETS, SPECTRAL_NORMS, Config, Norm, TargetSource
 from lib.runs import is_finished, run_name
@@ -176,8 +177,13 @@ def main(options: Options, train_options: list[str]) -> None:
     slots: Queue[int] = Queue()
     for slot in range(options.jobs):
         slots.put(slot)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        succeeded = list(pool.map(lambda task: train(task, options, train_options, slots), unfinished))
+    pool = ThreadPoolExecutor(options.jobs)
+    with interruption_message("sweep: interrupted; the same command goes on"):
+        try:
+            succeeded = list(pool.map(lambda task: train(task, options, train_options, slots), unfinished))
+        finally:
+            # The runs that have not begun. Ctrl-C has reached those that have.
+            pool.shutdown(cancel_futures=True)
     if options.task is None and any(task.is_finished(options) for task in tasks):
         print(compare_all(options.out), flush=True)
     if failed := [task.name for task, success in zip(unfinished, succeeded, strict=True) if not success]:

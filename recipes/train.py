@@ -1,6 +1,6 @@
-"""Train a model without norm scaling, with Frobenius and with spectral norm scaling, and compare the three.
+"""Train a model without norm scaling and under several norm constraints, one after another, and compare the runs.
 
-Example: torchrun --standalone --nproc-per-node=2 recipes/train.py digits
+Example: torchrun --standalone --nproc-per-node=2 recipes/train.py modular-addition
 """
 
 import json
@@ -16,17 +16,17 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from compare import compare
+from compare import compare, outcome
 from lib.checkpoint import CheckpointTimer, Progress, resume, save_checkpoint
 from lib.clock import Clock, attach_timed
-from lib.console import markdown
+from lib.console import interruption_message
 from lib.datasets import Data, Preprocessing, load_data, test_loader, train_loader
 from lib.distributed import Processes, broadcast_batch_norm, data_parallel, destroy_process_group, init_process_group
 from lib.models import CIFAR_RESNETS, build_model, init_and_scale, is_known_model
 from lib.presets import PRESETS, WITHOUT_EFFECT, Config, waits_for_device
 from lib.run_log import RunLog, WandbRun
 from lib.runs import is_finished, run_name
-from lib.summaries import HEADER
+from lib.summaries import header_of, table_rows
 from specscale import NormScaler
 
 
@@ -37,16 +37,17 @@ def main(config: Config) -> None:
     data = load_data(config, processes)
     if config.data_on_device:
         data = data.to(processes.device)
-    for norm in config.norms:
-        train(config, norm, data, processes)
-        processes.barrier()
+    with interruption_message("train: interrupted; the same command with --resume goes on", processes.is_main):
+        for norm in config.norms:
+            train(config, norm, data, processes)
+            processes.barrier()
     if processes.is_main and config.compare:
         folder = config.out / config.preset
-        rows = compare(folder)
+        runs = compare(folder)
         wandb_run = WandbRun(config, folder, "comparison")
-        wandb_run.log_comparison(folder, HEADER, rows)
+        wandb_run.log_comparison(folder, header_of(runs), table_rows(runs))
         wandb_run.finish()
-        print(f"\n{markdown(HEADER, rows)}\n{folder}/: comparison.md, results.json and the figures", flush=True)
+        print(f"\n{outcome(runs)}\n{folder}/: comparison.md, results.json and the figures", flush=True)
     destroy_process_group()
 
 
@@ -72,6 +73,12 @@ def find_problem(config: Config, world_size: int) -> str | None:
         return f"--checkpoint-minutes must be 0 (every epoch) or more, found {config.checkpoint_minutes}"
     if not is_known_model(config.model):
         return f"unknown model {config.model!r}; choose mlp, {', '.join(CIFAR_RESNETS)}, or one of timm.list_models()"
+    if (config.model == "pair-mlp") != (config.data == "modular-addition"):
+        return f"--model pair-mlp and --data modular-addition go together, found {config.model} with {config.data}"
+    if config.init == "model" and config.targets != Config.targets:
+        return f"--targets {config.targets} has no effect with --init model: targets are the norms of that init"
+    if config.steps_per_epoch is not None and config.steps_per_epoch < 1:
+        return f"--steps-per-epoch must be at least 1, found {config.steps_per_epoch}"
     if config.resume and config.overwrite:
         return "--resume and --overwrite exclude each other"
     if config.data == "cifar100" and not config.download and not (config.data_root / "cifar-100-python").is_dir():
@@ -118,7 +125,11 @@ def train(config: Config, norm: str, data: Data, processes: Processes) -> None:
     model.to(processes.device, memory_format=memory_format)
     is_cuda = processes.device.type == "cuda"
     # On a CPU the default: the fused kernel rounds otherwise.
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=is_cuda or None)
+    options = {"lr": config.lr, "fused": is_cuda or None}
+    if norm == "decay":
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, **options)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), **options)
     schedule = learning_rate_schedule(config, optimizer)
 
     costs = StepCosts(scaling, processes.device)

@@ -1,4 +1,5 @@
-"""Hold the Frobenius or spectral norm of every weight matrix of a PyTorch model on its target while it trains."""
+"""Hold the Frobenius norm of every weight matrix exactly; pull the largest singular value back after every step, or cap
+them all."""
 
 from specscale import schedules
 from specscale.apply import apply_norm_scaling, is_norm_scaled, remove_norm_scaling
@@ -14,6 +15,8 @@ from specscale.spectra import ModelNorms, WeightNorms, measure, singular_values,
 from specscale.state_dicts import plain_state_dict
 from specscale.targets import Relative
 from specscale.views import MatrixView
+
+__version__ = "0.6.0"
 
 __all__ = [
     "SVD",

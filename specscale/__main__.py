@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from specscale import __version__
 from specscale.errors import Refusal
 from specscale.files import ENDINGS, make_file_plain
 
@@ -29,6 +30,7 @@ TRUST = "load objects other than tensors and plain data too, which runs whatever
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m specscale", description="Commands for files of models.")
+    parser.add_argument("--version", action="version", version=f"specscale {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     plain = commands.add_parser("plain", help="make the state dicts in a checkpoint file plain", description=PLAIN)
     plain.add_argument("source", metavar="IN", type=Path, help=f"a file whose name ends in {', '.join(ENDINGS)}")

@@ -11,7 +11,7 @@ One iteration, for each matrix `A (M, N)`, `M >= N`, and its block `V (N, b)`, i
     combine         V <- [V', R'] X, Y <- [Y L, T] X
 
 The products with `A` are taken one matrix after another, the small problems of all matrices in one batch. Nothing here
-needs float64, a factorisation that would make the host wait, or a shape that depends on the data.
+needs float64, a factorization that would make the host wait, or a shape that depends on the data.
 `specscale.grouped` does the same on CUDA, kernel by kernel.
 """
 
@@ -316,7 +316,7 @@ def _iterate(blocks: list[_Iterate], is_cautious: bool) -> Tensor:
     bases = [torch.cat([block.V, block.residuals()], dim=-1) for block in blocks]
     squares = concat([block.squares for block in blocks])
     gram_s = concat([gram(basis) for basis in bases])
-    # A factorisation of what is not finite would raise.
+    # A factorization of what is not finite would raise.
     gram_s = torch.where(is_finite, gram_s, torch.eye(gram_s.shape[-1], dtype=gram_s.dtype, device=gram_s.device))
     squares = torch.where(is_finite, squares, 0)
     frame = orthogonalize(gram_s, squares)
@@ -563,7 +563,7 @@ def _solve_small(matrices: list[Matrices], width: int, keeps_subspace: bool) -> 
 def _orthonormal(X: Tensor) -> Tensor:
     """The columns of `X (k, w, b)` made orthonormal from the first to the last.
 
-    On an accelerator by Cholesky factors, twice: a factorisation by reflections is many small launches there.
+    On an accelerator by Cholesky factors, twice: a factorization by reflections is many small launches there.
     """
     # Through the module, so that a test can run an accelerator's step on a CPU.
     if linalg.can_sync(X):

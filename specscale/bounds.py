@@ -63,8 +63,8 @@ def lanczos_steps(side: int, tolerance: float, miss: float) -> int:
 def lanczos(matrices: Tensor, start: Tensor, num_steps: int) -> Tensor:
     """The largest `||W x||`, `(k,)`, over unit `x` in the Krylov space of `W^T W` from `start (k, n)`.
 
-    Golub-Kahan bidiagonalisation (Golub & Van Loan, "Matrix Computations", section 10.4). Both bases are
-    reorthogonalised twice, so that the theory holds under rounding. Once the Krylov space is exhausted, further vectors
+    Golub-Kahan bidiagonalization (Golub & Van Loan, "Matrix Computations", section 10.4). Both bases are
+    reorthogonalized twice, so that the theory holds under rounding. Once the Krylov space is exhausted, further vectors
     are zero.
     """
     # The scaled matrix has a norm of at least 1, by which `_outside` tells rounding from a vector.

@@ -226,10 +226,12 @@ class Cap(Constraint):
     convolutional layers", 2019). It lowers what is above the target and nothing else.
 
     Set: `||W|| <= t (1 + 1e-3)`, by estimates; with `exact`, `t (1 + 1e-5)`. Or as near as the weight's dtype allows.
+
     Cost: the solver's, which takes an iteration or two more than for `spectral`, and one pass over what changes, 8
     bytes for each entry in float32. With `exact`, at every step, for `(m, n)` with `n <= m`: `2 m n^2` operations for
     the Gram matrix and about `9 n^3` for its decomposition, both in float64; where something is above, as much again
     for the product. On an accelerator the host waits for the decomposition.
+
     Fails where a matrix jumps, within one step, to more than a hundred times its target: it comes down over several.
     """
 
@@ -295,7 +297,9 @@ class Normalize(Constraint):
 
     Set: `||W|| = t` within the solver's error, 1e-3 at most where `Block` has reported that it has converged;
     `||W|| <= t` likewise, where one-sided.
+
     Cost: that of measuring, see the solver, and one pass over the weight, 8 bytes for each of its entries in float32.
+
     Fails on a matrix of zeros, which has no direction and stays as it is.
     """
 
@@ -323,11 +327,13 @@ class Orthogonal(Constraint):
     Set: `W^T W = t^2 I`, or `W W^T` where that is the smaller: each singular value is within 1e-5 of `t`, relative,
     where the iteration has converged, or as near as the weight's dtype allows. The residual that is reported is an
     estimate of `||I - W^T W / t^2||` after the step.
+
     Cost: that of measuring the norm, and for `(m, n)` with `n <= m` two products of `2 m n^2` operations in each
     iteration, in float32 (float64 for a float64 weight), which read `W` twice and write it once: 12 bytes for each
     entry in float32. On a CPU the iteration ends where the matrix has converged: after 2 or 3 from singular values that
     are within 10 % of each other, after 5 or 6 from 0.1 of the first, after 12 from 1e-3. Elsewhere all
     `max_iterations` are taken.
+
     Fails on singular values below 1e-4 of the first: they do not reach `t` within one step. Later steps raise them
     further, and the residual shows how far they are. One of zero, of a matrix without full rank, stays zero. Below
     1e-7 of the first, a direction is rounding. A matrix of zeros stays as it is.

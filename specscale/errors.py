@@ -61,20 +61,23 @@ def one_of(choices: Iterable[str]) -> str:
     return f"{', '.join(head)} or {last}" if head else last
 
 
-def some_of(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str], most: int = 5) -> str:
     """The first names, and how many there are more."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{', '.join(map(repr, names[:5]))}{more}"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(map(repr, names[:most]))}{more}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The names most like `name`, best first, or the first few where none is similar."""
-    names = [n for n in names if n]
+    """Says which names are most like `name`, best first, or what the outermost are where none is similar."""
+    # The modules that hold parametrizations are no layers of the user's.
+    names = [n for n in names if n and "parametrizations" not in n.split(".")]
     if (module := name.rpartition(".")[0]) in names:
         # It is a parameter's name, where a module's is asked for.
-        return repr(module)
-    similar = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
-    return ", ".join(repr(n) for n in similar) or "none"
+        return f"the nearest name is {module!r}"
+    if similar := difflib.get_close_matches(name, names, n=3, cutoff=0.5):
+        return f"the nearest names are {', '.join(map(repr, similar))}"
+    outermost = [n for n in names if "." not in n] or names
+    return f"no name is similar to it; the outermost are {some_of(outermost, most=12) or 'none'}"
 
 
 def positive(option: str, number: Any, where: str = "") -> float:

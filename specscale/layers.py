@@ -21,11 +21,17 @@ Views = Mapping[str, MatrixView]
 class LayerRule:
     """The weights of one kind of layer: tensors by name, each with the matrices it is read as.
 
-    >>> LayerRule(Dense, {"kernel": MatrixView("i o")})               # every layer of a type
-    >>> LayerRule(lambda name, module: name == "router", {"weight": MatrixView("o i")})      # or by a predicate
-    >>> LayerRule(Experts, lambda experts: {"w": MatrixView("k i o", len(experts.w))})       # as the layer has it
-    >>> LayerRule(Attention, {"qkv.weight": MatrixView("(k o) i", 3)})  # of the layer `qkv` in every layer of a type
-    >>> LayerRule(Router, {})                                         # no weight: such layers are not scaled
+    Examples:
+        Every layer of a type, those that a predicate finds, and views that are made from the layer:
+
+        >>> LayerRule(Dense, {"kernel": MatrixView("i o")})
+        >>> LayerRule(lambda name, module: name == "router", {"w": MatrixView("o i")})
+        >>> LayerRule(Experts, lambda layer: {"w": MatrixView("k i o", len(layer.w))})
+
+        The layer `qkv` in every layer of a type, and layers that are not scaled:
+
+        >>> LayerRule(Attention, {"qkv.weight": MatrixView("(k o) i", 3)})
+        >>> LayerRule(Router, {})
 
     Raises:
         TypeError: `layer` or `weights` has a wrong type.

@@ -4,7 +4,7 @@ Nothing here makes the host wait for an accelerator.
 
 Precision is the functions' own, and nothing global is written. `no_grad_full_precision` leaves autocast, and float32
 factors are multiplied by `product` alone, which is as accurate under `torch.set_float32_matmul_precision("medium")` and
-its like as without. Products of float64, factorisations, sums and elementwise operations heed no such switch.
+its like as without. Products of float64, factorizations, sums and elementwise operations heed no such switch.
 """
 
 import functools
@@ -213,7 +213,7 @@ def scaled_to_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """The matrices `(..., m, n)` divided by their largest entry, and that entry `(...)`.
 
     The division keeps squares from over- and underflowing. A matrix that is not finite becomes zero, since a
-    factorisation of it would raise; its scale stays NaN or infinite.
+    factorization of it would raise; its scale stays NaN or infinite.
     """
     scale = matrices.abs().amax(dim=(-2, -1)) if matrices.numel() else matrices.new_zeros(matrices.shape[:-2])
     finite = torch.isfinite(scale) & (scale > 0)

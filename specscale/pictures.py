@@ -10,7 +10,7 @@ from specscale.errors import Refusal
 from specscale.inspection import Found
 from specscale.spectra import WeightNorms
 
-COLOURS = ("#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04", "#444444")
+COLORS = ("#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04", "#444444")
 MARKERS = "ox+"
 MOST_LABELS = 80
 """More layers than this are not all named below the axis."""
@@ -56,8 +56,8 @@ def figure_of(found: Sequence[Found]) -> Any:
         for number, each in enumerate(found):
             points = [(place[one.name], getattr(one, key)) for one in each.norms.weights]
             style = f"{MARKERS[number % len(MARKERS)]}-"
-            colour = COLOURS[number % len(COLOURS)]
-            (dots,) = _plot(axis, points, style, color=colour, markersize=4, linewidth=0.6, alpha=0.8)
+            color = COLORS[number % len(COLORS)]
+            (dots,) = _plot(axis, points, style, color=color, markersize=4, linewidth=0.6, alpha=0.8)
             labels.setdefault(each.title, dots)
         if targets := [(place[one.name], one.target or 0) for one in weights if _norm_of(one) == key]:
             (ticks,) = _plot(axis, targets, "_", color="black", markersize=12, markeredgewidth=1.4)

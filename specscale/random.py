@@ -1,4 +1,4 @@
-"""The solvers' random numbers, as a function of a key: no generator to seed, store or synchronise between ranks.
+"""The solvers' random numbers, as a function of a key: no generator to seed, store or synchronize between ranks.
 
 Each number is a hash of (key, position): the idea of the counter-based generators of Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3" (2011).

@@ -28,10 +28,11 @@ from specscale.weights import (
 class NormScaler:
     """The handle that `apply_norm_scaling` returns; all that a checkpoint needs is on the model.
 
-    >>> scaling = apply_norm_scaling(model, "spectral", init="orthogonal")
-    >>> scaling.attach(optimizer)     # every optimizer.step() now ends on the targets
-    >>> print(scaling)                # layer, shape, target, norm, excess, drift
-    >>> scaling.remove()              # a plain model again
+    Examples:
+        >>> scaling = apply_norm_scaling(model, "spectral", init="orthogonal")
+        >>> scaling.attach(optimizer)  # every optimizer.step() now ends on the targets
+        >>> print(scaling)  # layer, shape, target, norm, excess, drift
+        >>> scaling.remove()  # a plain model again
     """
 
     def __init__(self, model: nn.Module, weights: list[Weight], rule: Rule | None = None) -> None:
@@ -77,7 +78,8 @@ class NormScaler:
     def unscaled(self) -> dict[str, nn.Parameter]:
         """The model's parameters that are under no scaling, by name: norm layers, biases, and what was left out.
 
-        >>> {name: tuple(one.shape) for name, one in scaling.unscaled.items() if one.ndim > 1}
+        Examples:
+            >>> {name: one.shape for name, one in scaling.unscaled.items() if one.ndim > 1}
         """
         self._held.current()
         scaled = {id(weight.parameter) for weight in scaled_weights(self._model)}
@@ -193,8 +195,9 @@ class NormScaler:
         An average of weights (EMA, SWA) is not on the targets, and averaged singular vectors are not singular vectors.
         Frozen weights are scaled too. It is no step of a schedule: the targets are those that are in force.
 
-        >>> ema = torch.optim.swa_utils.AveragedModel(model)
-        >>> scaling.project(ema)
+        Examples:
+            >>> ema = torch.optim.swa_utils.AveragedModel(model)
+            >>> scaling.project(ema)
 
         Args:
             model: a copy of the scaled model, or a module that holds one; None means the handle's own model.

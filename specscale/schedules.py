@@ -5,8 +5,10 @@ After `n` scaling steps of a weight, its target is the factor at `n` times its b
 positive `float`. The classes here are such functions, and are also computed where the weights are, so that a step can
 be compiled, and captured in a CUDA graph.
 
->>> apply_norm_scaling(model, schedule=schedules.Cosine(final=0.1, steps=1000))
->>> apply_norm_scaling(model, schedule={"*.mlp": lambda step: 0.999**step, "*": schedules.Constant()})
+Examples:
+    >>> apply_norm_scaling(model, schedule=schedules.Cosine(final=0.1, steps=1000))
+    >>> by_pattern = {"*.mlp": lambda step: 0.999**step, "*": schedules.Constant()}
+    >>> apply_norm_scaling(model, schedule=by_pattern)
 """
 
 import math

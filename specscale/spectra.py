@@ -73,8 +73,9 @@ def measure(
 ) -> ModelNorms:
     """Spectral norm, Frobenius norm and stable rank of every weight of a model, scaled or plain, frozen or not.
 
-    >>> print(specscale.measure(model))      # layer, matrices, shape, spectral, Frobenius, stable rank
-    >>> specscale.measure(model).as_dict()["layer1.0.conv1"]["spectral"]
+    Examples:
+        >>> print(specscale.measure(model))
+        >>> specscale.measure(model).as_dict()["layer1.0.conv1"]["spectral"]
 
     A scaled weight has its target beside it, and is read as the matrices that are scaled; `rules` come before that. One
     whose rows or columns are scaled is read as whole matrices, beside the largest target of a row or column. The

@@ -214,8 +214,9 @@ def solve_what_was_missing(module: nn.Module, _: Any) -> None:
 def plain_state_dict(model_or_state_dict: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
     """The state dict of the plain model, names, order and content, from the scaled model or from its state dict.
 
-    >>> saved = torch.load("checkpoint.pt")["state_dict_ema"]
-    >>> plain.load_state_dict(plain_state_dict(saved))
+    Examples:
+        >>> saved = torch.load("checkpoint.pt")["state_dict_ema"]
+        >>> plain.load_state_dict(plain_state_dict(saved))
 
     A state dict needs no model, and its names may have a prefix, such as `module.`. It is not changed, and the tensors
     are not copied. A weight comes first in its layer, since its plain place is not in the state dict, but for layers of

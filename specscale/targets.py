@@ -26,7 +26,9 @@ Targets = Target | Mapping[Any, Target]
 class Relative:
     """A target relative to the norm that each matrix has, whatever the norm: `target=Relative(0.5)` is half of it.
 
-    >>> apply_norm_scaling(gpt, target={"*.attn": "initial", "*.mlp": Relative(0.5)}, exclude="head")
+    Examples:
+        >>> targets = {"*.attn": "initial", "*.mlp": Relative(0.5)}
+        >>> apply_norm_scaling(gpt, target=targets, exclude="head")
 
     It is a target function like a caller's own: `lambda name, module, norms: 0.5 * norms`.
 

@@ -75,13 +75,17 @@ class MatrixView:
     `k2`, ... or `o1`, `o2`, ..., the outermost first. `lengths` gives those that the tensor's shape and `count` leave
     open.
 
-    >>> MatrixView("o i")                      # a linear layer: one matrix (o, i)
-    >>> MatrixView("(k o) i", count=3)         # a fused qkv: three matrices
-    >>> MatrixView("(k o) i h w", count=2)     # a convolution in two groups: two matrices (o, i h w)
-    >>> MatrixView("i o h w")                  # a transposed convolution: outputs are the second axis
-    >>> MatrixView("k i o", count=8)           # eight experts, stacked and transposed
-    >>> MatrixView("(o1 k o2) i", count=3, lengths={"o1": 12})      # a fused qkv, each of twelve heads its q, k and v
-    >>> MatrixView("(k o) i", count=512)       # a linear layer of 512 outputs, each row a matrix: as "rows" has them
+    Examples:
+        >>> MatrixView("o i")  # a linear layer: one matrix (o, i)
+        >>> MatrixView("(k o) i", count=3)  # a fused qkv: three matrices
+        >>> MatrixView("(k o) i h w", count=2)  # a convolution in two groups
+        >>> MatrixView("i o h w")  # a transposed convolution: outputs are second
+        >>> MatrixView("k i o", count=8)  # eight experts, stacked and transposed
+        >>> MatrixView("(k o) i", count=512)  # each of 512 rows a matrix
+
+        A fused qkv in which each of twelve heads has its q, k and v:
+
+        >>> MatrixView("(o1 k o2) i", count=3, lengths={"o1": 12})
 
     Raises:
         TypeError: `axes` is no string, `count` no integer, or `lengths` no mapping from names to integers.

@@ -306,9 +306,7 @@ def _predicates(
                         f"{option} pattern {pattern!r} matches no weight that this norm scales, but the embedding "
                         f"{name!r}: embeddings are scaled by 'rows' and 'columns' alone, and by a LayerRule"
                     )
-            raise Refusal(
-                f"{option} pattern {pattern!r} matches no module; the nearest names are {nearest(pattern, names)}"
-            )
+            raise Refusal(f"{option} pattern {pattern!r} matches no module; {nearest(pattern, names)}")
     return [functools.partial(_matches, pattern) for pattern in patterns]
 
 
@@ -359,10 +357,7 @@ def by_pattern(option: str, setting: Any, weights: list[Weight], model: nn.Modul
                     "first match wins; put it in front of them"
                 )
             names = dict.fromkeys(name for weight in weights for name in _with_parents(weight.layer))
-            raise Refusal(
-                f"{option} pattern {shown} matches no selected weight; the nearest names are "
-                f"{nearest(str(pattern), names)}"
-            )
+            raise Refusal(f"{option} pattern {shown} matches no selected weight; {nearest(str(pattern), names)}")
         left = [weight for weight in left if weight not in own]
         parts.append((value, own))
     if left:
@@ -452,7 +447,7 @@ def refuse_unwritable(weights: Iterable[Weight]) -> None:
             sources = ", ".join(map(repr, weight.sources))
             raise Refusal(
                 f"{weight.tensor!r} of {weight.name!r} is computed from {sources}, "
-                "as by pruning, weight normalisation or a parametrization; remove that first, or exclude the layer"
+                "as by pruning, weight normalization or a parametrization; remove that first, or exclude the layer"
             )
 
 

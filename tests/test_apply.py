@@ -194,12 +194,20 @@ def test_a_pattern_takes_everything_below_the_modules_that_it_matches():
         ({"target": lambda n, m: 0.0}, ValueError, "target must be finite and positive for '0', found 0.0"),
         ({"gain": lambda n, m: "a", "init": "orthogonal"}, TypeError, "gain must be a number for '0', found str"),
         ({"target": "features"}, ValueError, '"features" needs example_input'),
-        ({"include": "layer*"}, ValueError, "include pattern 'layer.' matches no module; the nearest names are '0'"),
+        (
+            {"include": "layer*"},
+            ValueError,
+            "include pattern 'layer.' matches no module; no name is similar to it; the outermost are '0'",
+        ),
         ({"exclude": "*"}, ValueError, "no weight of Sequential is selected; it has 2"),
         ({"exclude": 3}, TypeError, "exclude takes shell patterns on module names, types of layers.*, found int"),
         ({"exclude": [nn.ReLU()]}, TypeError, "exclude takes shell patterns on module names, types.*, found ReLU"),
-        ({"exclude": "2.weight"}, ValueError, "'2.weight' matches no module; the nearest names are '2'$"),
-        ({"include": "1"}, ValueError, "include pattern '1' matches no module; the nearest names are '0', '2'"),
+        ({"exclude": "2.weight"}, ValueError, "'2.weight' matches no module; the nearest name is '2'$"),
+        (
+            {"include": "1"},
+            ValueError,
+            "include pattern '1' matches no module; no name is similar to it; the outermost are '0', '2'",
+        ),
     ],
 )
 def test_bad_input_is_refused_and_the_model_untouched(options, error, text):

@@ -1,47 +1,108 @@
-"""What the README and the docs say: every block of Python runs, and every test that is named is there."""
+"""What the README and the docs say: every block of Python runs, every test and public name that is named is there."""
 
 import ast
+import inspect
 import json
 import re
+import socket
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 
 import gan
 import gpt
+import specscale
 from compare import comparison
 from lib.post import published_table
 from lib.runs import Run, group_by_condition
 from specscale.constraints import CONSTRAINTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))) if "```python\n" in page.read_text()]
+DOCS = sorted({*ROOT.glob("docs/**/*.md")} - {*ROOT.glob("docs/results/*.md")})
+PAGES = [page for page in (ROOT / "README.md", *DOCS) if "```python" in page.read_text()]
+REFERENCE = sorted(ROOT.glob("docs/reference*.md"))
+MAX_LINES = 100
+"""The length of a page, in lines of at most 120 characters: about two screens."""
+CODE_WIDTH = 76
+"""Characters of a line of code that fit beside the navigation and the table of contents."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def blocks_of(text, language=r"\w+"):
+    return re.findall(rf"^```{language}(?: [^\n]*)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_blocks_run(page, tmp_path, monkeypatch):
     """A page's blocks one after another."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    text = page.read_text()
+    if "init_process_group" in text:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        process = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in process.items():
+            monkeypatch.setenv(name, str(value))
     names = {}
     # A page may add a constraint.
     with mock.patch.dict(CONSTRAINTS):
-        for block in page.read_text().split("```python\n")[1:]:
-            exec(block.split("```")[0], names)
+        for block in blocks_of(text, "python"):
+            exec(block, names)
 
 
-def test_each_cell_of_the_support_matrix_is_a_test_for_that_norm():
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_a_page_is_short_and_its_code_fits_its_box(page):
+    text = page.read_text()
+    assert len(text.splitlines()) <= MAX_LINES
+    for block in blocks_of(text):
+        assert max(map(len, block.splitlines())) <= CODE_WIDTH, block
+
+
+def public_names():
+    """Every public name of the package, and every method and property of its handle and of its schedules."""
+    for name in specscale.__all__:
+        yield name, rf"\b{name}\b"
+    for name, _ in inspect.getmembers(specscale.NormScaler):
+        if not name.startswith("_"):
+            yield f"NormScaler.{name}", rf"\.{name}\b"
+    for name in ("Constant", "Linear", "Cosine"):
+        yield f"schedules.{name}", rf"schedules\.{name}\("
+
+
+@pytest.mark.parametrize(("name", "use"), list(public_names()))
+def test_every_public_name_has_an_example_in_the_reference(name, use):
+    """The block behind the name's own entry uses it."""
+    entries = [entry for page in REFERENCE for entry in re.split(r"^::: specscale\.", page.read_text(), flags=re.M)[1:]]
+    (own,) = [entry for entry in entries if entry.split("\n")[0] == name]
+    examples = "".join(blocks_of(own, "python"))
+    assert re.search(use, examples)
+
+
+def test_the_site_asks_no_other_site_for_anything():
+    text = (ROOT / "mkdocs.yml").read_text()
+    config = yaml.safe_load(text)
+    assert config["theme"]["font"] is False
+    assert "http" not in text
+    for page in DOCS:
+        assert not re.search(r"!\[[^]]*\]\(http|<(script|img|link|iframe)\b", page.read_text()), page
+    for asset in (ROOT / "docs" / "assets").iterdir():
+        assert not re.search(r"https?:|//[a-z]+\.[a-z]|@import", asset.read_text()), asset
+
+
+def test_each_line_of_the_support_matrix_names_a_test_of_both_norms():
     tests = {
         node.name
         for path in ROOT.glob("tests/test_*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and "norm" in {argument.arg for argument in node.args.args}
     }
-    rows = re.findall(r"`(\w+) and frobenius` \| `(\w+) and spectral` \|", (ROOT / "README.md").read_text())
-    assert rows
-    for frobenius, spectral in rows:
-        assert frobenius == spectral
-        assert frobenius in tests
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \|$", (ROOT / "docs" / "support.md").read_text(), flags=re.M)
+    assert len(rows) >= 30
+    for test in rows:
+        assert test in tests
 
 
 @pytest.mark.parametrize("preset", ["mlp-5x2000", "mlp-5x256", "resnet18-quarter"])

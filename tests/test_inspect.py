@@ -18,7 +18,7 @@ from specscale.__main__ import main
 from specscale.inspection import inspect
 from specscale.pictures import figure_of
 
-ERRORS = " ".join((Path(__file__).parent.parent / "docs" / "errors.md").read_text().split())
+ERRORS = " ".join((Path(__file__).parent.parent / "docs" / "errors_files.md").read_text().split())
 
 
 class Net(nn.Module):

@@ -58,9 +58,9 @@ def test_stacked_matrices_are_initialised_and_held_one_by_one():
     ("rules", "error", "text"),
     [
         (
-            [LayerRule(Dense, {"kernal": MatrixView("i o")})],
+            [LayerRule(Dense, {"kernal": MatrixView("i o")})],  # codespell:ignore
             ValueError,
-            "names 'kernal', which '0' .*; its .* 'kernel'",
+            "names 'kernal', which '0' .*; its .* 'kernel'",  # codespell:ignore
         ),
         (
             [LayerRule(Dense, {"kernel": MatrixView("k i o")})],

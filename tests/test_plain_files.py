@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from specscale import apply_norm_scaling
 from specscale.__main__ import main
 
-ERRORS = " ".join((Path(__file__).parent.parent / "docs" / "errors.md").read_text().split())
+ERRORS = " ".join((Path(__file__).parent.parent / "docs" / "errors_files.md").read_text().split())
 
 
 class Net(nn.Module):

@@ -12,15 +12,16 @@ from test_recipe import ROOT
 from test_recipe import run as run_command
 
 from compare import compare_all
+from lib.columns import statistics_of
 from lib.post import findings, published_table
 from lib.presets import digits
 from lib.runs import Run, group_by_condition, read_runs
-from lib.summaries import HEADER, record, statistics_of, table_rows
+from lib.summaries import header_of, record, table_rows
 from report import main as report
 from train import main as train
 
 
-def run(norm, targets="described", seed=0, norms=(1.0, 3.0), gap=0.5, epochs=4, step=10.0):
+def run(norm, targets="described", seed=0, norms=(1.0, 3.0), gap=0.5, epochs=4, step=10.0, data="cifar100"):
     lines = [
         {
             "epoch": epoch,
@@ -34,7 +35,8 @@ def run(norm, targets="described", seed=0, norms=(1.0, 3.0), gap=0.5, epochs=4, 
         for epoch in range(1, epochs + 1)
     ]
     summary = {"time/step_ms": step, "targets": {}, "provenance": {"commit": "abc"}}
-    return Run({"norm": norm, "targets": targets, "seed": seed, "preset": "mlp-5x2000"}, lines, [], summary)
+    config = {"norm": norm, "targets": targets, "seed": seed, "preset": "mlp-5x2000", "data": data}
+    return Run(config | {"steps_per_epoch": 50}, lines, [], summary)
 
 
 def test_statistics_are_those_of_the_post():
@@ -50,7 +52,7 @@ def test_statistics_are_those_of_the_post():
 def test_the_table_averages_seeds_and_measures_time_against_no_scaling():
     runs = group_by_condition([run("spectral", seed=1, step=30.0), run("spectral", step=10.0), run("none")])
     assert list(runs) == ["none", "spectral"]
-    table = {row[0]: dict(zip(HEADER, row, strict=True)) for row in table_rows(runs)}
+    table = {row[0]: dict(zip(header_of(runs), row, strict=True)) for row in table_rows(runs)}
     assert table["spectral"]["ms / step"] == "20.00 ± 14.14"
     assert table["spectral"]["ratio to none"] == "2.000"
     assert table["none"]["test accuracy %"] == "35.00"

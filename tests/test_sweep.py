@@ -11,7 +11,7 @@ import pytest
 
 from lib.presets import NORMS
 from lib.runs import read_runs
-from lib.summaries import HEADER, table_rows
+from lib.summaries import header_of, table_rows
 from sweep import Options, Task, failure_reason, find_problem, grid, train, visible_devices
 
 SWEEP = str(Path(__file__).parent.parent / "recipes" / "sweep.py")
@@ -36,7 +36,7 @@ def test_the_post_in_twenty_runs():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (Options(presets=("resnet",)), "unknown preset 'resnet'; choose digits, mlp-5x2000"),
+        (Options(presets=("resnet",)), "unknown preset 'resnet'; choose modular-addition, digits, mlp-5x2000"),
         (Options(jobs=0), "--jobs and --processes must be at least 1, found 0 and 1"),
         (Options(task=20), "--task must be from 0 to 19, found 20"),
     ],
@@ -158,7 +158,7 @@ def test_all_norms_are_compared_in_one_table(tmp_path):
     code, output = sweep(tmp_path, *grid_options, "--", "--epochs", "2", "--wandb", "disabled", "--spectra")
     assert code == 0, output
     runs = read_runs(tmp_path / "runs" / "digits")
-    rows = {row[0]: dict(zip(HEADER, row, strict=True)) for row in table_rows(runs)}
+    rows = {row[0]: dict(zip(header_of(runs), row, strict=True)) for row in table_rows(runs)}
     assert list(rows) == list(NORMS)
     worst = {name: row["worst norm / target"] for name, row in rows.items()}
     assert worst.pop("none") == "-"

@@ -23,7 +23,7 @@ FACTORING = {"linalg_cholesky_ex", "linalg_solve_triangular"}
 
 
 class Refuse(TorchDispatchMode):
-    """Raises where the host would wait for the device, or something large would be factorised."""
+    """Raises where the host would wait for the device, or something large would be factorized."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__

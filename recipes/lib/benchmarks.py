@@ -203,12 +203,12 @@ def draw_errors(axis: Any, table: list[dict[str, Any]]) -> None:
         x, mean, largest = row["reads of W"], row["mean error"], row["max error"]
         if x is None:
             # Without a number of reads: a horizontal line.
-            axis.axhline(largest, ls=":", color="grey")
+            axis.axhline(largest, ls=":", color="gray")
             axis.annotate(f"{row['solver']}, max", (95, largest), fontsize="small", va="bottom", ha="right")
         else:
             axis.plot([x, x], [mean, largest], "-", color="#1b7fbd")
             axis.plot([x], [mean], "o", color="#1b7fbd")
-            # Names alternate between the two ends: neighbours have similar errors, and would overlap.
+            # Names alternate between the two ends: neighbors have similar errors, and would overlap.
             at, side = (largest, "bottom") if index % 2 == 0 else (mean, "top")
             axis.annotate(row["solver"], (x, at), (7, 0), textcoords="offset points", fontsize="small", va=side)
 
@@ -218,7 +218,7 @@ def draw_times(axis: Any, table: list[dict[str, Any]]) -> None:
     axis.barh([row["condition"] for row in table], [row["ratio to none"] for row in table], color="#1b7fbd")
     for row in table:
         axis.annotate(f" {row['ratio to none']:.3f}", (row["ratio to none"], row["condition"]), va="center")
-    axis.axvline(1, color="grey", lw=1)
+    axis.axvline(1, color="gray", lw=1)
     axis.set(xlabel="time of a step, ratio to none", xscale="log")
 
 

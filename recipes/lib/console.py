@@ -1,8 +1,9 @@
-"""What the commands print: progress, and tables in Markdown."""
+"""What the commands print: progress, tables in Markdown, and how to go on after an interruption."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -36,3 +37,15 @@ def progress(total: int, label: str, done: int = 0) -> Iterator[int]:
         if time.monotonic() - printed > 30:
             printed = time.monotonic()
             print(f"{label}: {count} of {total}", flush=True)
+
+
+@contextmanager
+def interruption_message(message: str, is_main: bool = True) -> Iterator[None]:
+    """End the program at Ctrl-C with one line in place of a traceback, printed by the main process."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_main:
+            print(f"\n{message}", file=sys.stderr, flush=True)
+        # The status of a program that was ended by SIGINT.
+        raise SystemExit(130) from None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lib.distributed import Processes
+from lib.modular_addition import MODULUS, pairs
 from lib.presets import Config
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -18,17 +19,20 @@ PADDING = 4
 
 @dataclass
 class Data:
-    """Training and test split: each holds uint8 images `(N, C, H, W)`, labels `(N,)` and indices `(N,)`."""
+    """Training and test split: each holds inputs, labels `(N,)` and indices `(N,)`.
+
+    Inputs are uint8 images `(N, C, H, W)`, normalized by mean and standard deviation, or numbers `(N, 2)` as they are.
+    """
 
     train: TensorDataset
     test: TensorDataset
     num_classes: int
-    mean: Tensor
-    std: Tensor
-    augment: bool
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    augment: bool = False
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, ...]:
         return tuple(self.train.tensors[0].shape[1:])
 
     def to(self, device: torch.device) -> "Data":
@@ -42,7 +46,7 @@ def load_data(config: Config, processes: Processes) -> Data:
     if config.data == "cifar100" and config.download and processes.is_main:
         _cifar100(config)
     processes.barrier()
-    data = _digits() if config.data == "digits" else _cifar100(config)
+    data = {"digits": _digits, "cifar100": _cifar100, "modular-addition": _modular_addition}[config.data](config)
     data.train = _limit(data.train, config.limit_train)
     data.test = _limit(data.test, config.limit_test)
     return data
@@ -55,7 +59,11 @@ def _limit(dataset: TensorDataset, limit: int | None) -> TensorDataset:
     return TensorDataset(images[:limit], labels[:limit], index)
 
 
-def _digits() -> Data:
+def _modular_addition(config: Config) -> Data:
+    return Data(*(TensorDataset(*split) for split in pairs(config.seed)), MODULUS)
+
+
+def _digits(config: Config) -> Data:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -64,9 +72,7 @@ def _digits() -> Data:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     train, test = order[:1437], order[1437:]
     half = torch.full((1, 1, 1), 0.5)
-    return Data(
-        TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test]), 10, half, half, False
-    )
+    return Data(TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test]), 10, half, half)
 
 
 def _cifar100(config: Config) -> Data:
@@ -90,9 +96,11 @@ class Loader(Sized, Protocol):
 def train_loader(data: Data, config: Config, rank: int, world_size: int, epoch: int) -> Loader:
     """This rank's shard of every training batch; the shards add up to the same batches for any world size."""
     count = len(data.train)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed + epoch))
+    length = config.steps_per_epoch * config.batch_size if config.steps_per_epoch else count
+    generator = torch.Generator().manual_seed(config.seed + epoch)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-length // count))])[:length]
     # The first images once more, until the ranks' shares are equal.
-    order = order[torch.arange(count + -count % world_size) % count]
+    order = order[torch.arange(length + -length % world_size) % length]
     return _loader(data.train, order[rank::world_size], config.batch_size // world_size, config)
 
 
@@ -135,14 +143,18 @@ class Preprocessing:
 
     def __init__(self, data: Data, device: torch.device, memory_format: torch.memory_format) -> None:
         self.data, self.memory_format = data, memory_format
-        self.mean, self.std = data.mean.to(device), data.std.to(device)
+        self.device = device
+        if data.mean is not None and data.std is not None:
+            self.mean, self.std = data.mean.to(device), data.std.to(device)
 
     def draw_augmentation(self, seed: int, epoch: int) -> None:
-        """Draw the crop and flip of every training image for an epoch."""
+        """Draw the crop and flip of every training image for an epoch, if the data set asks for it."""
+        if not self.data.augment:
+            return
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         count = len(self.data.train)
-        self.offsets = torch.randint(0, 2 * PADDING + 1, (count, 2), generator=generator).to(self.mean.device)
-        self.flips = (torch.rand(count, generator=generator) < 0.5).to(self.mean.device)
+        self.offsets = torch.randint(0, 2 * PADDING + 1, (count, 2), generator=generator).to(self.device)
+        self.flips = (torch.rand(count, generator=generator) < 0.5).to(self.device)
 
     def train(self, images: Tensor, index: Tensor) -> Tensor:
         """Training images, augmented if the data set asks for it, and normalized."""
@@ -151,7 +163,9 @@ class Preprocessing:
         return self.test(images)
 
     def test(self, images: Tensor) -> Tensor:
-        """Test images, normalized."""
+        """Test images, normalized; numbers as they are."""
+        if self.data.mean is None:
+            return images
         return ((images.float() / 255 - self.mean) / self.std).contiguous(memory_format=self.memory_format)
 
 

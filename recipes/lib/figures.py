@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 # A new norm or target source takes the next style, from the first one again when they run out.
 FIRST = ("none", "frobenius", "spectral", "clipped")
 PALETTE = ("#444444", "#1b7fbd", "#d1495b", "#3a8f5c", "#8e6bb0", "#d98e04", "#00a5a5", "#e377c2", "#8c564b", "#9db100")
-COLOURS = dict(zip(dict.fromkeys((*FIRST, *NORMS)), cycle(PALETTE)))
+COLORS = dict(zip(dict.fromkeys((*FIRST, *NORMS)), cycle(PALETTE)))
 LINE_STYLES = dict(zip(TARGET_SOURCES, cycle(("-", "--", ":", "-."))))
 
 
@@ -45,12 +45,16 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _style(run: Run) -> dict[str, Any]:
-    return {"color": COLOURS[run.config["norm"]], "linestyle": LINE_STYLES[run.config["targets"]]}
+    return {"color": COLORS[run.config["norm"]], "linestyle": LINE_STYLES[run.config["targets"]]}
 
 
-def _set_epoch_axis(axis: Axes, title: str) -> None:
-    axis.set(title=title, xlabel="epoch")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def _set_epoch_axis(axis: Axes, title: str, run: Run) -> None:
+    """Label an axis of epochs; where the epochs of the run are numbers of steps, with the steps."""
+    steps = run.config.get("steps_per_epoch")
+    axis.set(title=title, xlabel="step" if steps else "epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
+    if steps:
+        axis.xaxis.set_major_formatter(lambda epoch, _: f"{epoch * steps:g}")
 
 
 def _by_epoch(run: Run, key: str) -> tuple[list[int], list[float]]:
@@ -68,7 +72,7 @@ def _marker(num_points: int) -> str:
 
 
 def shade(position: int, count: int) -> Any:
-    """A colour, darker for earlier positions."""
+    """A color, darker for earlier positions."""
     return plt.cm.viridis(0.9 * position / max(count - 1, 1))
 
 
@@ -90,7 +94,7 @@ def _train_beside_test(runs: Runs, key: str, path: Path) -> None:
             for number, run in enumerate(seeds):
                 style = _style(run) | {"marker": _marker(len(run.epochs)), "ms": 4}
                 axis.plot(*_by_epoch(run, f"{split}/{key}"), label=None if number else name, **style)
-        _set_epoch_axis(axis, split)
+        _set_epoch_axis(axis, split, run)
     axes[0][0].set_ylabel(_axis_label(key))
     axes[0][1].legend(frameon=False)
     save(figure, path)
@@ -106,7 +110,7 @@ def model_family(presets: dict[str, Runs], path: Path) -> None:
                 for name, seeds in runs.items():
                     style = _style(seeds[0]) | {"linewidth": widths[preset]}
                     axis.plot(*_by_epoch(seeds[0], f"{split}/{key}"), label=f"{preset}, {name}", **style)
-            _set_epoch_axis(axis, f"{split} {key}")
+            _set_epoch_axis(axis, f"{split} {key}", seeds[0])
             axis.set_ylabel(_axis_label(key))
     axes[1][1].legend(frameon=False, fontsize="small")
     save(figure, path)
@@ -117,11 +121,11 @@ def curves(runs: Runs, path: Path) -> None:
     figure, axes = grid(len(runs), 2, (5, 3.2), sharex=True, sharey="col")
     for row, (name, seeds) in zip(axes, runs.items(), strict=True):
         for axis, key in zip(row, ("accuracy", "loss"), strict=True):
-            for split, colour in (("train", "#1b7fbd"), ("test", "#d1495b")):
+            for split, color in (("train", "#1b7fbd"), ("test", "#d1495b")):
                 points = _by_epoch(seeds[0], f"{split}/{key}")
-                axis.plot(*points, color=colour, label=split, marker=_marker(len(seeds[0].epochs)))
+                axis.plot(*points, color=color, label=split, marker=_marker(len(seeds[0].epochs)))
             axis.set_ylabel(_axis_label(key))
-            _set_epoch_axis(axis, name)
+            _set_epoch_axis(axis, name, seeds[0])
     for axis in axes[:-1].flat:
         axis.set_xlabel("")
     axes[0][0].legend(frameon=False)
@@ -146,11 +150,11 @@ def _layers_by_epoch(
     for axis, (name, points) in zip(axes.flat, panels.items(), strict=False):
         names = list(points[0][1])
         for depth, layer in enumerate(names):
-            colour = shade(depth, len(names))
+            color = shade(depth, len(names))
             marker = _marker(len(points))
-            axis.plot([e for e, _ in points], [v[layer] for _, v in points], color=colour, marker=marker, ms=4)
+            axis.plot([e for e, _ in points], [v[layer] for _, v in points], color=color, marker=marker, ms=4)
             axis.lines[-1].set_label(layer if len(names) <= 8 else "")
-        _set_epoch_axis(axis, name)
+        _set_epoch_axis(axis, name, runs[name][0])
         if log:
             axis.set_yscale("log")
             axis.grid(alpha=0.25, which="both")
@@ -211,7 +215,7 @@ def ranks(runs: Runs, path: Path) -> None:
                 shares = [one[f"{key}/{layer}"] / len(one[f"singular_values/{layer}"]) for one in snapshots]
                 axis.plot(epochs, shares, color=shade(depth, len(names)), marker="o", ms=3)
                 axis.lines[-1].set_label(layer if len(names) <= 8 else "")
-            _set_epoch_axis(axis, f"{name}: {key.replace('_', ' ')}")
+            _set_epoch_axis(axis, f"{name}: {key.replace('_', ' ')}", seeds[0])
             axis.label_outer()
         row[0].set_ylabel("share of full rank")
     if len(names) <= 8:
@@ -259,8 +263,8 @@ def operator_norms(runs: Runs, path: Path) -> None:
         for number, snapshot in enumerate(snapshots):
             norms = per_layer(snapshot, "operator_norm")
             ratios = [norm / snapshot[f"singular_values/{layer}"][0] for layer, norm in norms.items()]
-            colour = shade(number, len(snapshots))
-            axis.plot(range(1, len(ratios) + 1), ratios, "o-", ms=3, color=colour, label=f"epoch {snapshot['epoch']}")
+            color = shade(number, len(snapshots))
+            axis.plot(range(1, len(ratios) + 1), ratios, "o-", ms=3, color=color, label=f"epoch {snapshot['epoch']}")
         axis.set(title=name, xlabel="convolution, first to last")
     axes[0][0].set_ylabel("operator norm / flattened spectral norm")
     axes[0][-1].legend(frameon=False, fontsize="small")

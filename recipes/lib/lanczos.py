@@ -13,7 +13,7 @@ Map = Callable[[Tensor], Tensor]
 def bidiagonalize(
     apply: Map, apply_adjoint: Map, count: int, size: int, device: torch.device, *, num_steps: int, num_starts: int
 ) -> Tensor:
-    """Golub-Kahan bidiagonalisation of several linear maps at once: their norms are those of the resulting matrices.
+    """Golub-Kahan bidiagonalization of several linear maps at once: their norms are those of the resulting matrices.
 
     Golub & Van Loan, "Matrix Computations", section 10.4. The vectors are not made orthogonal again: under rounding,
     that repeats singular values and changes none (Paige, "Computational variants of the Lanczos method for the

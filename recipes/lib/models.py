@@ -2,13 +2,14 @@
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
 
+from lib.modular_addition import pair_mlp
 from lib.presets import SPECTRAL_NORMS, Config
 from specscale import NormScaler, apply_norm_scaling, orthogonal_init_
+from specscale.constraints import CONSTRAINTS
 
 # Channels and height of each layer's square activations, the input first, as listed in the post's code.
 PUBLISHED_SIZES = {
@@ -29,8 +30,10 @@ CIFAR_RESNETS = ("resnet18-quarter", *PUBLISHED_SIZES)
 """The ResNets whose first convolution becomes 3x3 and whose first pooling is removed."""
 
 
-def build_model(config: Config, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The configuration's model for images of shape `(C, H, W)`."""
+def build_model(config: Config, image_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """The configuration's model for images of shape `(C, H, W)`, or for pairs of numbers."""
+    if config.model == "pair-mlp":
+        return pair_mlp(num_classes)
     if config.model == "mlp":
         sizes = [math.prod(image_shape), *[config.width] * (config.depth - 1), num_classes]
         layers: list[nn.Module] = [nn.Flatten()]
@@ -61,7 +64,7 @@ def _resnet(name: str, num_classes: int) -> nn.Module:
 
 def is_known_model(name: str) -> bool:
     """Whether `build_model` can build it."""
-    if name == "mlp" or name in CIFAR_RESNETS:
+    if name in ("mlp", "pair-mlp", *CIFAR_RESNETS):
         return True
     import timm
 
@@ -90,19 +93,21 @@ def excluded_pattern(model: nn.Module) -> str | None:
     return "*downsample*" if any("downsample" in name for name, _ in model.named_modules()) else None
 
 
-def init_and_scale(config: Config, norm: str, model: nn.Module, image_shape: tuple[int, int, int]) -> NormScaler | None:
-    """Initialize the weights as scaled orthogonal matrices and put them under the norm constraint, unless it is none.
+def init_and_scale(config: Config, norm: str, model: nn.Module, image_shape: tuple[int, ...]) -> NormScaler | None:
+    """Initialize the weights as the configuration says, and put them under the norm constraint, if `norm` is one.
 
     The init does not depend on the norm.
     """
-    example_input = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
-    options: dict[str, Any] = {"exclude": excluded_pattern(model), "example_input": example_input}
+    exclude = excluded_pattern(model)
     gains = published_gains(config, model) if config.targets == "published" else None
-    named_gain = "channels" if config.targets == "channels" else "features"
-    gain = named_gain if gains is None else lambda name, module: gains[name]
-    orthogonal_init_(model, gain, generator=torch.Generator().manual_seed(config.seed), **options)
-    if norm == "none":
+    if config.init == "scaled-orthogonal":
+        named_gain = "channels" if config.targets == "channels" else "features"
+        gain = named_gain if gains is None else lambda name, module: gains[name]
+        example_input = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+        generator = torch.Generator().manual_seed(config.seed)
+        orthogonal_init_(model, gain, exclude=exclude, example_input=example_input, generator=generator)
+    if norm not in CONSTRAINTS:
         return None
     use_published = config.targets == "published" and norm in SPECTRAL_NORMS
     target = published_target(gains, model) if use_published else "initial"
-    return apply_norm_scaling(model, norm, target=target, solver=config.solver, **options)
+    return apply_norm_scaling(model, norm, target=target, solver=config.solver, exclude=exclude)

@@ -1,4 +1,4 @@
-"""Modular addition: the sum of two numbers modulo a prime, learnt from a part of all pairs.
+"""Modular addition: the sum of two numbers modulo a prime, learned from a part of all pairs.
 
 A network that fits the pairs that it sees gets the others right much later, or never, depending on the norms of its
 weights: Power et al., "Grokking", 2022 (arXiv 2201.02177); Liu et al., "Omnigrok", 2023 (arXiv 2210.01117).

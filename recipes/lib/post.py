@@ -1,11 +1,11 @@
 """The results of the post: its published numbers beside ours, and whether its findings hold for our runs."""
 
 import statistics
-from typing import NamedTuple
 
+from lib.columns import mean_of
 from lib.console import markdown
+from lib.findings import Finding
 from lib.runs import Run, Runs
-from lib.summaries import mean_of
 
 PUBLISHED = {
     "mlp-5x2000": {"none": (25.12, 10.86), "frobenius": (28.23, 4.47), "spectral": (23.21, 3.53)},
@@ -39,17 +39,6 @@ def published_table(presets: dict[str, Runs]) -> str:
             row += [f"{mean_of(seeds, 'spectral norm, deviation'):.2g}", f"{deviation}"]
             rows.append(row)
     return markdown(header, rows) if rows else ""
-
-
-class Finding(NamedTuple):
-    """A claim of the post, whether it holds for our runs, and the numbers that decide it."""
-
-    claim: str
-    holds: bool
-    numbers: str
-
-    def __str__(self) -> str:
-        return f"{'Seen' if self.holds else 'Not seen'}: {self.claim} ({self.numbers})."
 
 
 def findings(runs: Runs) -> list[Finding]:
@@ -108,7 +97,3 @@ def loss_rise(run: Run) -> float:
     """How far the last test loss is above the lowest."""
     losses = [metrics["test/loss"] for metrics in run.epochs]
     return losses[-1] - min(losses)
-
-
-def findings_list(runs: Runs) -> str:
-    return "".join(f"- {finding}\n" for finding in findings(runs))

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from lib.console import interruption_message
 from lib.files import append_json_line, read_json_lines, write_atomically
 from lib.provenance import command, provenance
 
@@ -56,10 +57,8 @@ def run_study(study: Study[Cell], options: StudyOptions) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     lines = options.out / f"{study.name}.jsonl"
     results = {study.cell(**line["cell"]): line["result"] for line in read_json_lines(lines)}
-    try:
+    with interruption_message(f"{study.name}: interrupted; the same command measures what {lines} lacks"):
         measure_all(study, results, lines, options.jobs)
-    except KeyboardInterrupt:
-        raise SystemExit(f"\n{study.name}: stopped; the same command goes on with what {lines} lacks") from None
     wanted = {cell: results[cell] for cell in study.plan(results)}
     write_record(study, wanted, options.out)
     print(f"{study.table(wanted)}\n{options.out / study.name}: .md, .json, .png", flush=True)

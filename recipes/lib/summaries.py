@@ -1,75 +1,29 @@
-"""Summaries of finished runs: the columns of the comparison table, rank tables, and compact records."""
+"""Summaries of finished runs: the comparison table, rank tables, and compact records."""
 
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
+from lib.columns import mean_of, statistics_of
 from lib.console import markdown
 from lib.presets import WITHOUT_EFFECT
-from lib.runs import Run, Runs, excess_by_epoch, per_layer, rank_keys
+from lib.runs import Run, Runs, per_layer, rank_keys
+from lib.tasks import task_of
+
+RATIO = "ratio to none"
 
 
-def _last(run: Run, key: str) -> float:
-    return run.epochs[-1][key]
-
-
-def _mean_spectral_norm(run: Run) -> float:
-    """Mean over layers at the penultimate epoch, as in the post."""
-    penultimate = run.epochs[max(len(run.epochs) - 2, 0)]
-    return statistics.mean(per_layer(penultimate, "spectral_norm").values())
-
-
-def _spectral_norm_deviation(run: Run) -> float:
-    """Standard deviation over layers, averaged over the last half of the epochs: the last 100 of the post's 200."""
-    late = run.epochs[len(run.epochs) // 2 :]
-    return statistics.mean(statistics.pstdev(per_layer(line, "spectral_norm").values()) for line in late)
-
-
-def _worst_ratio(run: Run) -> float | None:
-    """The largest norm of any weight over its target, after any epoch; None where no norm is constrained or known."""
-    worst = [max(by_layer.values()) for _, by_layer in excess_by_epoch(run) if by_layer]
-    return 1 + max(worst) if worst else None
-
-
-class Column(NamedTuple):
-    """A column of the comparison table: one number for each run, or none."""
-
-    title: str
-    digits: int
-    value: Callable[[Run], float | None]
-
-
-# Training metrics are those of the batches as they were trained on: augmented, and before the epoch's last step.
-COLUMNS = (
-    Column("test accuracy %", 2, lambda run: 100 * _last(run, "test/accuracy")),
-    Column("test loss", 4, lambda run: _last(run, "test/loss")),
-    Column("train accuracy %", 2, lambda run: 100 * _last(run, "train/accuracy")),
-    Column("train loss", 4, lambda run: _last(run, "train/loss")),
-    Column("accuracy gap", 2, lambda run: 100 * (_last(run, "train/accuracy") - _last(run, "test/accuracy"))),
-    Column("loss gap", 4, lambda run: _last(run, "test/loss") - _last(run, "train/loss")),
-    Column("spectral norm, mean", 3, _mean_spectral_norm),
-    Column("spectral norm, deviation", 3, _spectral_norm_deviation),
-    Column("worst norm / target", 4, _worst_ratio),
-    Column("ms / step", 2, lambda run: run.summary["time/step_ms"]),
-)
-HEADER = ["condition", *(column.title for column in COLUMNS), "ratio to none"]
-
-
-def statistics_of(run: Run) -> dict[str, float | None]:
-    """The numbers of the comparison table for one run, by column title."""
-    return {column.title: column.value(run) for column in COLUMNS}
-
-
-def mean_of(seeds: list[Run], title: str) -> float:
-    """The mean of one column over the seeds."""
-    return statistics.mean(statistics_of(run)[title] for run in seeds)
+def header_of(runs: Runs) -> list[str]:
+    """The header of the comparison table of these runs: the columns of their task."""
+    return ["condition", *(column.title for column in task_of(runs).columns), RATIO]
 
 
 def table_rows(runs: Runs) -> list[list[str]]:
-    """The rows under `HEADER`, one for each condition: means over the seeds, with their standard deviations."""
+    """The rows under the header, one for each condition: means over the seeds, with their standard deviations."""
+    columns = task_of(runs).columns
     rows = []
     for condition, seeds in runs.items():
-        cells = [_mean_and_deviation([column.value(run) for run in seeds], column.digits) for column in COLUMNS]
+        cells = [_mean_and_deviation([column.value(run) for run in seeds], column.digits) for column in columns]
         plain = baseline(runs, condition)
         ratio = f"{mean_of(seeds, 'ms / step') / mean_of(runs[plain], 'ms / step'):.3f}" if plain else "-"
         rows.append([condition, *cells, ratio])

@@ -60,7 +60,7 @@ class Workload:
             yield self.draw(generator)
 
     def draw(self, generator: torch.Generator) -> Batch:
-        """Coarse noise in pixels, labelled by a fixed random linear classifier: there is something to learn."""
+        """Coarse noise in pixels, labeled by a fixed random linear classifier: there is something to learn."""
         channels, height, width = self.image_shape
         size, device = (self.config.batch_size, channels, height // 4, width // 4), generator.device
         coarse = torch.randn(size, generator=generator, device=device)

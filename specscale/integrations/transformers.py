@@ -13,7 +13,8 @@ from specscale.scaler import NormScaler
 class NormScalingCallback(TrainerCallback):
     """Holds the norms of a scaled model through `trainer.train()`, and logs `scaling.metrics()` beside the loss.
 
-    >>> trainer.add_callback(NormScalingCallback(trainer))
+    Examples:
+        >>> trainer.add_callback(NormScalingCallback(trainer))
 
     Args:
         trainer: its `log` sends the metrics to the history and every reporter.
