@@ -272,30 +272,30 @@ def pilot_table(results: dict[Cell, Result]) -> str:
 
 def draw(results: dict[Cell, Result], path: Path) -> None:
     """Test loss by learning rate, from the model's own init if the pilots were run, and from the norms of the grid."""
-    from lib.figures import COLOURS, Axes, grid, save
+    from lib.figures import COLORS, Axes, grid, save
 
     figure, axes = grid(1, 1 + has_pilots(results), (5.2, 4.4), sharey=True)
-    free, held, other = COLOURS["none"], COLOURS["frobenius"], COLOURS["spectral"]
+    free, held, other = COLORS["none"], COLORS["frobenius"], COLORS["spectral"]
     rates: dict[Axes, list[float]] = {}
     if has_pilots(results):
         axis = axes[0][0]
-        for (title, setting, own_rates), colour in zip(PILOTS[:3], (free, other, held), strict=True):
+        for (title, setting, own_rates), color in zip(PILOTS[:3], (free, other, held), strict=True):
             losses = losses_of(rows_of({title: setting}, own_rates, steps_of(results))[title], results)
-            axis.plot(losses.keys(), losses.values(), "o-", color=colour, ms=4, lw=2, label=f"{title} held")
+            axis.plot(losses.keys(), losses.values(), "o-", color=color, ms=4, lw=2, label=f"{title} held")
         axis.set_title("from the model's own init")
         rates[axis] = list(PILOTS[0][2])
     axis = axes[0][-1]
-    for (name, side), colour, shift in zip(SIDES.items(), (held, free), (1.03, 0.97), strict=True):
+    for (name, side), color, shift in zip(SIDES.items(), (held, free), (1.03, 0.97), strict=True):
         rows, best_at, best = measured(side, results)
         for cells in rows.values():
             losses = losses_of(cells, results)
-            axis.plot(losses.keys(), losses.values(), color=colour, lw=0.8, alpha=0.6)
+            axis.plot(losses.keys(), losses.values(), color=color, lw=0.8, alpha=0.6)
         axis.lines[-1].set_label(f"{name}: {len(rows)} {'decays' if best.released else 'targets'}")
         losses = losses_of(best_at, results)
-        axis.plot(losses.keys(), losses.values(), color=colour, lw=2.6, label=f"{name}: the best of them")
+        axis.plot(losses.keys(), losses.values(), color=color, lw=2.6, label=f"{name}: the best of them")
         # Side by side, so that the seeds of both are seen.
         seeds = seeds_of(best, results)
-        axis.plot([shift * best.lr] * len(seeds), seeds, "o", color=colour, ms=4, mfc="white")
+        axis.plot([shift * best.lr] * len(seeds), seeds, "o", color=color, ms=4, mfc="white")
     axis.set_title("embeddings and head start larger")
     rates[axis] = list(losses)
     for axis, ticks in rates.items():

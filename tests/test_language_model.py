@@ -95,6 +95,6 @@ def test_the_command_measures_the_grid_and_shows_it(tmp_path):
     own = study(Options())
     results = read_record(own, tmp_path / "out" / "language-model.json")
     assert len(results) == 8
-    assert all(0 < result["test"] < 9 for result in results.values())
+    assert all(4 < result["test"] < 40 for result in results.values())  # bits; 8 are those of a guess
     assert own.table(results) in said
     assert (tmp_path / "out" / "language-model.png").stat().st_size > 10_000
