@@ -8,27 +8,22 @@ its mean, and the figure all of it.
 """
 
 import json
-import math
 import statistics
-import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from torch import Tensor, nn
 
 from lib.console import format_cell, markdown, progress
 from lib.files import write_atomically
 from lib.provenance import provenance
+from lib.python_source import draw_sequences, held_out_loss, loss_of, standard_library
 from lib.runs import per_layer
 from lib.workloads import GPT, GPTSizes
 from specscale import NormScaler, Relative, apply_norm_scaling
 from specscale.constraints import CONSTRAINTS
-
-NUM_BYTES = 2**20
-"""The bytes that are read; the last tenth of them is for the test."""
 
 
 @dataclass(frozen=True)
@@ -65,31 +60,6 @@ def scale(model: GPT, options: Options) -> NormScaler:
     return apply_norm_scaling(model, options.norm, target=targets, exclude="head")
 
 
-def standard_library() -> tuple[Tensor, Tensor]:
-    """The bytes of Python's own source, for training and for the test."""
-    text = b"".join(path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
-    tokens = torch.frombuffer(bytearray(text[:NUM_BYTES]), dtype=torch.uint8).long()
-    return tokens.tensor_split([len(tokens) * 9 // 10])
-
-
-def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The cross entropy of each next byte, in bits."""
-    output = model(tokens[:, :-1])
-    return nn.functional.cross_entropy(output.flatten(0, 1), tokens[:, 1:].flatten()) / math.log(2)
-
-
-def draw_sequences(tokens: Tensor, options: Options, generator: torch.Generator) -> Tensor:
-    starts = torch.randint(len(tokens) - options.num_tokens, (options.batch_size, 1), generator=generator)
-    return tokens[starts + torch.arange(options.num_tokens + 1)]
-
-
-@torch.no_grad()
-def test_loss(model: nn.Module, tokens: Tensor, options: Options) -> float:
-    """The mean loss over sequences of the held-out bytes, the same ones in every run."""
-    generator = torch.Generator().manual_seed(1)
-    return statistics.mean(loss_of(model, draw_sequences(tokens, options, generator)).item() for _ in range(20))
-
-
 def train(options: Options) -> dict[str, Any]:
     """Train, and return the losses, and by layer the initial norm, the target, and the drift of every step."""
     torch.manual_seed(options.seed)
@@ -107,7 +77,7 @@ def train(options: Options) -> dict[str, Any]:
     drifts: dict[str, list[float]] = {name: [] for name in initial}
     for _ in progress(options.steps, "steps"):
         optimizer.zero_grad()
-        loss = loss_of(model, draw_sequences(train_tokens, options, generator))
+        loss = loss_of(model, draw_sequences(train_tokens, options.batch_size, options.num_tokens, generator))
         loss.backward()
         optimizer.step()
         losses.append(float(f"{loss.item():.6g}"))
@@ -119,8 +89,8 @@ def train(options: Options) -> dict[str, Any]:
         name: {"initial norm": initial[name], "target": target[name], "norm": norm[name], "drift": drifts[name]}
         for name in initial
     }
-    bits = {"test bits per byte": test_loss(model.eval(), test_tokens, options), "train bits per byte": losses}
-    return bits | {"layers": layers}
+    test_loss = held_out_loss(model.eval(), test_tokens, options.batch_size, options.num_tokens)
+    return {"test bits per byte": test_loss, "train bits per byte": losses, "layers": layers}
 
 
 def table_of(results: dict[str, Any]) -> str:

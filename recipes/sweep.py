@@ -40,8 +40,9 @@ class Options:
     """Processes of each run, started by torchrun."""
     jobs: int = 1
     """Runs in parallel. The GPUs are divided among them; runs of one process share them in turn if there are more runs
-    than GPUs, for models too small to fill one. Each run needs memory of its own: 16 bytes per parameter with gradients
-    and Adam's moments, its activations, its data set (0.2 GB), and about 0.5 GB for CUDA."""
+    than GPUs, for models too small to fill one. Each run needs memory of its own: 28 bytes per parameter with
+    gradients, Adam's moments and a copy of the last epoch's states, its activations, its data set (0.2 GB), and about
+    0.5 GB for CUDA."""
     task: int | None = None
     """Train only this run of the grid, counted from 0, without a comparison: for array jobs of a cluster."""
     list: bool = False

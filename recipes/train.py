@@ -17,17 +17,17 @@ from torch import nn
 from tqdm import tqdm
 
 from compare import compare, outcome
-from lib.checkpoint import CheckpointTimer, Progress, resume, save_checkpoint
+from lib.checkpoint import Checkpoints, CheckpointTimer, Progress, resume
 from lib.clock import Clock, attach_timed
-from lib.console import interruption_message
 from lib.datasets import Data, Preprocessing, load_data, test_loader, train_loader
 from lib.distributed import Processes, broadcast_batch_norm, data_parallel, destroy_process_group, init_process_group
 from lib.models import CIFAR_RESNETS, build_model, init_and_scale, is_known_model
 from lib.presets import PRESETS, WITHOUT_EFFECT, Config, waits_for_device
 from lib.run_log import RunLog, WandbRun
-from lib.runs import is_finished, run_name
+from lib.runs import is_begun, is_finished, run_name
 from lib.summaries import header_of, table_rows
-from specscale import NormScaler
+from lib.survival import Stop, is_signed, require_finite, stopping
+from specscale import NonFiniteWeightError, NormScaler
 
 
 def main(config: Config) -> None:
@@ -37,10 +37,9 @@ def main(config: Config) -> None:
     data = load_data(config, processes)
     if config.data_on_device:
         data = data.to(processes.device)
-    with interruption_message("train: interrupted; the same command with --resume goes on", processes.is_main):
+    with stopping(processes) as stop:
         for norm in config.norms:
-            train(config, norm, data, processes)
-            processes.barrier()
+            train(config, norm, data, processes, stop)
     if processes.is_main and config.compare:
         folder = config.out / config.preset
         runs = compare(folder)
@@ -89,13 +88,12 @@ def find_problem(config: Config, world_size: int) -> str | None:
 
 def find_problem_of_folder(config: Config, folder: Path) -> str | None:
     """Why a run cannot go to this folder: one is there already, or was begun with other options."""
-    if not folder.exists() or config.overwrite:
+    if not is_begun(folder) or config.overwrite:
         return None
-    if not config.resume:
+    if not goes_on(config, folder):
         state = "a finished" if is_finished(folder) else "an unfinished"
         return f"{folder} holds {state} run; --resume goes on, --overwrite trains again"
-    path = folder / "config.json"
-    previous = json.loads(path.read_text()) if path.exists() else {}
+    previous = json.loads((folder / "config.json").read_text())
     for name, value in config.as_json().items():
         if name not in WITHOUT_EFFECT and previous.get(name, value) != value:
             return (
@@ -109,13 +107,19 @@ def run_folder(config: Config, norm: str) -> Path:
     return config.out / config.preset / run_name(norm, config.targets, config.seed)
 
 
-def train(config: Config, norm: str, data: Data, processes: Processes) -> None:
+def goes_on(config: Config, folder: Path) -> bool:
+    """Whether a run in this folder is continued: on demand, or since torchrun has restarted the processes."""
+    return config.resume or is_signed(folder)
+
+
+def train(config: Config, norm: str, data: Data, processes: Processes, stop: Stop) -> None:
     """Train under one norm, from the init or the last checkpoint to the summary."""
     folder = run_folder(config, norm)
-    if config.resume and is_finished(folder):
+    # The main process says what is on the disk: another may see it later.
+    resumes, finished = processes.broadcast_object((goes_on(config, folder), is_finished(folder)))
+    if resumes and finished:
         return
-    processes.barrier()
-    if processes.is_main and config.overwrite:
+    if processes.is_main and config.overwrite and not resumes:
         shutil.rmtree(folder, ignore_errors=True)
 
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -140,39 +144,51 @@ def train(config: Config, norm: str, data: Data, processes: Processes) -> None:
         optimizer.register_step_post_hook(costs.count_iterations)
 
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    progress = resume(folder, stateful, processes.device) if config.resume else Progress()
-    processes.barrier()
-    log = RunLog(config, norm, folder, progress, processes) if processes.is_main else None
+    progress = Progress()
+    with stop.share(OSError):
+        if resumes:
+            progress = resume(folder, stateful, processes.device)
+    stop.check()
+    log = None
+    with stop.share(OSError):
+        if processes.is_main:
+            log = RunLog(config, norm, folder, progress, processes)
+            log.log_spectra(0, model, data.image_shape)
+    # Only the main process has a log and saves, when its own clock says so.
+    checkpoints = Checkpoints(folder, stateful, progress, CheckpointTimer(config.checkpoint_minutes, config.epochs))
+    stop.check()
 
     parallel_model = data_parallel(model, processes)
     preprocessing = Preprocessing(data, processes.device, memory_format)
-    if log is not None:
-        log.log_spectra(0, model, data.image_shape)
-    # Only the main process has a log, and so it alone decides when to save.
-    timer = CheckpointTimer(config.checkpoint_minutes, config.epochs)
-    for epoch in range(progress.epoch + 1, config.epochs + 1):
-        lr = optimizer.param_groups[0]["lr"]
-        label = f"{norm} {epoch}/{config.epochs}"
-        started = time.perf_counter()
-        train_metrics = train_epoch(
-            config, parallel_model, optimizer, preprocessing, processes, epoch, costs.step_clock, label
-        )
-        schedule.step()
-        broadcast_batch_norm(model, processes)
-        test_metrics = evaluate(config, model, preprocessing, processes)
-        if log is not None:
-            times = {"time/epoch_s": time.perf_counter() - started, **costs.take()}
-            recorded = log.record(epoch, model, scaling, data.image_shape)
-            metrics = {"epoch": epoch, **train_metrics, **test_metrics, "lr": lr, **recorded, **times}
-            log.log_metrics(metrics)
-            progress.epoch = epoch
-            if timer.is_due(epoch):
-                save_checkpoint(folder, stateful, progress)
-                timer.restart()
-            print(epoch_message(config, norm, metrics), flush=True)
+    with checkpoints.save_when_stopped():
+        for epoch in range(progress.epoch + 1, config.epochs + 1):
+            lr = optimizer.param_groups[0]["lr"]
+            label = f"{norm} {epoch}/{config.epochs}"
+            started = time.perf_counter()
+            train_metrics = train_epoch(
+                config, parallel_model, optimizer, preprocessing, processes, epoch, costs.step_clock, label, stop
+            )
+            schedule.step()
+            broadcast_batch_norm(model, processes)
+            with stop.share(NonFiniteWeightError):
+                require_finite(model, f"epoch {epoch}")
+            stop.check()
+            test_metrics = evaluate(config, model, preprocessing, processes)
+            if log is not None:
+                with stop.share(OSError):
+                    times = {"time/epoch_s": time.perf_counter() - started, **costs.take()}
+                    recorded = log.record(epoch, model, scaling, data.image_shape)
+                    metrics = {"epoch": epoch, **train_metrics, **test_metrics, "lr": lr, **recorded, **times}
+                    log.log_metrics(metrics)
+                    checkpoints.epoch_ended(epoch)
+                    print(epoch_message(config, norm, metrics), flush=True)
+            stop.check()
 
-    if log is not None:
-        log.finish(scaling)
+        if log is not None:
+            with stop.share(OSError):
+                log.finish(scaling)
+                checkpoints.finish()
+        stop.check()
 
 
 def learning_rate_schedule(config: Config, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.MultiStepLR:
@@ -190,6 +206,7 @@ def train_epoch(
     epoch: int,
     clock: Clock,
     label: str,
+    stop: Stop,
 ) -> dict[str, float]:
     """Train for one epoch; returns the loss and accuracy of the batches as they were trained on."""
     # The model's own random numbers (dropout) depend only on seed, epoch and rank: a resumed run draws the same.
@@ -200,6 +217,7 @@ def train_epoch(
     loader = train_loader(preprocessing.data, config, processes.rank, processes.world_size, epoch)
     show_progress = processes.is_main and sys.stderr.isatty()
     for images, labels, index in tqdm(loader, label, leave=False, disable=not show_progress):
+        stop.check(wait=False)
         with clock.span():
             images, labels, index = (
                 tensor.to(processes.device, non_blocking=True) for tensor in (images, labels, index)
@@ -209,7 +227,8 @@ def train_epoch(
                 output = model(preprocessing.train(images, index)).float()
                 loss = nn.functional.cross_entropy(output, labels)
             loss.backward()
-            optimizer.step()
+            with stop.share(NonFiniteWeightError):
+                optimizer.step()
         average.add(loss.detach() * len(labels), output, labels)
     return average.metrics("train")
 

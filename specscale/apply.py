@@ -40,6 +40,7 @@ from specscale.weights import (
     refuse_wrapped,
     scaled_weights,
     select,
+    without_numbers,
 )
 
 SOLVERS: dict[str, Solver] = {"block": Block(), "power": Power(), "svd": SVD()}
@@ -63,6 +64,9 @@ def apply_norm_scaling(
     generator: torch.Generator | None = None,
 ) -> NormScaler:
     """Put the weights of a model under norm scaling, in place, and return the handle.
+
+    The model may be on the meta device, where the targets need no norms and there is no init. What first needs the
+    values, such as the first step, finds those that the weights have by then.
 
     Args:
         module: any model; its linear, convolution, attention and recurrent weights that require gradients, and
@@ -105,8 +109,9 @@ def apply_norm_scaling(
         TypeError: `module` is no module, or an option has a wrong type.
         ValueError: an unknown name, a pattern that matches nothing, a weight that no pattern of a mapping matches, a
             rule that does not fit a layer, no weight selected, a gain or target that is not finite and positive, a
-            weight that is scaled already, computed from others, in the memory of another, sharded or not finite, a
-            model under DistributedDataParallel. The model is then as it was.
+            weight that is scaled already, computed from others, in the memory of another, sharded or not finite, an
+            init of a weight on the meta device or a target that needs its norm, a model under
+            DistributedDataParallel. The model is then as it was.
     """
     target = "initial" if target is None else target
     constraints = _constraints(norm, solver)
@@ -128,13 +133,15 @@ def apply_norm_scaling(
     named = EMBEDDINGS if any(one.takes_embeddings for one in every) else ()
     by_key = constraints.items() if isinstance(constraints, Mapping) else ()
     naming = [key for key, one in by_key if one.takes_embeddings]
-    weights = select(module, include, exclude, rules, named=named, naming=naming)
+    weights = select(module, include, exclude, rules, named=named, naming=naming, on_meta=True)
     refuse_scaled(weights)
     refuse_unwritable(weights)
     refuse_shared_memory(weights)
     constraint_of = {weight: one for one, own in by_pattern("norm", constraints, weights, module) for weight in own}
     if named:
         _refuse_embeddings(constraint_of, module, rules)
+    if init is not None:
+        _refuse_init_on_meta(weights)
     gains = None if init is None else resolve_gains(gain, weights, module, example_input)
     schedule_of = {weight: one for one, own in by_pattern("schedule", schedule, weights, module) for weight in own}
     plan = _plan(constraint_of, schedule_of, weights, gains, generator)
@@ -156,6 +163,16 @@ def _refuse_embeddings(constraint_of: dict[Weight, Constraint], module: nn.Modul
             raise Refusal(
                 f"{weight.name!r} is an embedding, which {constraint.name!r} does not scale; choose {taking} for it, "
                 "or give a LayerRule that says as which matrices it is read"
+            )
+
+
+def _refuse_init_on_meta(weights: list[Weight]) -> None:
+    """Refuse to initialize weights on the meta device."""
+    for weight in weights:
+        if weight.parameter.is_meta:
+            raise without_numbers(
+                weight,
+                "leave out init='orthogonal' here, and call orthogonal_init_(model) after to_empty",
             )
 
 
@@ -209,7 +226,8 @@ def _plan(
     """Make each weight's scaling, solved to convergence for the values that the weight will have."""
     plan = _Plan()
     if gains is None:
-        refuse_non_finite(weights, "load good weights, or start anew with init='orthogonal'")
+        with_values = [weight for weight in weights if not weight.parameter.is_meta]
+        refuse_non_finite(with_values, "load good weights, or start anew with init='orthogonal'")
     else:
         plan.values.extend((weight, orthogonal_like(weight, gains[weight.name], generator)) for weight in weights)
     values = [value for _, value in plan.values] or [weight.parameter for weight in weights]
@@ -223,7 +241,9 @@ def _plan(
             parameter_order=tuple(weight.module._parameters),
             schedule=schedules[weight],
         )
-        solve_anew_(scaling, value)
+        # On the meta device, it is solved once there are values.
+        if not value.is_meta:
+            solve_anew_(scaling, value)
     return plan
 
 

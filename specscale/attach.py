@@ -144,7 +144,8 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
 
     Raises:
         Refusal: `optimizer` is no torch optimizer (TypeError); it would never call a step hook, owns none of the
-            weights, is attached already, has a state in another order, or the weights have been sharded (ValueError).
+            weights, is attached already, has a state in another order, or the weights are on the meta device or have
+            been sharded (ValueError).
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise Refusal(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}", TypeError)
@@ -161,6 +162,11 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
         is_frozen = not any(weight.parameter.requires_grad for weight in weights)
         advice = "all of them are frozen" if is_frozen else "build it from this model's parameters"
         raise Refusal(f"{kind} owns none of the scaled weights; {advice}")
+    if on_meta := [weight.name for weight in owned if weight.parameter.is_meta]:
+        raise Refusal(
+            f"the weight of {on_meta[0]!r} is on the meta device, and to_empty puts another parameter in its place; "
+            f"build this {kind} after that"
+        )
     parameters = _parameters(optimizer)
     _refuse_other_order(owned, parameters, [optimizer.state.get(parameter, {}) for parameter in parameters])
     # Another handle of the same model scales the same weights, hence the look into the optimizer's own list.

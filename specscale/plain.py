@@ -286,8 +286,11 @@ def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, paramete
     target: Target = "initial"
     if not (is_same_shape and view == taken.weight.view):
         target = rule.target_for(Weight(*place, layer_view or view, taken.weight.is_only), model)
-        if depends_on_norms(target) and not bool(parameter.isfinite().all()):
-            return "it holds NaN or infinity"
+        if depends_on_norms(target):
+            if parameter.is_meta:
+                return "it is on the meta device in another shape, and its target is relative to its norm"
+            if not bool(parameter.isfinite().all()):
+                return "it holds NaN or infinity"
     return _Find(place, parameter, view, target)
 
 
@@ -302,11 +305,12 @@ def _renew(taken: _Taken, find: _Find, model: nn.Module) -> None:
         scaling.keep_current(parameter, taken.version)
         return
     held = {name: scaling.get_buffer(name) for name in scaling.held_buffers}
+    # Where the values are still to come, those that are there now may be none.
+    has_values = not (parameter.is_meta or scaling.is_unsolved)
     if not fits_state:
         scaling.reset_(find.view, parameter)
-    if parameter.is_meta:
-        return
-    solve_anew_(scaling, parameter)
+    if has_values or (not is_same_matrix and depends_on_norms(find.target)):
+        solve_anew_(scaling, parameter)
     if is_same_matrix:
         for name, value in held.items():
             scaling.get_buffer(name).copy_(value)

@@ -14,7 +14,7 @@ from specscale.held import HeldWeights
 from specscale.parametrization import unregister
 from specscale.plain import PlainModel, Rule, refuse_inside_plain
 from specscale.state_dicts import end_unused_checks, plain_state_dict
-from specscale.step import ScalingStep, solve_anew_
+from specscale.step import ScalingStep, solve_anew_, solve_first_
 from specscale.weights import (
     Weight,
     refuse_non_finite,
@@ -118,9 +118,10 @@ class NormScaler:
 
         Raises:
             TypeError: `optimizer` is no torch optimizer.
-            ValueError: it would never call a step hook, owns none of the weights, is attached already, its state is in
-                the order of other parameters (of the plain model, for one), or the weights have been sharded. From then
-                on, `optimizer.load_state_dict` refuses a state in another order too.
+            ValueError: it would never call a step hook, owns none of the weights, or has them on the meta device, is
+                attached already, its state is in the order of other parameters (of the plain model, for one), or the
+                weights have been sharded. From then on, `optimizer.load_state_dict` refuses a state in another order
+                too.
         """
         self._present()
         self._handles += attach(optimizer, self._held, self._step)
@@ -229,6 +230,7 @@ class NormScaler:
         weights = self._scaled()
         refuse_non_finite(weights, "load good weights first")
         for weight in weights:
+            weight.scaling.follow_(weight.parameter)
             solve_anew_(weight.scaling, weight.parameter)
             weight.scaling.mark_current(weight.parameter)
 
@@ -268,6 +270,7 @@ class NormScaler:
         self._held.warn_of_lost("metrics", stacklevel=4)
         warn_of_unowned(self._held, "metrics", stacklevel=4)
         _refuse_unreadable(weights)
+        solve_first_(weights, to_report=True)
         return reports.metrics(weights)
 
     @public_call()
@@ -288,7 +291,9 @@ class NormScaler:
             ValueError: `tolerance` or `miss` is not between 0 and 1, or no weight is scaled any more.
             NonFiniteWeightError: a weight holds NaN or infinity.
         """
-        return reports.audit(self._scaled(), tolerance, miss, seed)
+        weights = self._scaled()
+        solve_first_(weights, to_report=True)
+        return reports.audit(weights, tolerance, miss, seed)
 
     @public_call()
     def plain_state_dict(self) -> dict[str, Any]:
@@ -314,6 +319,7 @@ class NormScaler:
     def __str__(self) -> str:
         weights = self._held.current()
         refuse_without_values(weights)
+        solve_first_(weights, to_report=True)
         return reports.table(weights)
 
     def __repr__(self) -> str:

@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from specscale.constraints import Constraint
 from specscale.errors import Refusal
 from specscale.linalg import at_least_float32, in_float64
-from specscale.random import normal
 from specscale.schedules import AnySchedule, Schedule, own_factor
 from specscale.views import MatrixView
 
@@ -38,6 +37,9 @@ class NormScaling(nn.Module):
     """The state of one scaled weight: its targets, its norms and what the solver continues from, all buffers.
 
     The step writes the weight itself, so that forward has nothing to do.
+
+    What is held survives the meta device: while the weight is there, its buffers are on the CPU. The others hold no
+    numbers then, and none that count (`norm` is NaN) until the weight is solved: `is_unsolved`.
 
     Buffers, one number for each of the weight's `k` matrices, float32 or wider:
 
@@ -89,6 +91,9 @@ class NormScaling(nn.Module):
         """What `check_before_loading` has put on the model: one for all weights of a call."""
         self.needs_solve = False
         """Whether a checkpoint has brought the weight without a state for this solver."""
+        self.is_unsolved = True
+        """Whether the buffers tell nothing of the weight yet. The values of a weight that was on the meta device come
+        without a call of ours, and are solved when something is asked of them."""
         self._owner: weakref.ref[nn.Module] | None = None
         """torch's list of the tensor's parametrizations; None in a copy, and where it is not registered."""
         self._recorded: tuple[int, int] | None = None
@@ -102,13 +107,23 @@ class NormScaling(nn.Module):
             delattr(self, name)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for buffer in (*MEASURED, *self.held_buffers):
-            zeros = torch.zeros(view.count, dtype=dtype, device=weight.device)
+            is_kept = weight.is_meta and buffer in self.held_buffers
+            zeros = torch.zeros(view.count, dtype=dtype, device="cpu" if is_kept else weight.device)
             self.register_buffer(buffer, zeros, persistent=buffer not in NOT_SAVED)
         # The state of no matrices has the shapes and costs nothing; the first solve fills the buffers.
         state = self.init_solver_state(weight, count=0)
         self._solver_buffers = tuple(state)
         for buffer, value in state.items():
             self.register_buffer(buffer, value.new_zeros(view.count, *value.shape[1:]))
+        self.is_unsolved = True
+
+    def follow_(self, weight: Tensor) -> None:
+        """Move to the device of a weight that has left the meta device by itself; what is held stays held."""
+        if self.norm.device != weight.device:
+            held = {name: self.get_buffer(name) for name in self.held_buffers}
+            self.reset_(self.view, weight)
+            for name, value in held.items():
+                self.get_buffer(name).copy_(value)
 
     @property
     def target_name(self) -> str:
@@ -264,27 +279,22 @@ class NormScaling(nn.Module):
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = self.get_buffer(name)
-            if after.is_floating_point() and after.dtype.itemsize < 4:
+            dtype = before.dtype if after.dtype.itemsize < 4 else after.dtype
+            if name in self.held_buffers:
+                # `to_empty` gives memory without values, and the meta device takes them.
+                self.register_buffer(name, before.to("cpu" if after.is_meta else after.device, dtype))
+            elif dtype != after.dtype:
                 self.register_buffer(name, before.to(after.device), persistent=name not in NOT_SAVED)
             elif before.is_meta and not after.is_meta:
-                # From the meta device, by `to_empty`, comes memory without values: until a checkpoint brings some, no
-                # step may use them.
-                after.copy_(self._when_empty(name, after))
+                after.fill_(torch.nan if name in MEASURED else 0)
+        if self.norm.is_meta:
+            self.is_unsolved = True
         return self
-
-    def _when_empty(self, name: str, buffer: Tensor) -> Tensor:
-        """What a buffer holds before there are values: no target, all matrices skipped, any solver's state."""
-        if name == "skip_mask":
-            return torch.ones_like(buffer)
-        if name not in self._solver_buffers:
-            return torch.full_like(buffer, torch.nan)
-        is_of_vectors = buffer.ndim > 1
-        return normal(self.seeds(buffer.device), buffer.shape[1:], buffer.dtype) if is_of_vectors else buffer.zero_()
 
     def extra_repr(self) -> str:
         count = f"{self.view.count} matrices, " if self.view.count > 1 else ""
-        target = "without values" if self.target.is_meta else f"target={float(self.target.max()):.4g}"
-        return f"{self.constraint.name}, {count}{target}"
+        without = ", without values" if self.norm.is_meta else ""
+        return f"{self.constraint.name}, {count}target={float(self.target.max()):.4g}{without}"
 
 
 def version_of(tensor: Tensor) -> int | None:

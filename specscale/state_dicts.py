@@ -45,11 +45,8 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         layer = prefix.removesuffix(".")
         _rename_target(saved, Weight(layer, module, tensor, scaling.view, scaling.is_only, scaling))
         own = {name: buffer for name, buffer in scaling.named_buffers() if name not in NOT_SAVED}
-        if scaling.target_name not in saved and not scaling.target.is_meta and bool(scaling.target.isnan().any()):
-            raise Refusal(
-                f"the checkpoint has no target of {prefix + tensor!r}, and the model has none since to_empty; load a "
-                "checkpoint of the scaled model, or call apply_norm_scaling once the weights are loaded"
-            )
+        if scaling.norm.is_meta:
+            own = _beside(state_dict[weight], own)
         _complete_schedule(saved, scaling)
         # These need no solver; without one of the others, all of them are solved anew from the weight.
         kept = set(scaling.held_buffers)
@@ -57,6 +54,16 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
             scaling.needs_solve = True
             saved = own | {name: saved[name] for name in kept if name in saved}
         state_dict.update({home + name: value for name, value in saved.items()})
+
+
+def _beside(weight: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers of a weight on the meta device, for the one that is loaded in its place, where that is assigned."""
+    if weight.is_meta:
+        return buffers
+    return {
+        name: torch.zeros_like(one, device=weight.device) if one.is_meta else one.to(weight.device)
+        for name, one in buffers.items()
+    }
 
 
 class LoadCheck:
@@ -204,9 +211,11 @@ def solve_what_was_missing(module: nn.Module, _: Any) -> None:
     for tensor, scaling in scalings_of(module):
         parameter = original(module, tensor)
         scaling.mark_current(parameter)
-        if scaling.needs_solve:
-            scaling.needs_solve = False
+        if scaling.needs_solve and not parameter.is_meta:
             solve_anew_(scaling, parameter)
+        scaling.needs_solve = False
+        # Not finite, it has not been solved yet, be it of this model or of the one that was saved.
+        scaling.is_unsolved = scaling.norm.is_meta or bool(scaling.norm.isnan().any())
         scaling.forget_step_()
 
 

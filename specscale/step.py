@@ -19,13 +19,13 @@ from torch import Tensor
 from specscale import linalg
 from specscale.advance import Advance
 from specscale.constraints import Constraint
-from specscale.errors import ADVICE, non_finite
+from specscale.errors import ADVICE, Refusal, non_finite
 from specscale.linalg import broadcast_to, concat, no_grad_full_precision
 from specscale.norms import Measurement
 from specscale.pending import PendingCopies
 from specscale.plans import Plan, Plans, is_capturing
 from specscale.state import MEASURED, NormScaling
-from specscale.weights import Weight
+from specscale.weights import Weight, refuse_non_finite
 
 NumIterations = Mapping[Constraint, int | None]
 """The solver's iterations in a step that reads nothing back, by constraint."""
@@ -58,6 +58,7 @@ class ScalingStep:
         """
         if not weights:
             return
+        solve_first_(weights)
         # Through the module, so that a test can run an accelerator's step on a CPU.
         if all(linalg.can_sync(weight.parameter) for weight in weights):
             self._take_with_sync(weights, skip, counts)
@@ -231,6 +232,39 @@ def solve_anew_(scaling: NormScaling, weight: Tensor) -> None:
     values: list[Tensor] = []
     _collect([scaling], measurement, measurement.norm, buffers, values)
     torch._foreach_copy_(buffers, values)
+    scaling.is_unsolved = False
+
+
+def solve_first_(weights: Iterable[Weight], *, to_report: bool = False) -> None:
+    """Solve the weights whose values have come since they were on the meta device.
+
+    With `to_report`, the next step solves them once more: a report, which one rank may make alone, must not change what
+    the ranks compute.
+
+    Raises:
+        Refusal: one of them holds NaN or infinity (NonFiniteWeightError), or the host cannot read (RuntimeError).
+    """
+    unsolved = [weight for weight in weights if weight.scaling.is_unsolved]
+    if not unsolved:
+        return
+    if torch.compiler.is_compiling():
+        # A compiler cannot trace a `Refusal`.
+        raise RuntimeError(f"step: {SOLVED_ON_HOST}")
+    if is_capturing():
+        raise Refusal(SOLVED_ON_HOST, RuntimeError)
+    refuse_non_finite(unsolved, "give it values after to_empty: load a checkpoint, or initialize the layers")
+    for weight in unsolved:
+        scaling, parameter = weight.scaling, weight.parameter
+        scaling.follow_(parameter)
+        solve_anew_(scaling, parameter)
+        scaling.mark_current(parameter)
+        scaling.is_unsolved = to_report
+
+
+SOLVED_ON_HOST = (
+    "the weights were on the meta device and have not been solved since, which a compiled step or a CUDA graph of your "
+    "own cannot do; call scaling.project(), or take a step outside of it, first"
+)
 
 
 def _collect(

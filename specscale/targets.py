@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from specscale.errors import Refusal, one_of, positive, public_call
 from specscale.state import NormScaling
-from specscale.weights import Weight, by_pattern, evaluation_mode, pattern_name
+from specscale.weights import Weight, by_pattern, evaluation_mode, pattern_name, without_numbers
 
 Gain = str | float | Callable[[str, nn.Module], float]
 Target = str | float | Callable[..., float | Iterable[float]]
@@ -171,16 +171,24 @@ def resolve_targets(
         if value == "initial":
             value = Relative(1.0)
         gains = GAINS[value](own, model, example_input) if isinstance(value, str) else {}
+        is_relative = depends_on_norms(value)
         for weight in own:
             scaling = measured[weight]
+            norms = _known_norms(scaling)
             numbers: Any = value
+            if is_relative and weight.parameter.is_meta:
+                raise without_numbers(
+                    weight,
+                    "give the model memory (to_empty) and values first, or a target that needs none: a number, "
+                    f"{one_of(GAINS)}",
+                )
             if isinstance(value, str):
                 numbers = scaling.constraint.of_orthogonal(gains[weight.name], weight.view, weight.parameter)
             elif callable(value):
                 numbers = _ask_target(value, weight, scaling.norm)
-                if weight.view.count > 1 and isinstance(numbers, Real) and _is_far_off(numbers, scaling.norm):
+                if weight.view.count > 1 and isinstance(numbers, Real) and _is_far_off(numbers, norms):
                     far_off.append(weight.name)
-            targets[weight] = _checked(numbers, weight, scaling.norm, is_relative=depends_on_norms(value))
+            targets[weight] = _checked(numbers, weight, norms, is_relative)
     if far_off:
         warnings.append(
             f"the target function's number for {', '.join(map(repr, far_off))} is the norm of each of the weight's "
@@ -197,8 +205,13 @@ The Frobenius norm of a fused weight of `k` like matrices is `sqrt(k)` times tha
 """
 
 
-def _is_far_off(number: Real, norm: Tensor) -> bool:
-    norms = [one for one in norm.tolist() if one > 0]
+def _known_norms(scaling: NormScaling) -> list[float]:
+    """The norms of the weight's matrices; NaN where it has no values yet."""
+    return [math.nan] * scaling.view.count if scaling.norm.is_meta else scaling.norm.tolist()
+
+
+def _is_far_off(number: Real, norms: list[float]) -> bool:
+    norms = [one for one in norms if one > 0]
     return bool(norms) and all(not one / FAR_OFF <= float(number) <= one * FAR_OFF for one in norms)
 
 
@@ -214,7 +227,7 @@ def _ask_target(function: Callable[..., Any], weight: Weight, norm: Tensor) -> A
     return [one.tolist() if isinstance(one, Tensor) else one for one in numbers]
 
 
-def _checked(numbers: Any, weight: Weight, norms: Tensor, is_relative: bool) -> list[float]:
+def _checked(numbers: Any, weight: Weight, norms: list[float], is_relative: bool) -> list[float]:
     """A target's number or numbers as one for each matrix of the weight, of which each is good."""
     where, count = f" for {weight.name!r}", len(norms)
     if not isinstance(numbers, list):
@@ -225,7 +238,7 @@ def _checked(numbers: Any, weight: Weight, norms: Tensor, is_relative: bool) -> 
         )
     dtype = torch.promote_types(weight.parameter.dtype, torch.float32)
     values = []
-    for number, norm in zip(numbers, norms.tolist(), strict=True):
+    for number, norm in zip(numbers, norms, strict=True):
         is_of_zeros = is_relative and norm == 0 and isinstance(number, Real) and number == 0
         value = 0.0 if is_of_zeros else positive("target", number, where)
         if not is_of_zeros:

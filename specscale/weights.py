@@ -138,13 +138,14 @@ def select(
     frozen: bool = False,
     named: Iterable[LayerRule] = (),
     naming: Iterable[Pattern] = (),
+    on_meta: bool = False,
 ) -> list[Weight]:
     """The weights that `include` and `exclude` leave, in the model's order.
 
     With `frozen`, for calls that only read, frozen ones too, and those that are scaled by a rule that is not given
     here. A pattern that matches a module takes everything below it too; a tied weight matches by any of its layers. The
     rules in `named` come last, and the weights that only they find are those that a pattern of `include` or `naming`
-    names: one that matches no other weight.
+    names: one that matches no other weight. With `on_meta`, weights may be on the meta device.
 
     Raises:
         Refusal: `model` is no module, a pattern is neither a string, a type nor a predicate, or a rule is no
@@ -188,7 +189,7 @@ def select(
         and (include is None or any(matches(one, including) for one in holders))
         and not any(matches(one, excluding) for one in holders)
     ]
-    refuse_without_values(selected)
+    refuse_without_values(selected, on_meta=on_meta)
     refuse_sharded(selected)
     if not selected:
         raise Refusal(
@@ -399,16 +400,18 @@ def _layers_of(weights: Iterable[Weight], model: nn.Module) -> dict[Weight, list
     return layers
 
 
-def refuse_without_values(weights: Iterable[Weight]) -> None:
-    """Refuse weights that have no values yet: lazy ones, and those on the meta device."""
+def refuse_without_values(weights: Iterable[Weight], *, on_meta: bool = False) -> None:
+    """Refuse weights that have no values yet: lazy ones, and those on the meta device, unless they may be there."""
     for weight in weights:
         if isinstance(weight.parameter, nn.parameter.UninitializedParameter):
             raise Refusal(f"the weight of {weight.name!r} has no shape yet; call the lazy model once first")
-        if weight.parameter.is_meta:
-            raise Refusal(
-                f"the weight of {weight.name!r} is on the meta device and holds no numbers; "
-                "give the model memory (to_empty) and values first"
-            )
+        if weight.parameter.is_meta and not on_meta:
+            raise without_numbers(weight, "give the model memory (to_empty) and values first")
+
+
+def without_numbers(weight: Weight, advice: str) -> Refusal:
+    """The refusal of a call that needs the values of a weight on the meta device."""
+    return Refusal(f"the weight of {weight.name!r} is on the meta device and holds no numbers; {advice}")
 
 
 def shard_kind(tensor: Tensor) -> str | None:
@@ -471,6 +474,9 @@ def refuse_shared_memory(weights: Iterable[Weight]) -> None:
                 f"the weight of {weight.name!r} is expanded, so that its elements share memory; "
                 "give the layer a parameter of its own, such as weight.clone()"
             )
+        if weight.parameter.is_meta:
+            # Nothing there has an address.
+            continue
         other = first.setdefault(weight.parameter.data_ptr(), weight)
         if other is not weight:
             raise Refusal(

@@ -105,7 +105,7 @@ def test_each_line_of_the_support_matrix_names_a_test_of_both_norms():
         assert test in tests
 
 
-@pytest.mark.parametrize("preset", ["mlp-5x2000", "mlp-5x256", "resnet18-quarter"])
+@pytest.mark.parametrize("preset", ["mlp-5x2000", "mlp-5x256", "resnet18-quarter", "modular-addition"])
 def test_the_experiments_tables_are_those_of_their_records(preset):
     results = ROOT / "docs" / "results"
     runs = group_by_condition(Run(**part) for part in map(run_of, json.loads((results / f"{preset}.json").read_text())))

@@ -124,6 +124,19 @@ def save_plain_from_a_state_dict_with_another_on_top():
     plain_state_dict(model.state_dict())
 
 
+def attach_on_meta():
+    model = net(device="meta")
+    apply_norm_scaling(model, target=1.0).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def step_in_memory_of_nan():
+    model = net(device="meta")
+    scaling = apply_norm_scaling(model, target=1.0)
+    model.head.to_empty(device="cpu")
+    nn.init.constant_(model.head.weight, torch.nan)
+    scaling.step()
+
+
 CASES = {
     "no module": lambda: apply_norm_scaling([net()]),
     "unknown norm": lambda: apply_norm_scaling(net(), "nuclear"),
@@ -150,6 +163,11 @@ CASES = {
     "same memory": lambda: apply_norm_scaling(tied_by_memory()),
     "lazy": lambda: apply_norm_scaling(nn.Sequential(nn.LazyLinear(3))),
     "meta": lambda: apply_norm_scaling(net(device="meta")),
+    "an init on meta": lambda: apply_norm_scaling(net(device="meta"), init="orthogonal"),
+    "an init of its own on meta": lambda: orthogonal_init_(net(device="meta")),
+    "an optimizer on meta": attach_on_meta,
+    "a step on meta": lambda: apply_norm_scaling(net(device="meta"), target=1.0).step(),
+    "memory without values": step_in_memory_of_nan,
     "not finite": lambda: apply_norm_scaling(broken()),
     "another norm's checkpoint": load_another_norm,
     "another parametrization": save_plain_with_another_on_top,

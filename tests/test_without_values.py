@@ -39,7 +39,7 @@ def test_a_skeleton_prints_loads_and_trains(norm, by_memory):
     model, _ = scaled(norm)
     checkpoint = copy.deepcopy(model.state_dict())
     skeleton = skeleton_of(model)
-    assert f"NormScaling({norm}, without values)" in str(skeleton)
+    assert f"NormScaling({norm}, target=0.7, without values)" in str(skeleton)
     if by_memory:
         skeleton.to_empty(device="cpu").load_state_dict(checkpoint)
     else:
@@ -74,19 +74,19 @@ def test_calls_that_need_values_say_so(norm, call):
 
 
 @both
-def test_memory_without_values_is_no_target(norm):
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_targets_survive_the_meta_device(norm, by_hand):
     model, scaling = scaled(norm)
     empty = skeleton_of(model).to_empty(device="cpu")
-    with pytest.raises(ValueError, match=r"load_state_dict: the checkpoint has no target of '0.weight'.*to_empty"):
-        empty.load_state_dict(scaling.plain_state_dict())
-    # They are loaded by hand: nothing moves the weights to a target that is not there.
     plain = scaling.plain_state_dict()
-    for name, value in NormScaler.of(empty).plain_state_dict().items():
-        value.copy_(plain[name])
-    NormScaler.of(empty).step()
-    assert torch.equal(empty[0].weight, model[0].weight)
-    NormScaler.of(empty).retarget()
-    assert NormScaler.of(empty).metrics()["target/0"] == pytest.approx(scaling.metrics()["norm/0"], rel=1e-5)
+    if by_hand:
+        for name, value in NormScaler.of(empty).plain_state_dict().items():
+            value.copy_(plain[name])
+    else:
+        empty.load_state_dict(plain)
+    metrics = NormScaler.of(empty).metrics()
+    assert metrics["target/0"] == pytest.approx(0.7)
+    assert metrics["norm/0"] == pytest.approx(scaling.metrics()["norm/0"], rel=1e-5)
     train(empty, NormScaler.of(empty))
 
 

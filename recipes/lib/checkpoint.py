@@ -1,7 +1,12 @@
 """Checkpoints: when to save the state of a run, how, and how to resume from it."""
 
+import copy
 import time
 import uuid
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,14 @@ from typing import Any
 import torch
 
 from lib.files import atomic, read_json_lines
+from lib.survival import Stopped
+
+NAME = "checkpoint.pt"
+PREVIOUS = "checkpoint.pt.previous"
+
+
+class DamagedFileError(OSError):
+    """Every checkpoint of a run is cut off, or was changed on the disk."""
 
 
 @dataclass
@@ -40,27 +53,115 @@ class CheckpointTimer:
         self.due = time.monotonic() + self.seconds
 
 
-def save_states(folder: Path, modules: dict[str, Any], **values: Any) -> None:
-    """Write the state of the `modules` (anything with a `state_dict`) and the values to checkpoint.pt, atomically."""
-    states = {name: module.state_dict() for name, module in modules.items()}
-    with atomic(folder / "checkpoint.pt") as part:
-        torch.save(states | values, part)
+class Checkpoints:
+    """The checkpoints of a run. What the timer leaves out is kept in memory until the next epoch ends."""
+
+    def __init__(self, folder: Path, modules: dict[str, Any], progress: Progress, timer: CheckpointTimer) -> None:
+        self.folder, self.modules, self.progress, self.timer = folder, modules, progress, timer
+        self.saved_epoch = progress.epoch
+        self._unsaved: dict[str, Any] | None = None
+
+    def epoch_ended(self, epoch: int) -> None:
+        """Write the states of this epoch if that is due, else keep a copy of them on their device."""
+        self.progress.epoch = epoch
+        if self.timer.is_due(epoch):
+            self._write(self._states())
+            self.timer.restart()
+        else:
+            # Not two copies at a time.
+            self._unsaved = None
+            self._unsaved = copy.deepcopy(self._states())
+
+    @contextmanager
+    def save_when_stopped(self) -> Iterator[None]:
+        """Write the last epoch that has ended, if it is not written, where all processes stop."""
+        try:
+            yield
+        except Stopped as stopped:
+            stopped.state = self.save_last()
+            raise
+
+    def save_last(self) -> str:
+        """Write what is kept in memory; returns which epoch is on the disk then."""
+        try:
+            if self._unsaved is not None:
+                self._write(self._unsaved)
+        except OSError as error:
+            return f"{error}, {self._on_disk()}"
+        return self._on_disk()
+
+    def _on_disk(self) -> str:
+        if not self.saved_epoch:
+            return f"{self.folder} has no checkpoint yet"
+        return f"{self.folder / NAME} holds epoch {self.saved_epoch}"
+
+    def _states(self) -> dict[str, Any]:
+        states = {name: module.state_dict() for name, module in self.modules.items()}
+        return states | {"epoch": self.progress.epoch, "run_id": self.progress.run_id}
+
+    def _write(self, states: dict[str, Any]) -> None:
+        write_states(self.folder, states)
+        self.saved_epoch, self._unsaved = states["epoch"], None
+
+    def finish(self) -> None:
+        """Delete the former checkpoint: the run needs it no longer."""
+        (self.folder / PREVIOUS).unlink(missing_ok=True)
+
+
+def save_states(folder: Path, modules: dict[str, Any]) -> None:
+    """Write the state of the `modules` (anything with a `state_dict`) to checkpoint.pt, atomically."""
+    write_states(folder, {name: module.state_dict() for name, module in modules.items()})
+
+
+def write_states(folder: Path, states: dict[str, Any]) -> None:
+    """Write checkpoint.pt, atomically; the former one stays as checkpoint.pt.previous."""
+    with atomic(folder / NAME, previous=folder / PREVIOUS) as part, part.open("wb") as file:
+        torch.save(states, file)
 
 
 def load_states(folder: Path, modules: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-    """Load the state of the `modules` from checkpoint.pt, which is returned; without one, nothing changes."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
-    checkpoint = torch.load(path, map_location=device)
-    for name, module in modules.items():
-        module.load_state_dict(checkpoint[name])
+    """Load the state of the `modules` from the last checkpoint, which is returned; without one, nothing changes.
+
+    Raises:
+        DamagedFileError: there are checkpoints, but none of them is whole.
+    """
+    checkpoint = read_states(folder, device)
+    if checkpoint is not None:
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
     return checkpoint
 
 
-def save_checkpoint(folder: Path, modules: dict[str, Any], progress: Progress) -> None:
-    """Write the state of the `modules` and the progress of a run, atomically."""
-    save_states(folder, modules, epoch=progress.epoch, run_id=progress.run_id)
+def read_states(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """What checkpoint.pt holds, or else the one before it; None without any."""
+    # Only the one before is there if a process died between the two renamings.
+    paths = [path for path in (folder / NAME, folder / PREVIOUS) if path.exists()]
+    for path in paths:
+        if is_whole(path):
+            if path != paths[0]:
+                warnings.warn(f"{paths[0]} is damaged; going on from {path.name}", stacklevel=2)
+            return torch.load(path, map_location=device)
+    if paths:
+        found = " and ".join(map(str, paths))
+        raise DamagedFileError(
+            f"no whole checkpoint in {found}: cut off, or changed on the disk; put back a copy, or delete what is "
+            "damaged, and the run begins anew"
+        )
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of torch.save is as it was written, by the checksums in it; torch reads some damage as numbers."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return False
+        # Whether torch finds its way, without reading any number again.
+        torch.load(path, map_location="meta")
+    except Exception:
+        # A changed header may lead anywhere: to other compressions, names and sizes, or outside of the file.
+        return False
+    return True
 
 
 def resume(folder: Path, modules: dict[str, Any], device: torch.device) -> Progress:

@@ -40,12 +40,11 @@ def progress(total: int, label: str, done: int = 0) -> Iterator[int]:
 
 
 @contextmanager
-def interruption_message(message: str, is_main: bool = True) -> Iterator[None]:
-    """End the program at Ctrl-C with one line in place of a traceback, printed by the main process."""
+def interruption_message(message: str) -> Iterator[None]:
+    """End the program at Ctrl-C with one line in place of a traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        if is_main:
-            print(f"\n{message}", file=sys.stderr, flush=True)
+        print(f"\n{message}", file=sys.stderr, flush=True)
         # The status of a program that was ended by SIGINT.
         raise SystemExit(130) from None

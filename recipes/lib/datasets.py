@@ -1,5 +1,6 @@
 """The data sets in memory, loaders that shard them over the ranks, and augmentation on the device."""
 
+import signal
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from typing import Protocol
@@ -116,7 +117,20 @@ def _loader(dataset: TensorDataset, order: Tensor, batch_size: int, config: Conf
     # The dataset is indexed once for a whole batch instead of once for each image.
     batches = [batch.tolist() for batch in order.split(batch_size)]
     pin_memory = torch.cuda.is_available()
-    return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=config.num_workers, pin_memory=pin_memory)
+    return DataLoader(
+        dataset,
+        sampler=batches,
+        batch_size=None,
+        num_workers=config.num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_trainer,
+    )
+
+
+def _leave_signals_to_trainer(_: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM reach loader workers too: without batches, no last step could be taken."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class DeviceLoader:

@@ -50,7 +50,12 @@ def init_process_group() -> Processes:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Processes(0, 1, device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps one store over all its restarts: in it are the addresses of processes that are gone. Several
+        # nodes count their restarts each for itself.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size)
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 

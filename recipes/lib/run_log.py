@@ -19,6 +19,7 @@ from lib.models import excluded_pattern
 from lib.presets import Config, condition_name
 from lib.provenance import command, provenance
 from lib.spectra import excesses, snapshot, spectral_norms
+from lib.survival import sign
 from specscale import NormScaler
 
 
@@ -84,6 +85,7 @@ class RunLog:
         self.folder, self.progress, self.world_size = folder, progress, processes.world_size
         self.snapshot_epochs = {round(fraction * config.epochs) for fraction in config.spectra}
         folder.mkdir(parents=True, exist_ok=True)
+        sign(folder)
         run = {"norm": norm, "processes": processes.world_size, "device": str(processes.device)}
         config_json = config.as_json() | run | {"torch": torch.__version__}
         write_atomically(folder / "config.json", json.dumps(config_json, indent=2))

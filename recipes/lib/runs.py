@@ -37,6 +37,10 @@ def run_name(norm: str, targets: str, seed: int) -> str:
     return f"{condition_name(norm, targets)}-seed{seed}"
 
 
+def is_begun(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
 def is_finished(folder: Path) -> bool:
     return (folder / "summary.json").exists()
 
