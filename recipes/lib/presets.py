@@ -137,7 +137,7 @@ def preset(build: Callable[[], Config]) -> Callable[[], Config]:
 
 @preset
 def modular_addition() -> Config:
-    """Half a minute on a laptop: a + b modulo 97, learned from 40 % of the pairs. Who gets the other pairs right?"""
+    """Two minutes on two cores: a + b modulo 97, learned from 40 % of the pairs. Who gets the other pairs right?"""
     return Config(
         preset="modular-addition",
         model="pair-mlp",
