@@ -1,4 +1,4 @@
-"""Language modelling on the bytes of Python's own source: it is on every machine, and differs between Pythons."""
+"""Language modeling on the bytes of Python's own source: it is on every machine, and differs between Pythons."""
 
 import math
 import statistics
