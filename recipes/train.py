@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from compare import compare, outcome
-from lib.checkpoint import Checkpoints, CheckpointTimer, Progress, resume
+from lib.checkpoint import Checkpoints, CheckpointTimer, Progress, delete_previous, resume
 from lib.clock import Clock, attach_timed
 from lib.datasets import Data, Preprocessing, load_data, test_loader, train_loader
 from lib.distributed import Processes, broadcast_batch_norm, data_parallel, destroy_process_group, init_process_group
@@ -74,6 +74,8 @@ def find_problem(config: Config, world_size: int) -> str | None:
         return f"unknown model {config.model!r}; choose mlp, {', '.join(CIFAR_RESNETS)}, or one of timm.list_models()"
     if (config.model == "pair-mlp") != (config.data == "modular-addition"):
         return f"--model pair-mlp and --data modular-addition go together, found {config.model} with {config.data}"
+    if config.model == "pair-mlp" and config.init != "model" and config.targets != "channels":
+        return f"--model pair-mlp needs --init model or --targets channels, found {config.init} and {config.targets}"
     if config.init == "model" and config.targets != Config.targets:
         return f"--targets {config.targets} has no effect with --init model: targets are the norms of that init"
     if config.steps_per_epoch is not None and config.steps_per_epoch < 1:
@@ -118,6 +120,8 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
     # The main process says what is on the disk: another may see it later.
     resumes, finished = processes.broadcast_object((goes_on(config, folder), is_finished(folder)))
     if resumes and finished:
+        if processes.is_main:
+            delete_previous(folder)
         return
     if processes.is_main and config.overwrite and not resumes:
         shutil.rmtree(folder, ignore_errors=True)
@@ -148,6 +152,14 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
     with stop.share(OSError):
         if resumes:
             progress = resume(folder, stateful, processes.device)
+    stop.check()
+    main_epoch = processes.broadcast_object(progress.epoch)
+    with stop.share(OSError):
+        if progress.epoch != main_epoch:
+            raise OSError(
+                f"{folder} is at epoch {main_epoch} for rank 0 and at {progress.epoch} here; give an --out that "
+                "all processes see"
+            )
     stop.check()
     log = None
     with stop.share(OSError):

@@ -88,6 +88,7 @@ def test_the_committed_table_is_that_of_its_record():
     assert (results / "language-model.md").read_text() == own.table(read_record(own, results / "language-model.json"))
 
 
+@pytest.mark.slow
 def test_the_command_measures_the_grid_and_shows_it(tmp_path):
     small = ["--steps", "2", "--rates", "0.01", "--no-pilots", "--seeds", "1", "--jobs", "1", "--out", "out"]
     code, said = run([sys.executable, str(ROOT / "recipes" / "language_model.py"), *small], tmp_path)

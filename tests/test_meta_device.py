@@ -92,6 +92,7 @@ def targets_by_channels(norm):
     return {weight.name: weight.scaling.target.tolist() for weight in scaling.weights}
 
 
+@pytest.mark.slow
 @each_case
 def test_every_constraint_holds_from_the_first_step(case):
     scaling = apply_norm_scaling(model := on_meta(), case.norm, target="channels")

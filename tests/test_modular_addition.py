@@ -135,6 +135,10 @@ def test_the_findings_of_the_post_are_asked_of_its_data_alone(data):
             replace(modular_addition(), targets="published"),
             "--targets published has no effect with --init model: targets are the norms of that init",
         ),
+        (
+            replace(modular_addition(), init="scaled-orthogonal"),
+            "--model pair-mlp needs --init model or --targets channels, found scaled-orthogonal and described",
+        ),
         (replace(digits(), steps_per_epoch=0), "--steps-per-epoch must be at least 1, found 0"),
     ],
 )
@@ -178,10 +182,11 @@ def test_the_main_command_generalizes_under_frobenius_scaling_alone(options, tmp
             ["modular-addition", "--epochs", "4"],
             r"train: stopped by SIGINT; \S+none-seed0/checkpoint.pt holds epoch (\d); the same command .* goes on",
         ),
-        (
+        pytest.param(
             "sweep.py",
             ["--presets", "modular-addition", "--targets", "described", "--", "--epochs", "4"],
             "sweep: interrupted; the same command goes on",
+            marks=pytest.mark.slow,
         ),
     ],
 )

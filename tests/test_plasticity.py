@@ -19,6 +19,7 @@ def test_the_committed_table_is_that_of_the_record():
     assert (results / "plasticity.md").read_text() == table(read_record(STUDY, results / "plasticity.json"))
 
 
+@pytest.mark.slow
 def test_a_small_run_of_the_command(tmp_path):
     sizes = "--rates 1e-2 --steps 2 --grid-tasks 2 --tasks 3 --seeds 2 --jobs 1 --out out"
     code, said = run([sys.executable, str(ROOT / "recipes" / "plasticity.py"), *sizes.split()], tmp_path)

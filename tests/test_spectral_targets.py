@@ -66,6 +66,7 @@ def test_too_many_images_and_a_folder_without_data_are_named(tmp_path):
         main(Options(data_root=tmp_path))
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_setting(tmp_path):
     small = [
         "--data",

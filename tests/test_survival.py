@@ -18,9 +18,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lib.checkpoint import DamagedFileError, is_whole, load_states, save_states
+from lib.distributed import Processes
 from lib.files import append_json_line, atomic, read_json_lines, write_atomically
 from lib.presets import digits
-from lib.survival import require_finite
+from lib.survival import Stop, Stopped, require_finite
 from specscale import NonFiniteWeightError, apply_norm_scaling
 from train import main
 
@@ -125,6 +126,12 @@ def test_a_damaged_checkpoint_is_seen_and_the_one_before_it_is_loaded(tmp_path):
             load_states(tmp_path, {"model": model}, device)
         assert torch.equal(model.weight, first["weight"])
 
+    # The next checkpoint leaves the whole one as it is, until it is whole itself.
+    assert (tmp_path / "checkpoint.pt.damaged").read_bytes() == good[:-1]
+    save_states(tmp_path, {"model": model})
+    assert is_whole(path)
+    assert is_whole(tmp_path / "checkpoint.pt.previous")
+
     path.unlink()
     nn.init.zeros_(model.weight)
     # A process died between the two renamings.
@@ -170,7 +177,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_where_there_is_room(tm
         (said,) = capsys.readouterr().err.strip().splitlines()
         assert re.fullmatch(
             rf"train: \[Errno 28\] No space left on device; not written: '{folder}/checkpoint.pt'; "
-            rf"{folder}/checkpoint.pt holds epoch 2; the same command with --resume goes on",
+            rf"{folder}/checkpoint.pt holds epoch 2; once that is mended, the same command with --resume goes on",
             said,
         )
         assert states(folder)["epoch"] == 2
@@ -362,7 +369,8 @@ def test_nan_on_one_rank_stops_all_ranks_with_the_name_of_the_layer(what, norm, 
     folder = f"runs/digits/{norm}-seed0"
     (said,) = re.findall(r"train: (.*)", output)
     assert said.startswith(found)
-    assert said.endswith(f"{folder}/checkpoint.pt holds epoch 2; the same command with --resume goes on")
+    state = f"{folder}/checkpoint.pt holds epoch 2"
+    assert said.endswith(f"{state}; once that is mended, the same command with --resume goes on")
     # Neither has lost the other while it trained.
     assert "Connection" not in output
     assert states(tmp_path / folder)["epoch"] == 2
@@ -447,3 +455,13 @@ def test_a_stop_with_loader_workers_and_a_second_start_change_no_bit(tmp_path):
     code, output = run([*TORCHRUN, *options, "--resume"], tmp_path)
     assert code == 0, output
     assert_same_run(folder, tmp_path / "whole" / "digits" / "spectral-seed0")
+
+
+def test_a_second_ctrl_c_ends_a_training_that_another_signal_is_stopping():
+    stop = Stop(Processes(0, 1, torch.device("cpu")))
+    stop.receive(signal.SIGTERM, None)
+    stop.receive(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop.receive(signal.SIGINT, None)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        stop.check()

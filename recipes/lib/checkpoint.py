@@ -6,7 +6,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lib.survival import Stopped
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.pt.previous"
+DAMAGED = "checkpoint.pt.damaged"
 
 
 class DamagedFileError(OSError):
@@ -105,7 +106,12 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Delete the former checkpoint: the run needs it no longer."""
-        (self.folder / PREVIOUS).unlink(missing_ok=True)
+        delete_previous(self.folder)
+
+
+def delete_previous(folder: Path) -> None:
+    """Delete the former checkpoint of a run that is finished."""
+    (folder / PREVIOUS).unlink(missing_ok=True)
 
 
 def save_states(folder: Path, modules: dict[str, Any]) -> None:
@@ -139,6 +145,10 @@ def read_states(folder: Path, device: torch.device) -> dict[str, Any] | None:
     for path in paths:
         if is_whole(path):
             if path != paths[0]:
+                # Out of the way, so that the next one does not take the place of the whole one. Of several processes,
+                # one is the first; the others then find the whole one alone, or find this one gone.
+                with suppress(FileNotFoundError):
+                    paths[0].rename(folder / DAMAGED)
                 warnings.warn(f"{paths[0]} is damaged; going on from {path.name}", stacklevel=2)
             return torch.load(path, map_location=device)
     if paths:

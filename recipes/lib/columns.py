@@ -31,8 +31,9 @@ def _worst_ratio(run: Run) -> float | None:
 
 def _steps_to_generalize(run: Run) -> int | None:
     """The first step at which the test accuracy was at least 99 %; None if it never was."""
-    steps = (run.config["steps_per_epoch"] * line["epoch"] for line in run.epochs if line["test/accuracy"] >= 0.99)
-    return next(steps, None)
+    epochs = (line["epoch"] for line in run.epochs if line["test/accuracy"] >= 0.99)
+    steps, epoch = run.config["steps_per_epoch"], next(epochs, None)
+    return None if steps is None or epoch is None else steps * epoch
 
 
 class Column(NamedTuple):

@@ -69,6 +69,12 @@ def measure_all(study: Study[Cell], results: dict[Cell, Result], lines: Path, jo
     # Spawned, not forked: torch's threads do not survive a fork.
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,))
     running: dict[Future[Result], Cell] = {}
+
+    def record(future: Future[Result]) -> None:
+        cell = running.pop(future)
+        results[cell] = future.result()
+        append_json_line(lines, {"cell": asdict(cell), "result": results[cell]})
+
     try:
         while True:
             missing = [cell for cell in study.plan(results) if cell not in results and cell not in running.values()]
@@ -77,12 +83,15 @@ def measure_all(study: Study[Cell], results: dict[Cell, Result], lines: Path, jo
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                results[cell] = future.result()
-                append_json_line(lines, {"cell": asdict(cell), "result": results[cell]})
+                cell = running[future]
+                record(future)
                 print(f"{study.name}: {len(results)} done, {len(running)} to go: {cell}", flush=True)
     finally:
+        # Where one has failed, the others that run end first, and count.
         pool.shutdown(cancel_futures=True)
+        for future in list(running):
+            if not future.cancelled() and future.exception() is None:
+                record(future)
 
 
 def write_record(study: Study[Cell], results: dict[Cell, Result], folder: Path) -> None:

@@ -40,15 +40,17 @@ class Stop:
     def __init__(self, processes: Processes) -> None:
         self._reason: str | signal.Signals | None = None
         """The text of an error, or a signal."""
-        self._noted = self._num_checks = 0
+        self._noted = self._num_checks = self._num_interrupts = 0
         # Of its own, so that on GPUs too the host learns it without waiting for the device.
         self._group = dist.new_group(backend="gloo") if processes.world_size > 1 else None
         self._said: tuple[dist.Work, torch.Tensor] | None = None
 
     def receive(self, number: int, _: FrameType | None) -> None:
         """Note a signal: the step goes on. A second Ctrl-C ends it."""
-        if number == self._reason == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            self._num_interrupts += 1
+            if self._num_interrupts > 1:
+                raise KeyboardInterrupt
         if self._reason is None:
             self._note(signal.Signals(number))
 
@@ -130,7 +132,9 @@ def stopping(processes: Processes) -> Iterator[Stop]:
         stop.barrier()
         if processes.is_main:
             state = f"{stopped.state}; " if stopped.state else ""
-            _say(f"{stopped}; {state}the same command with --resume goes on")
+            # After a signal at once; an error comes again as long as its cause is there.
+            when = "once that is mended, " if stopped.exit_code == 1 else ""
+            _say(f"{stopped}; {state}{when}the same command with --resume goes on")
         destroy_process_group()
         raise SystemExit(stopped.exit_code) from None
     except KeyboardInterrupt:
@@ -184,7 +188,13 @@ def is_signed(folder: Path) -> bool:
 def _launch() -> str | None:
     """What stays the same when torchrun restarts its workers, and is another when torchrun is started again.
 
+    In a container, torchrun may have the same process id at every start, and so the time of its start is in it.
+
     The count of restarts that it gives them does not count new nodes, and the id of a run may be given twice.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{run_id} {socket.gethostname()} {os.getppid()}" if run_id is not None else None
+    if run_id is None:
+        return None
+    stat = Path(f"/proc/{os.getppid()}/stat")
+    started = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
+    return f"{run_id} {socket.gethostname()} {os.getppid()} {started}"

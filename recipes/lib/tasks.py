@@ -51,7 +51,7 @@ TASKS = {
     "modular-addition": Task(
         "A network learns a + b modulo 97 from 40 % of all pairs of numbers. Which conditions, once they fit these "
         "pairs, get the other 60 % right as well, and after how many steps? The weight decay is tuned for this task; "
-        "Frobenius scaling has no coefficient to tune.",
+        "the target norms are the default, the initial ones.",
         columns=tuple(
             column
             for column in (COLUMNS[0], STEPS_TO_GENERALIZE, *COLUMNS[1:])
