@@ -13,6 +13,7 @@ from lib.clock import Clock
 from lib.datasets import Preprocessing, load_data
 from lib.distributed import Processes
 from lib.presets import digits
+from lib.survival import Stop
 from specscale import NonFiniteWeightError, NormScaler, apply_norm_scaling
 from specscale.block import Block
 from train import train_epoch
@@ -200,6 +201,6 @@ def test_the_training_loop_of_the_recipe_waits_once_an_epoch(monkeypatch):
     preprocessing = Preprocessing(data, processes.device, torch.contiguous_format)
     clock = Clock(processes.device)
     with Refuse():
-        train_epoch(config, model, optimizer, preprocessing, processes, 1, clock, "")
+        train_epoch(config, model, optimizer, preprocessing, processes, 1, clock, "", Stop(processes))
     assert len(clock.take_ms()) == 5
     assert reads == ["tolist"]
