@@ -1,6 +1,7 @@
 """What the main process writes about a run while it trains: JSON files in the run's folder, and W&B."""
 
 import json
+import os
 import statistics
 import time
 import warnings
@@ -33,6 +34,8 @@ class WandbRun:
         if config.wandb == "disabled":
             return
         with self._switched_off_by_errors():
+            # Its own process may start slowly on a busy machine; the default is 30 seconds.
+            os.environ.setdefault("WANDB__SERVICE_WAIT", "300")
             import wandb
 
             # Without `resume`, the same id replaces an interrupted run; its earlier epochs are logged again.
