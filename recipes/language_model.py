@@ -10,7 +10,6 @@ losses are bits per byte of held-out source: one half of it for what is chosen, 
 import itertools
 import math
 import platform
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import tyro
 from torch import nn
 
-from lib.console import format_cell, markdown
+from lib.console import format_cell, markdown, mean_and_deviation
 from lib.python_source import draw_sequences, held_out_loss, loss_of, standard_library
 from lib.studies import Result, Study, StudyOptions, run_study
 from lib.workloads import GPT, GPTSizes
@@ -231,7 +230,7 @@ def working_range(losses: dict[float, float]) -> tuple[float, float]:
     return last(rates[place::-1]), last(rates[place:])
 
 
-def told_range(losses: dict[float, float]) -> str:
+def range_text(losses: dict[float, float]) -> str:
     low, high = working_range(losses)
     is_cut = low == min(losses) or high == max(losses)
     return f"{low:.4f} to {high:.4f}, {'at least ' if is_cut else ''}{high / low:.1f} times"
@@ -244,11 +243,10 @@ def table(results: dict[Cell, Result]) -> str:
         rows, best_at, best = measured(side, results)
         for title, cells in (rows | {f"{name}, the best of these": best_at}).items():
             losses = losses_of(cells, results)
-            grid_rows.append([title, *(f"{loss:.3f}" for loss in losses.values()), told_range(losses)])
+            grid_rows.append([title, *(f"{loss:.3f}" for loss in losses.values()), range_text(losses)])
         seeds = seeds_of(best, results)
         title = next(title for title, cells in rows.items() if best in cells)
-        deviation = f" ± {statistics.stdev(seeds):.3f}" if len(seeds) > 1 else ""
-        best_rows.append([title, f"{best.lr:g}", str(len(seeds)), f"{statistics.mean(seeds):.3f}{deviation}"])
+        best_rows.append([title, f"{best.lr:g}", str(len(seeds)), mean_and_deviation(seeds, 3)])
     text = markdown(["test loss by learning rate", *map("{:g}".format, losses), "rates that work"], grid_rows)
     text += "\n" + markdown(["the best of its side", "learning rate", "seeds", "test loss"], best_rows)
     if has_pilots(results):

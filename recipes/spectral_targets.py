@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lib.console import markdown
+from lib.console import markdown, mean_and_deviation
 from lib.datasets import Data, Preprocessing, load_data
 from lib.distributed import Processes
 from lib.models import build_model
@@ -223,16 +223,15 @@ def table(options: Options, results: dict[Cell, Result]) -> str:
         for label, side in sides(results, of_setting(results, setting)).items():
             seeds = [results[replace(side, seed=k)] for k in range(setting.seeds)]
             accuracies = [result["test accuracy"] for result in seeds]
-            spread = f" ± {stdev(accuracies):.2f}" if len(seeds) > 1 else ""
-            targets = ["-", "-"] if side.norm == "none" else [said(side.hidden), said(side.head)]
-            choice = [label, *targets, f"{side.lr:g}", f"{side.decay:g}", f"{mean(accuracies):.2f}{spread}"]
+            targets = ["-", "-"] if side.norm == "none" else [target_text(side.hidden), target_text(side.head)]
+            choice = [label, *targets, f"{side.lr:g}", f"{side.decay:g}", mean_and_deviation(accuracies, 2)]
             numbers = [f"{mean(result[key] for result in seeds):.2f}" for key in means]
             best.append([name, *choice, *numbers, f"{mean(prod(result['norms']) for result in seeds):.2g}"])
         for lr in setting.grid_rates:
             for head in setting.heads:
                 cells = [setting.spectral(target, head, lr) for target in options.targets]
                 row = [f"{results[cell]['test accuracy']:.1f}" if cell in results else "-" for cell in cells]
-                rows.append([name, f"{lr:g}", said(head), *row])
+                rows.append([name, f"{lr:g}", target_text(head), *row])
     grid_header = ["model and length", "rate", "head", *(f"target {target:g}" for target in options.targets)]
     choices = markdown([*header, *means, "product of norms"], best)
     return f"{choices}\n{markdown(grid_header, rows)}"
@@ -245,7 +244,7 @@ def of_setting(results: dict[Cell, Result], setting: Setting) -> list[Cell]:
     return [cell for cell in results if (cell.width, cell.depth, cell.epochs) == size]
 
 
-def said(value: float | str) -> str:
+def target_text(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
@@ -268,7 +267,9 @@ def draw(options: Options, results: dict[Cell, Result], path: Path) -> None:
             marker, color = styles[head]
             style = {"marker": marker, "color": color, "ms": 5, "lw": 1.2}
             accuracies = [result["test accuracy"] for result in found.values()]
-            label = {"same": "head: the same target", "free": "head: free"}.get(head, f"head: target {said(head)}")
+            label = {"same": "head: the same target", "free": "head: free"}.get(
+                head, f"head: target {target_text(head)}"
+            )
             upper.plot(list(found), accuracies, label=label, **style)
             lower.plot([prod(one["norms"]) for one in found.values()], accuracies, **style | {"ls": ""})
         plain = results[replace(setting.plain, lr=lr)]["test accuracy"]

@@ -8,7 +8,7 @@ import torch
 from test_recipe import ROOT, run
 from torch import nn
 
-from language_model import SIDES, SIZES, Cell, Options, hold, learning_rate, plan, study, told_range, working_range
+from language_model import SIDES, SIZES, Cell, Options, hold, learning_rate, plan, range_text, study, working_range
 from lib.studies import read_record
 from lib.workloads import GPT
 from specscale import NormScaler, is_norm_scaled
@@ -63,8 +63,8 @@ def test_a_range_ends_where_the_loss_is_the_margin_above_the_best_or_with_the_gr
     losses = {1e-3: 3.3, 1e-2: 3.0, 1e-1: 3.05}
     # Half of the way from 3.0 to 3.3, on a logarithmic axis.
     assert working_range(losses) == pytest.approx((10**-2.5, 1e-1))
-    assert told_range(losses) == "0.0032 to 0.1000, at least 31.6 times"
-    assert told_range(losses | {1.0: 3.25}) == "0.0032 to 0.3162, 100.0 times"
+    assert range_text(losses) == "0.0032 to 0.1000, at least 31.6 times"
+    assert range_text(losses | {1.0: 3.25}) == "0.0032 to 0.3162, 100.0 times"
     # What works again beyond a rate that does not is not part of the range.
     assert working_range({1e-3: 3.0, 1e-2: 3.3, 1e-1: 3.0}) == pytest.approx((1e-3, 10**-2.5))
 

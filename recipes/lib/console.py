@@ -1,5 +1,6 @@
 """What the commands print: progress, tables in Markdown, and how to go on after an interruption."""
 
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,14 @@ def format_cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else str(value)
+
+
+def mean_and_deviation(values: Sequence[float | None], digits: int) -> str:
+    """The mean of several seeds, with their standard deviation; a dash where one has no value."""
+    if None in values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def progress(total: int, label: str, done: int = 0) -> Iterator[int]:

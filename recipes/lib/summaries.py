@@ -1,21 +1,18 @@
 """Summaries of finished runs: the comparison table, rank tables, and compact records."""
 
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from lib.columns import mean_of, statistics_of
-from lib.console import markdown
+from lib.console import markdown, mean_and_deviation
 from lib.presets import WITHOUT_EFFECT
 from lib.runs import Run, Runs, per_layer, rank_keys
 from lib.tasks import task_of
 
-RATIO = "ratio to none"
-
 
 def header_of(runs: Runs) -> list[str]:
     """The header of the comparison table of these runs: the columns of their task."""
-    return ["condition", *(column.title for column in task_of(runs).columns), RATIO]
+    return ["condition", *(column.title for column in task_of(runs).columns), "ratio to none"]
 
 
 def table_rows(runs: Runs) -> list[list[str]]:
@@ -23,18 +20,11 @@ def table_rows(runs: Runs) -> list[list[str]]:
     columns = task_of(runs).columns
     rows = []
     for condition, seeds in runs.items():
-        cells = [_mean_and_deviation([column.value(run) for run in seeds], column.digits) for column in columns]
+        cells = [mean_and_deviation([column.value(run) for run in seeds], column.digits) for column in columns]
         plain = baseline(runs, condition)
         ratio = f"{mean_of(seeds, 'ms / step') / mean_of(runs[plain], 'ms / step'):.3f}" if plain else "-"
         rows.append([condition, *cells, ratio])
     return rows
-
-
-def _mean_and_deviation(values: Sequence[float | None], digits: int) -> str:
-    if None in values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def baseline(runs: Runs, condition: str) -> str | None:
