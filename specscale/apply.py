@@ -37,6 +37,7 @@ from specscale.weights import (
     refuse_scaled,
     refuse_shared_memory,
     refuse_unwritable,
+    refuse_whole_only,
     refuse_wrapped,
     scaled_weights,
     select,
@@ -138,6 +139,7 @@ def apply_norm_scaling(
     refuse_unwritable(weights)
     refuse_shared_memory(weights)
     constraint_of = {weight: one for one, own in by_pattern("norm", constraints, weights, module) for weight in own}
+    refuse_whole_only(constraint_of.items())
     if named:
         _refuse_embeddings(constraint_of, module, rules)
     if init is not None:

@@ -13,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from specscale.errors import Refusal, public_call, some_of
 from specscale.held import HeldWeights
 from specscale.saved_names import plain_name
-from specscale.step import ScalingStep
-from specscale.weights import Weight, refuse_sharded
+from specscale.shards import is_sharded
+from specscale.state import version_of
+from specscale.step import ScalingStep, solve_first_
+from specscale.weights import Weight, refuse_flat, refuse_gathered, refuse_whole_only
 
 HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(max).__code__  # type: ignore[attr-defined]
 """The code of the wrapper with which torch calls hooks around an optimizer's `step`."""
@@ -40,7 +42,7 @@ class StepHook:
     def __init__(self, held: HeldWeights, step: ScalingStep) -> None:
         self.held = held
         self._step = step
-        self._owned: list[tuple[Weight, dict[str, Any], int, bool]] = []
+        self._owned: list[tuple[Weight, dict[str, Any], int | None, bool]] = []
         """The optimizer's weights with their groups, and from before the step their version counters and whether their
         learning rate was 0."""
 
@@ -71,10 +73,11 @@ class StepHook:
         is_compiling = torch.compiler.is_compiling()
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         self._owned.clear()
+        refuse_gathered(self.held.current())
         for weight in self.held.current():
             parameter = weight.parameter
             if (group := groups.get(id(parameter))) is not None:
-                version = 0 if is_compiling else parameter._version
+                version = 0 if is_compiling else version_of(parameter)
                 self._owned.append((weight, group, version, _is_zero(group.get("lr"))))
         if not is_compiling:
             self.held.warn_of_lost("step", stacklevel=5)
@@ -101,7 +104,7 @@ class StepHook:
                 # The step has written the same values.
                 if not is_compiling:
                     weight.scaling.keep_current(parameter, version)
-            elif parameter.grad is not None or (not is_compiling and parameter._version != version):
+            elif parameter.grad is not None or (not is_compiling and version_of(parameter) != version):
                 stepped.append(weight)
                 rates.append(rate if _is_on_device(rate) else None)
         # GradScaler calls a fused optimizer for skipped steps too, and the optimizer skips by `found_inf` itself.
@@ -156,7 +159,8 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
             f"that it wraps, if {kind} does not write to the weights after that one's step"
         )
     weights = held.current()
-    refuse_sharded(weights)
+    refuse_flat(weights)
+    refuse_whole_only((weight, weight.scaling.constraint) for weight in weights)
     owned = owned_by(optimizer, weights)
     if not owned:
         is_frozen = not any(weight.parameter.requires_grad for weight in weights)
@@ -174,6 +178,9 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
     taken = {w.scaling for w in held_by_others} | {id(w.parameter) for w in held_by_others}
     if any(weight.scaling in taken or id(weight.parameter) in taken for weight in owned):
         raise Refusal(f"this {kind} is attached already; a second hook would scale twice")
+    if sharded := [weight for weight in owned if is_sharded(weight.parameter)]:
+        # In all processes together, while they are: a report may be made by one.
+        solve_first_(sharded)
     hook = StepHook(held, step)
     _ATTACHED.add(optimizer)
     held.has_new_owner = True

@@ -18,7 +18,7 @@ needs float64, a factorization that would make the host wait, or a shape that de
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from specscale import linalg
 from specscale.linalg import add_product, broadcast_to, concat, gram, multiplier, product, scaled_to_one, unit
 from specscale.random import keys, normal, signs
-from specscale.solvers import Matrices, Solution, State, Subspace, Triple
+from specscale.shards import Groups, ShardedMatrices, summed
+from specscale.solvers import DenseMatrices, Matrices, Solution, State, Subspace, Triple
 
 NOISE = 0.05
 """The length of the noise that is added to the residual of the last column, relative to the largest Ritz value."""
@@ -97,6 +98,8 @@ class Block:
     """Return what is known on the whole block too, and do not stop while the first value still rises: for constraints
     that must see every value above the target. Set by those that need it."""
 
+    reads_shards: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.width < 2 or self.max_iterations < 1 or not self.tolerance > 0:
             raise ValueError(f"{self}: width must be at least 2, max_iterations at least 1 and tolerance positive")
@@ -109,10 +112,12 @@ class Block:
         """Tolerance and limit of a solve after a jump or in the first step, where these are not stricter already."""
         return min(tolerance, self.tolerance / 20), max(limit, 60)
 
-    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def init_state(
+        self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype, side: int | None = None
+    ) -> dict[str, Tensor]:
         if self.is_small(*shape):
             return {}
-        basis = torch.linalg.qr(normal(key, (min(shape), self.width), dtype)).Q
+        basis = torch.linalg.qr(normal(key, (side or min(shape), self.width), dtype)).Q
         # `age` counts the solves since the initial state, and seeds the noise.
         return {"basis": basis, "age": torch.zeros(len(key), dtype=dtype, device=key.device)}
 
@@ -140,37 +145,39 @@ class Block:
         to_convergence: bool = False,
         num_iterations: int | None = None,
     ) -> list[Solution]:
-        oriented = [one if one.shape[1] >= one.shape[2] else one.mT for one in matrices]
+        oriented = [one.mT if one.block_on_rows else one for one in matrices]
         small: list[int] = []
         large: list[int] = []
         for i, one in enumerate(oriented):
             (small if self.is_small(*one.shape[1:]) else large).append(i)
         found: dict[int, Solution] = {}
-        if small:
-            solutions = _solve_small([oriented[i] for i in small], self.width, self.keeps_subspace)
-            found.update(zip(small, solutions, strict=True))
+        problems = _SmallProblems([oriented[i] for i in small], self.width)
         if large:
             blocks = [_Iterate(oriented[i], states[i]) for i in large]
+            _start(blocks)
             if num_iterations is not None:
-                self._iterate_so_often(blocks, num_iterations)
+                self._iterate_so_often(blocks, problems, num_iterations)
             else:
-                self._iterate_until_done(blocks, to_convergence)
-                if to_convergence and (drifted := [block for block in blocks if block.has_drifted()]):
-                    self._iterate_until_done(drifted, to_convergence)
-                    for block in drifted:
-                        block.refresh()
+                self._iterate_until_done(blocks, problems, to_convergence)
+                if to_convergence and (drifted := _drifted(blocks)):
+                    self._iterate_until_done(drifted, None, to_convergence)
+                    _refresh(drifted)
             next_values = second_value(concat([block.squares for block in blocks]))
             next_values = next_values.split([len(block.V) for block in blocks])
             found.update(
                 (i, block.solution(next_value, to_convergence, self.keeps_subspace))
                 for i, block, next_value in zip(large, blocks, next_values, strict=True)
             )
+        elif small:
+            problems.totals = summed(problems.parts, problems.groups)
+        if small:
+            found.update(zip(small, problems.solutions(self.keeps_subspace), strict=True))
         return [found[i] if one is oriented[i] else found[i].transposed() for i, one in enumerate(matrices)]
 
-    def _iterate_so_often(self, blocks: list["_Iterate"], num_iterations: int) -> None:
+    def _iterate_so_often(self, blocks: list["_Iterate"], problems: "_SmallProblems", num_iterations: int) -> None:
         """Iterate, and count for each matrix how often until its error was small enough; the host reads nothing."""
         counts = [len(block.V) for block in blocks]
-        is_missing = _iterate(blocks, self.keeps_subspace) > self.tolerance
+        is_missing = _iterate(blocks, self.keeps_subspace, problems) > self.tolerance
         needed = torch.ones_like(is_missing, dtype=blocks[0].V.dtype)
         for _ in range(num_iterations - 1):
             needed = needed + is_missing
@@ -185,7 +192,9 @@ class Block:
         for block, count in zip(blocks, needed.split(counts), strict=True):
             block.needed = count
 
-    def _iterate_until_done(self, blocks: list["_Iterate"], to_convergence: bool) -> None:
+    def _iterate_until_done(
+        self, blocks: list["_Iterate"], problems: "_SmallProblems | None", to_convergence: bool
+    ) -> None:
         """Iterate, each batch until it is good enough, which the host reads after every iteration."""
         limits = {}
         for block in blocks:
@@ -199,7 +208,7 @@ class Block:
             limits[block] = tolerance, limit, residual_limit
         number = 0
         while blocks:
-            _iterate(blocks, self.keeps_subspace)
+            _iterate(blocks, self.keeps_subspace, None if number else problems)
             number += 1
             # A matrix that is not finite has none of these, and nothing to wait for.
             columns = [
@@ -229,26 +238,52 @@ class _Iterate:
         self.matrices, self.state = matrices, state
         # The weight may have another dtype than it had when the state was made.
         self.V = state["basis"].to(matrices.dtype)
-        Y = matrices.matmat(self.V)
-        # Squares would leave float32's range where the entries are near 1e20.
-        scale = Y.abs().amax(dim=(-2, -1))
-        self.is_finite = scale.isfinite()
-        self.scale = torch.where(self.is_finite & (scale > 0), scale, 1)
-        self.unscale = self.scale.reciprocal()[:, None, None]
-        self.Y = Y * self.unscale
-        self.squares = gram(self.Y)
+        self.Y: Tensor
+        """The images: of a sharded matrix, those of its local rows."""
+        self.squares: Tensor
         """`Y^T Y`."""
+        self.is_finite: Tensor
+        self.scale: Tensor
         self.num_iterations = 0
         """The iterations so far."""
         self.needed: Tensor | None = None
         """`(k,)`: how many of them each matrix needed, where that is known."""
         self.refresh_after = REFRESH
+        self.is_fresh = True
+        """Whether the images have been computed from the matrix since their squares were."""
         self.searches_on = False
         self.ritz: Ritz
 
-    def image(self, columns: Tensor) -> Tensor:
-        """`A X`, scaled."""
-        return self.matrices.matmat(columns) * self.unscale
+    def start(self, images: Tensor) -> None:
+        """Begin with `A V`, from which the scale is taken where it is not known.
+
+        Squares would leave float32's range where the entries are near 1e20.
+        """
+        if self.matrices.scale is None:
+            scale = images.abs().amax(dim=(-2, -1))
+            self.is_finite = scale.isfinite()
+            scale = torch.where(self.is_finite & (scale > 0), scale, 1)
+        else:
+            # Whether all processes' parts are finite is known with the first sum.
+            scale = self.matrices.scale
+            self.is_finite = torch.ones_like(scale, dtype=torch.bool)
+        self.scale = scale
+        self.unscale = scale.reciprocal()[:, None, None]
+        self.Y = images * self.unscale
+
+    def set_squares(self, squares: Tensor) -> None:
+        """Take `Y^T Y`, summed over processes, of images that have been computed from the matrix."""
+        self.squares = squares
+        if self.matrices.scale is not None:
+            self.is_finite = squares.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+        self.is_fresh = False
+
+    @property
+    def first_length(self) -> Tensor:
+        """`(k,)`: the length of the first image."""
+        if self.matrices.sums:
+            return self.squares[:, 0, 0].clamp_min(0).sqrt()
+        return self.Y[..., 0].norm(dim=-1)
 
     def known(self) -> list[Tensor]:
         """The block, its images, their squares and what the last iteration has found."""
@@ -260,29 +295,12 @@ class _Iterate:
         self.V, self.Y, self.squares, *ritz = (torch.where(broadcast_to(mask, new), old, new) for old, new in both)
         self.ritz = Ritz(*ritz)
 
-    def refresh(self) -> Tensor:
-        """Compute the images anew from the matrix; returns the value that they give, `(k,)`, scaled."""
-        self.Y = self.image(self.V)
-        self.squares = gram(self.Y)
-        value = self.Y[..., 0].norm(dim=-1) / self.V[..., 0].norm(dim=-1)
-        self.ritz = self.ritz._replace(value=value)
-        return value
-
-    def has_drifted(self) -> bool:
-        """Refresh; whether the images that were carried along were wrong, so that no iteration may do that again."""
-        carried = self.ritz.value
-        self.refresh_after = 1
-        is_right = (self.refresh() - carried).abs() <= 1e-3 * carried
-        return not bool((is_right | ~self.is_finite).all())
-
-    def residuals(self) -> Tensor:
-        """`A^T Y - V (Y^T Y)`, scaled, with noise in the last column in a step's first iteration.
+    def residuals(self, products: Tensor) -> Tensor:
+        """`A^T Y - V (Y^T Y)`, scaled, with noise in the last column in a step's first iteration; from `A^T Y`.
 
         Where it `searches_on`, every few iterations again: a column that has found a singular vector would stay there.
         """
-        if self.num_iterations and self.num_iterations % self.refresh_after == 0:
-            self.refresh()
-        R = add_product(self.matrices.rmatmat(self.Y) * self.unscale, self.V, self.squares, alpha=-1)
+        R = add_product(products, self.V, self.squares, alpha=-1)
         if self.num_iterations == 0 or (self.searches_on and self.num_iterations % SEARCH == 0):
             length = NOISE * self.squares.diagonal(dim1=-2, dim2=-1).amax(-1) / R.shape[-2] ** 0.5
             R[..., -1] += length[:, None] * signs(keys(self.state["age"] + self.num_iterations), R.shape[1:2])
@@ -297,7 +315,8 @@ class _Iterate:
         keep = (self.is_finite & self.ritz.value.isfinite())[:, None, None]
         basis = torch.where(keep, self.V, self.state["basis"])
         # A vector that is not finite must not reach a weight that is skipped: zero times NaN is NaN.
-        left = torch.where(keep[..., 0], unit(self.Y[..., 0]), 0)
+        length = self.first_length.clamp_min(torch.finfo(self.Y.dtype).tiny)
+        left = torch.where(keep[..., 0], self.Y[..., 0] / length[:, None], 0)
         needed = torch.full_like(value, self.num_iterations) if self.needed is None else self.needed
         residual, error = (torch.where(self.is_finite, x, 0) for x in (self.ritz.residual, self.ritz.error))
         needed = torch.where(self.is_finite, needed, 1)
@@ -309,11 +328,74 @@ class _Iterate:
         return Solution(triple, {"basis": basis, "age": age})
 
 
-def _iterate(blocks: list[_Iterate], is_cautious: bool) -> Tensor:
-    """One iteration of every batch; the small problems are one batch. Returns the estimated errors of all of them."""
+def _images(blocks: list[_Iterate], columns: list[Tensor]) -> list[Tensor]:
+    """`A X` of each block's matrices for its columns: of a sharded matrix, its local rows."""
+    parts = [block.matrices.matmat(own) for block, own in zip(blocks, columns, strict=True)]
+    return summed(parts, [block.matrices.image_sums for block in blocks])
+
+
+def _start(blocks: list[_Iterate]) -> None:
+    for block, images in zip(blocks, _images(blocks, [block.V for block in blocks]), strict=True):
+        block.start(images)
+
+
+def _renew_images(blocks: list[_Iterate]) -> None:
+    """Compute images anew from the matrices; their squares are to be computed too."""
+    for block, images in zip(blocks, _images(blocks, [block.V for block in blocks]), strict=True):
+        block.Y = images * block.unscale
+        block.is_fresh = True
+
+
+def _refresh(blocks: list[_Iterate]) -> None:
+    """Compute images, squares and values anew from the matrices."""
+    _renew_images(blocks)
+    squares = [block.matrices.once(gram(block.Y)) for block in blocks]
+    for block, own in zip(blocks, summed(squares, [block.matrices.sums for block in blocks]), strict=True):
+        block.set_squares(own)
+        value = block.first_length / block.V[..., 0].norm(dim=-1)
+        block.ritz = block.ritz._replace(value=value)
+
+
+def _drifted(blocks: list[_Iterate]) -> list[_Iterate]:
+    """Refresh all; those whose images had been carried along wrongly, so that no iteration may do that again."""
+    carried = [block.ritz.value for block in blocks]
+    _refresh(blocks)
+    drifted = []
+    for block, value in zip(blocks, carried, strict=True):
+        block.refresh_after = 1
+        is_right = (block.ritz.value - value).abs() <= 1e-3 * value
+        if not bool((is_right | ~block.is_finite).all()):
+            drifted.append(block)
+    return drifted
+
+
+def _residuals(blocks: list[_Iterate], problems: "_SmallProblems | None") -> list[Tensor]:
+    """The residuals of every batch; what is summed over processes travels at once, with that of small problems."""
+    if due := [b for b in blocks if b.num_iterations and b.num_iterations % b.refresh_after == 0]:
+        _renew_images(due)
+    fresh = [block for block in blocks if block.is_fresh]
+    products = [block.matrices.rmatmat(block.Y) * block.unscale for block in blocks]
+    squares = [block.matrices.once(gram(block.Y)) for block in fresh]
+    parts, groups = [*products, *squares], [block.matrices.sums for block in (*blocks, *fresh)]
+    if problems is not None:
+        totals = summed([*parts, *problems.parts], [*groups, *problems.groups])
+        problems.totals = totals[len(parts) :]
+    else:
+        totals = summed(parts, groups)
+    for block, own in zip(fresh, totals[len(blocks) : len(parts)], strict=True):
+        block.set_squares(own)
+    return [block.residuals(own) for block, own in zip(blocks, totals, strict=False)]
+
+
+def _iterate(blocks: list[_Iterate], is_cautious: bool, problems: "_SmallProblems | None" = None) -> Tensor:
+    """One iteration of every batch; the small problems are one batch. Returns the estimated errors of all of them.
+
+    `problems` are those of small matrices, whose sums over processes travel with those of the iteration.
+    """
     counts = [len(block.V) for block in blocks]
+    residuals = _residuals(blocks, problems)
+    bases = [torch.cat([block.V, R], dim=-1) for block, R in zip(blocks, residuals, strict=True)]
     is_finite = concat([block.is_finite for block in blocks])[:, None, None]
-    bases = [torch.cat([block.V, block.residuals()], dim=-1) for block in blocks]
     squares = concat([block.squares for block in blocks])
     gram_s = concat([gram(basis) for basis in bases])
     # A factorization of what is not finite would raise.
@@ -321,15 +403,16 @@ def _iterate(blocks: list[_Iterate], is_cautious: bool) -> Tensor:
     squares = torch.where(is_finite, squares, 0)
     frame = orthogonalize(gram_s, squares)
     images = []
-    for block, basis, M, K in zip(blocks, bases, frame.M.split(counts), frame.K.split(counts), strict=True):
-        R = basis[..., basis.shape[-1] // 2 :]
-        T = add_product(product(block.image(R), M), block.Y, K, alpha=-1)
+    of_rest = _images(blocks, residuals)
+    for block, own, M, K in zip(blocks, of_rest, frame.M.split(counts), frame.K.split(counts), strict=True):
+        T = add_product(product(own * block.unscale, M), block.Y, K, alpha=-1)
         images.append(torch.cat([block.Y, T], dim=-1))
-    gram_w = torch.where(is_finite, concat([gram(image) for image in images]), 0)
+    grams = [block.matrices.once(gram(image)) for block, image in zip(blocks, images, strict=True)]
+    gram_w = torch.where(is_finite, concat(summed(grams, [block.matrices.sums for block in blocks])), 0)
     ritz = rayleigh_ritz(gram_w, squares, frame, blocks[0].num_iterations + 1, is_cautious)
     parts = (part.split(counts) for part in ritz)
-    for block, basis, image, *own in zip(blocks, bases, images, *parts, strict=True):
-        block.ritz = Ritz(*own)
+    for block, basis, image, *own_ritz in zip(blocks, bases, images, *parts, strict=True):
+        block.ritz = Ritz(*own_ritz)
         block.V = product(basis, block.ritz.of_basis)
         block.Y = product(image, block.ritz.of_images)
         block.squares = block.ritz.squares
@@ -530,11 +613,62 @@ def estimated_error(rho: Tensor, gap: Tensor, rise: Tensor, number: int) -> Tens
     return torch.minimum(rho * ratio.square().div(16).clamp_max(1), rise * (number / 2))
 
 
-def _solve_small(matrices: list[Matrices], width: int, keeps_subspace: bool) -> list[Solution]:
-    """Matrices `(k, M, N)`, `N <= 2 width`, from their Gram matrices."""
-    scaled, scales = zip(*(scaled_to_one(one.dense()) for one in matrices), strict=True)
+class _SmallProblems:
+    """Matrices `(k, M, N)`, the shorter side of at most twice the width, to be solved from their Gram matrices.
+
+    Of a sharded one, the Gram matrix of its columns is summed over processes where that is small. One whose columns are
+    many, or in several processes, has few rows, and is summed whole.
+    """
+
+    def __init__(self, matrices: list[Matrices], width: int) -> None:
+        self.width = width
+        self._matrices = matrices
+        self.parts: list[Tensor] = []
+        """What is to be summed over processes, of each matrix that is sharded."""
+        self.groups: list[Groups] = []
+        self.totals: list[Tensor] = []
+        """The sums."""
+        for one in matrices:
+            if isinstance(one, ShardedMatrices):
+                self.parts.append(gram(_scaled(one)[0]) if self._has_own_gram(one) else one.in_place())
+                self.groups.append(one.sums)
+
+    def _has_own_gram(self, matrices: ShardedMatrices) -> bool:
+        """Whether the Gram matrix of the columns is small, and a sum over processes that hold whole rows."""
+        return matrices.shape[2] <= 2 * self.width and not matrices.image_sums
+
+    def solutions(self, keeps_subspace: bool) -> list[Solution]:
+        read: list[tuple[Matrices, Tensor | None]] = []
+        totals = iter(self.totals)
+        for one in self._matrices:
+            if not isinstance(one, ShardedMatrices):
+                read.append((one, None))
+            elif self._has_own_gram(one):
+                read.append((one, next(totals)))
+            else:
+                whole = DenseMatrices(next(totals))
+                read.append((whole.mT if whole.block_on_rows else whole, None))
+        solutions = _solve_by_gram([one for one, _ in read], [own for _, own in read], self.width, keeps_subspace)
+        for i, (one, (used, _)) in enumerate(zip(self._matrices, read, strict=True)):
+            if isinstance(one, ShardedMatrices) and used is not one:
+                solution = solutions[i] if used.shape == one.shape else solutions[i].transposed()
+                solutions[i] = solution._replace(triple=solution.triple.with_left(one.rows_of))
+        return solutions
+
+
+def _solve_by_gram(
+    matrices: list[Matrices], grams: list[Tensor | None], width: int, keeps_subspace: bool
+) -> list[Solution]:
+    """Matrices `(k, M, N)`, `N <= 2 width`, from `A^T A`, which is given for sharded ones."""
+    scaled, scales = zip(*(_scaled(one) for one in matrices), strict=True)
+    squares_of: list[Tensor] = []
+    finite: list[Tensor] = []
+    for one, scale, total in zip(scaled, scales, grams, strict=True):
+        own = gram(one) if total is None else total
+        finite.append(own.isfinite().all(-1).all(-1) if total is not None else torch.ones_like(scale, dtype=torch.bool))
+        squares_of.append(own if total is None else torch.where(finite[-1][:, None, None], own, 0))
     pad = [2 * width - one.shape[-1] for one in scaled]
-    H = concat([nn.functional.pad(gram(one), (0, p, 0, p)) for one, p in zip(scaled, pad, strict=True)])
+    H = concat([nn.functional.pad(one, (0, p, 0, p)) for one, p in zip(squares_of, pad, strict=True)])
     G = torch.eye(2 * width, dtype=H.dtype, device=H.device).expand_as(H)
     # All is known: nothing is searched. Such a column would lie half in what a matrix is padded with, which would look
     # as if much were outside of the block.
@@ -545,19 +679,28 @@ def _solve_small(matrices: list[Matrices], width: int, keeps_subspace: bool) -> 
     coupling = gram(add_product(product(H, X), X, squares, alpha=-1)) if keeps_subspace else next_values
     parts = (part.split(counts) for part in (X, next_values, squares, rest, coupling))
     solutions = []
-    for one, scale, x, next_value, *known in zip(scaled, scales, *parts, strict=True):
+    each = zip(scaled, scales, grams, finite, *parts, strict=True)
+    for one, scale, total, is_finite, x, next_value, own_squares, own_rest, own_coupling in each:
         right = x[:, : one.shape[-1], 0]
         image = product(one, right[..., None])[..., 0]
-        value = image.norm(dim=-1) / right.norm(dim=-1)
+        length = image.norm(dim=-1) if total is None else own_squares[:, 0, 0].clamp_min(0).sqrt()
+        value = torch.where(is_finite, length / right.norm(dim=-1), torch.nan)
         zero = torch.zeros_like(value)
         subspace = None
         if keeps_subspace:
             columns = x[:, : one.shape[-1]]
-            own_squares, own_rest, own_coupling = known
             subspace = Subspace(product(one, columns), columns, own_squares, scale, own_rest, own_coupling)
-        triple = Triple(value * scale, unit(image), unit(right), next_value * scale, zero, zero, zero, subspace)
+        left = torch.where(is_finite[:, None], image / length.clamp_min(torch.finfo(image.dtype).tiny)[:, None], 0)
+        triple = Triple(value * scale, left, unit(right), next_value * scale, zero, zero, zero, subspace)
         solutions.append(Solution(triple, {}))
     return solutions
+
+
+def _scaled(matrices: Matrices) -> tuple[Tensor, Tensor]:
+    """The matrices, of a sharded one this process's rows, divided by about their size, and that."""
+    if matrices.scale is None:
+        return scaled_to_one(matrices.dense())
+    return matrices.dense() / matrices.scale[:, None, None], matrices.scale
 
 
 def _orthonormal(X: Tensor) -> Tensor:

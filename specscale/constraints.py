@@ -28,6 +28,7 @@ from specscale.norms import (
     SpectralNormBySolver,
 )
 from specscale.polar import polar_factor
+from specscale.shards import WeightParts
 from specscale.solvers import Solver
 from specscale.views import MatrixView, SplitWeight
 
@@ -48,6 +49,11 @@ class Constraint(ABC):
     @cached_property
     def norm(self) -> Norm:
         return self.norm_type.with_solver(self.solver)
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether it needs whole matrices, so that a sharded weight cannot be under it."""
+        return not self.norm.reads_shards
 
     def view(self, view: MatrixView, weight: Tensor) -> MatrixView:
         """The matrices that it holds, of a weight of a layer that reads it by `view`: the same, unless overridden."""
@@ -73,9 +79,9 @@ class Constraint(ABC):
         return target
 
     def project_(
-        self, weights: list[SplitWeight], measurement: Measurement, target: Tensor, skip_mask: Tensor
+        self, weights: list[WeightParts], measurement: Measurement, target: Tensor, skip_mask: Tensor
     ) -> Measurement:
-        """Put the matrices of `weights` back on `target (k,)`, in place.
+        """Put the matrices of `weights` back on `target (k,)`, in place: what this process holds of them.
 
         Those where `skip_mask (k,)` is true and those of norm zero, which have no direction, are skipped. Returns
         what was measured, with the norms and the residuals afterwards.
@@ -83,10 +89,29 @@ class Constraint(ABC):
         norm = measurement.norm.to(target.dtype)
         measurement = measurement._replace(norm=norm)
         skip_mask = skip_mask | (norm == 0)
-        residual = self.write_(weights, measurement, target, skip_mask)
+        residual = self._write_parts_(weights, measurement, target, skip_mask)
         if residual is not None:
             measurement = measurement._replace(residual=torch.where(skip_mask, measurement.residual, residual))
         return measurement._replace(norm=torch.where(skip_mask, norm, self.norm_after(measurement, target)))
+
+    def _write_parts_(
+        self, weights: list[WeightParts], measurement: Measurement, target: Tensor, skip_mask: Tensor
+    ) -> Tensor | None:
+        """`write_` of what this process holds: whole weights, or parts, which are to it what weights are."""
+        if not any(weight.is_sharded for weight in weights):
+            return self.write_([weight.parts[0].split for weight in weights], measurement, target, skip_mask)
+        counts = [weight.num_matrices for weight in weights]
+        parts, numbers, factors = [], [], []
+        of_weights = (one.split(counts) for one in (*measurement[:4], target, skip_mask))
+        for weight, factor, *own in zip(weights, measurement.factors, *of_weights, strict=True):
+            for part in weight.parts:
+                parts.append(part.split)
+                numbers.append([one[part.matrices] for one in own])
+                factors.append(None if factor is None else factor.part(*part[1:]))
+        if parts:
+            norm, residual, error, count, own_target, own_skip_mask = map(concat, zip(*numbers, strict=True))
+            self.write_(parts, Measurement(norm, residual, error, count, factors, []), own_target, own_skip_mask)
+        return None
 
 
 class Frobenius(Constraint):
@@ -343,6 +368,11 @@ class Orthogonal(Constraint):
     """The most iterations of one step; on an accelerator, which reads nothing back, all of them are taken."""
     name = "orthogonal"
     norm_type = SpectralNormBySolver
+
+    @property
+    def needs_whole(self) -> bool:
+        # The iteration multiplies the whole matrix by itself.
+        return True
 
     def __post_init__(self) -> None:
         if self.max_iterations < 1:

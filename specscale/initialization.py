@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from specscale.errors import public_call
 from specscale.layers import LayerRule
 from specscale.linalg import no_grad_full_precision
+from specscale.shards import as_shard, is_sharded, local
 from specscale.targets import GAINS, Gains, check_setting, resolve_gains
 from specscale.weights import Patterns, Weight, refuse_unwritable, select
 
@@ -31,10 +32,15 @@ def orthogonal(shape: torch.Size, like: Tensor, generator: torch.Generator | Non
 @no_grad_full_precision
 def orthogonal_like(weight: Weight, gain: float, generator: torch.Generator | None) -> Tensor:
     """A tensor like the weight, memory format included, whose matrices are `gain` times orthogonal ones."""
-    value = torch.empty_like(weight.parameter)
-    shape = weight.view.matrices(value).shape
-    weight.view.write_(value, gain * orthogonal(shape, value, generator))
-    return value
+    if not is_sharded(weight.parameter):
+        value = torch.empty_like(weight.parameter)
+        shape = weight.view.matrices(value).shape
+        weight.view.write_(value, gain * orthogonal(shape, value, generator))
+        return value
+    whole = torch.empty(weight.parameter.shape, dtype=weight.parameter.dtype, device=local(weight.parameter).device)
+    shape = weight.view.matrices(whole).shape
+    weight.view.write_(whole, gain * orthogonal(shape, whole, generator))
+    return as_shard(whole, weight.parameter)
 
 
 @public_call()

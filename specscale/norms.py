@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specscale.bounds import Bounds, frobenius_bounds, spectral_bounds
 from specscale.linalg import concat, scaled_to_one, smaller_gram, widest_dtype
+from specscale.shards import Groups, ShardedMatrices, summed
 from specscale.solvers import DenseMatrices, Solver, State
 
 
@@ -50,11 +51,18 @@ class Norm(ABC):
     def with_solver(cls, solver: Solver) -> Self:
         return cls()
 
+    @property
+    def reads_shards(self) -> bool:
+        """Whether it measures matrices of which each process holds a part."""
+        return True
+
     def scratch_elements(self, m: int, n: int) -> int:
         """Elements that a measurement of one matrix `(m, n)` keeps beside it until all are measured."""
         return 0
 
-    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def init_state(
+        self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype, side: int | None = None
+    ) -> dict[str, Tensor]:
         """The solver's state for matrices `(k, *shape)` before the first measurement; see `Solver.init_state`."""
         return {}
 
@@ -69,13 +77,16 @@ class Norm(ABC):
     @abstractmethod
     def measure(
         self,
-        matrices: Iterable[Tensor],
+        matrices: Iterable[Tensor | ShardedMatrices],
         states: Sequence[State],
         *,
         to_convergence: bool = False,
         num_iterations: int | None = None,
     ) -> Measurement:
-        """The norms of weights as matrices `(k_i, m_i, n_i)`, of one dtype, float32 or wider. Nothing is written."""
+        """The norms of weights as matrices `(k_i, m_i, n_i)`, of one dtype, float32 or wider. Nothing is written.
+
+        All of them are dense, or all are sharded.
+        """
 
     @abstractmethod
     def certify(self, matrices: Tensor, key: Tensor, tolerance: float, miss: float) -> Bounds:
@@ -93,17 +104,26 @@ class FrobeniusNorm(Norm):
 
     def measure(
         self,
-        matrices: Iterable[Tensor],
+        matrices: Iterable[Tensor | ShardedMatrices],
         states: Sequence[State],
         *,
         to_convergence: bool = False,
         num_iterations: int | None = None,
     ) -> Measurement:
-        norms = []
+        norms: list[Tensor] = []
+        groups: list[Groups] = []
         # One weight after another, since each may be a copy.
         for one in matrices:
-            norms.append(self._norms(one))
             dtype = one.dtype
+            if isinstance(one, ShardedMatrices):
+                norms.append(one.square_sums(widest_dtype(one.tensor.device)))
+                groups.append(one.sums)
+            else:
+                norms.append(self._norms(one))
+                groups.append(())
+        if any(groups):
+            totals = zip(summed(norms, groups), groups, strict=True)
+            norms = [total.sqrt() if own else total for total, own in totals]
         return _exactly(concat(norms).to(dtype), [None] * len(norms))
 
     def _norms(self, matrices: Tensor) -> Tensor:
@@ -155,25 +175,31 @@ class SpectralNormBySolver(SpectralNorm):
     def with_solver(cls, solver: Solver) -> Self:
         return cls(solver)
 
+    @property
+    def reads_shards(self) -> bool:
+        return self.solver.reads_shards
+
     def scratch_elements(self, m: int, n: int) -> int:
         return self.solver.scratch_elements(m, n)
 
-    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
-        return self.solver.init_state(key, shape, dtype)
+    def init_state(
+        self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype, side: int | None = None
+    ) -> dict[str, Tensor]:
+        return self.solver.init_state(key, shape, dtype, side)
 
     def next_num_iterations(self, num_iterations: int | None, error: float | None) -> int | None:
         return self.solver.next_num_iterations(num_iterations, error)
 
     def measure(
         self,
-        matrices: Iterable[Tensor],
+        matrices: Iterable[Tensor | ShardedMatrices],
         states: Sequence[State],
         *,
         to_convergence: bool = False,
         num_iterations: int | None = None,
     ) -> Measurement:
-        dense = [DenseMatrices(one) for one in matrices]
-        solutions = self.solver.solve(dense, states, to_convergence=to_convergence, num_iterations=num_iterations)
+        read = [one if isinstance(one, ShardedMatrices) else DenseMatrices(one) for one in matrices]
+        solutions = self.solver.solve(read, states, to_convergence=to_convergence, num_iterations=num_iterations)
         triples = [solution.triple for solution in solutions]
         value, residual, error, count = (
             concat([getattr(triple, name) for triple in triples])
@@ -191,12 +217,16 @@ class SpectralNormByDecomposition(SpectralNorm):
     accelerator the host waits for it; one without float64 has it done on the CPU.
     """
 
+    @property
+    def reads_shards(self) -> bool:
+        return False
+
     def scratch_elements(self, m: int, n: int) -> int:
         return 4 * min(m, n) ** 2
 
     def measure(
         self,
-        matrices: Iterable[Tensor],
+        matrices: Iterable[Tensor | ShardedMatrices],
         states: Sequence[State],
         *,
         to_convergence: bool = False,
@@ -204,6 +234,7 @@ class SpectralNormByDecomposition(SpectralNorm):
     ) -> Measurement:
         found = []
         for one in matrices:
+            assert isinstance(one, Tensor)
             scaled, scale = scaled_to_one(one)
             squares, vectors = torch.linalg.eigh(smaller_gram(scaled))
             found.append((squares.clamp_min(0).sqrt() * scale.to(squares)[:, None], vectors))

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from specscale.state import REGISTERED, NormScaling, others_on_top, parametrizations_of, scaling_of, scalings_of
-from specscale.state_dicts import complete_state_dict, refuse_pickling, solve_what_was_missing
+from specscale.state_dicts import complete_state_dict, follow_sharding, refuse_pickling, solve_what_was_missing
 
 
 def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
@@ -17,6 +17,7 @@ def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     REGISTERED.add(scaling)
     scaling.is_registered_on(module.parametrizations[tensor])  # type: ignore[union-attr, index, arg-type]
     scaling.load_hooks = (
+        module.register_state_dict_pre_hook(follow_sharding),
         module.register_load_state_dict_pre_hook(complete_state_dict),
         module.register_load_state_dict_post_hook(solve_what_was_missing),
     )
@@ -57,6 +58,12 @@ def _explain_refusals(module: nn.Module, tensor: str) -> None:
     torch_getstate = kind.__getstate__
 
     def register_parameter(layer: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if name.startswith("parametrizations."):
+            # Its partition functions register every parameter anew, by its name.
+            raise KeyError(
+                f"parameter {name!r} is under norm scaling, and parallelize_module would register it anew; the order "
+                "is parallelize_module, apply_norm_scaling, fully_shard"
+            )
         if scaling_of(layer, name) is not None:
             raise KeyError(
                 f"attribute {name!r} already exists: it is under norm scaling. Assign it inside "

@@ -16,12 +16,13 @@ from specscale.held import INSIDE_PLAIN, HeldWeights, Place, is_source, places_o
 from specscale.layers import EMBEDDINGS, LayerRule, RuleBook
 from specscale.linalg import at_least_float32, no_grad_full_precision, product
 from specscale.parametrization import unregister
+from specscale.shards import is_sharded, local
 from specscale.state import PLAIN_LAYERS, NormScaling, original, scaling_of, version_of
 from specscale.state_dicts import LoadCheck, end_unused_checks, refuse_others_on_top
 from specscale.step import solve_anew_
 from specscale.targets import Target, Targets, depends_on_norms, resolve_targets
 from specscale.views import MatrixView
-from specscale.weights import Weight, holds_tensor, scaled_weights, shard_kind, value_for
+from specscale.weights import Weight, holds_tensor, is_flat_part, is_fully_sharded, scaled_weights, value_for
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class PlainModel:
 
     @public_call("plain")
     def __enter__(self) -> nn.Module:
+        refuse_fully_sharded(self._model)
         by_module: dict[nn.Module, list[Weight]] = defaultdict(list)
         for weight in scaled_weights(self._model):
             refuse_others_on_top(weight)
@@ -195,6 +197,15 @@ class _Layer:
             hooks.put_back()
 
 
+def refuse_fully_sharded(model: nn.Module) -> None:
+    """Refuse to move the parameters of a model under `fully_shard`."""
+    if is_fully_sharded(model):
+        raise Refusal(
+            "the model is under fully_shard, which does not let parameters move to another module; save "
+            "scaling.plain_state_dict(), or make the model plain before fully_shard"
+        )
+
+
 def refuse_inside_plain(model: nn.Module) -> None:
     """Refuse a model that is plain for a while only."""
     if not PLAIN_LAYERS.isdisjoint(model.modules()):
@@ -273,8 +284,8 @@ def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, paramete
     is_same_shape = parameter.shape == taken.shape
     if not (is_same_shape and (parameter is taken.parameter or place.module is taken.weight.module)):
         layer_view = RuleBook(model, rule.layers, EMBEDDINGS).views(place.layer).get(place.tensor)
-    if kind := shard_kind(parameter):
-        return f"it is sharded now: {kind}"
+    if is_sharded(parameter) != is_sharded(taken.parameter) or is_flat_part(parameter):
+        return "it is sharded now, or was; shard a scaled model outside of plain()"
     if not parameter.is_floating_point() or parameter.numel() == 0 or parameter.is_inference():
         return f"it is a tensor of {parameter.dtype} and shape {tuple(parameter.shape)} that cannot be scaled"
     try:
@@ -289,7 +300,7 @@ def _as_what(model: nn.Module, rule: Rule, taken: _Taken, place: Place, paramete
         if depends_on_norms(target):
             if parameter.is_meta:
                 return "it is on the meta device in another shape, and its target is relative to its norm"
-            if not bool(parameter.isfinite().all()):
+            if not bool(local(parameter).isfinite().all()):
                 return "it holds NaN or infinity"
     return _Find(place, parameter, view, target)
 
@@ -327,7 +338,8 @@ def _renew(taken: _Taken, find: _Find, model: nn.Module) -> None:
 @no_grad_full_precision
 def _checksum(tensor: Tensor) -> Tensor:
     """Five numbers that change with almost every change of the tensor's values or of their order."""
-    if tensor.is_meta:
+    tensor = local(tensor)
+    if tensor.is_meta or not tensor.numel():
         return torch.zeros(5, dtype=torch.int64)
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().view(integers[tensor.element_size()]).flatten(1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specscale.errors import Refusal
+from specscale.shards import is_sharded
 from specscale.weights import Weight
 
 Fingerprint = tuple[tuple[Hashable, ...], ...]
@@ -40,7 +41,7 @@ class Plan:
         """The CUDA graphs of this step. They are kept here because they read and write the memory of `groups`."""
         groups: dict[Hashable, list[Weight]] = defaultdict(list)
         for weight in weights:
-            grouped = kernels_for(weight.parameter) if by_kernels else None
+            grouped = kernels_for(weight.parameter) if by_kernels and not is_sharded(weight.parameter) else None
             if grouped is not None and grouped.fits(weight):
                 groups[weight.scaling.constraint, weight.parameter.dtype, weight.parameter.device].append(weight)
             else:

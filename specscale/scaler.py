@@ -12,13 +12,14 @@ from specscale.attach import attach, owned_by, warn_of_unowned
 from specscale.errors import Refusal, public_call
 from specscale.held import HeldWeights
 from specscale.parametrization import unregister
-from specscale.plain import PlainModel, Rule, refuse_inside_plain
+from specscale.plain import PlainModel, Rule, refuse_fully_sharded, refuse_inside_plain
 from specscale.state_dicts import end_unused_checks, plain_state_dict
 from specscale.step import ScalingStep, solve_anew_, solve_first_
 from specscale.weights import (
     Weight,
+    refuse_flat,
+    refuse_gathered,
     refuse_non_finite,
-    refuse_sharded,
     refuse_unwritable,
     refuse_without_values,
     scaled_weights,
@@ -228,6 +229,7 @@ class NormScaler:
 
     def _solve_anew(self) -> None:
         weights = self._scaled()
+        refuse_gathered(weights)
         refuse_non_finite(weights, "load good weights first")
         for weight in weights:
             weight.scaling.follow_(weight.parameter)
@@ -308,6 +310,7 @@ class NormScaler:
     @public_call()
     def remove(self) -> nn.Module:
         """Detach from the optimizers and return the model, plain again: the same parameters under their plain names."""
+        refuse_fully_sharded(self._model)
         weights = self._held.current()
         self.detach()
         for weight in weights:
@@ -335,6 +338,6 @@ class NormScaler:
 
 
 def _refuse_unreadable(weights: list[Weight]) -> None:
-    """Refuse weights whose values are not, or not all, in this process."""
+    """Refuse weights whose values are not in this process or the others that hold them."""
     refuse_without_values(weights)
-    refuse_sharded(weights)
+    refuse_flat(weights)

@@ -7,29 +7,30 @@ resume.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from specscale.linalg import product, scaled_to_one, unit
 from specscale.random import keys, normal
+from specscale.shards import Groups, Index
 
 State = Mapping[str, Tensor]
 
 
 class Matrices(Protocol):
-    """Matrices `W (k, m, n)`, float32 or wider, as a solver reads them.
+    """Matrices `A (k, m, n)`, float32 or wider, as a solver reads them: dense ones, or shards.
 
-    `Block` reads a large matrix through the two products alone, so that a shard or a kernel can stand in for it. Both
-    products are whole and equal on every rank: a row shard gathers `W X` and sums `W^T Y` over the ranks. A matrix that
-    `Block` solves exactly, `Power` and `SVD` need `dense`.
+    `Block` reads a large matrix through the two products alone. Of a sharded one (`specscale.shards`), the products are
+    this process's parts of sums over processes, and `m` counts its own rows there.
     """
 
     @property
-    def shape(self) -> tuple[int, int, int]: ...
+    def shape(self) -> tuple[int, int, int]:
+        """Of the whole matrices."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -38,14 +39,33 @@ class Matrices(Protocol):
     def mT(self) -> "Matrices":
         """The transposed matrices."""
 
+    @property
+    def block_on_rows(self) -> bool:
+        """Whether a block of vectors lies on the rows, and not on the columns."""
+
+    @property
+    def scale(self) -> Tensor | None:
+        """`(k,)`: about the norm of each matrix, where that is known before any product."""
+
+    @property
+    def sums(self) -> Groups:
+        """The processes over which `A^T Y` and Gram matrices of images are summed."""
+
+    @property
+    def image_sums(self) -> Groups:
+        """The processes over which `A X` is summed."""
+
     def matmat(self, columns: Tensor) -> Tensor:
-        """`W X` for `X (k, n, b)`."""
+        """`A X` for `X (k, n, b)`."""
 
     def rmatmat(self, columns: Tensor) -> Tensor:
-        """`W^T Y` for `Y (k, m, b)`."""
+        """`A^T Y` for `Y (k, m, b)`."""
+
+    def once(self, numbers: Tensor) -> Tensor:
+        """What is computed of images, as this process contributes it to `sums`."""
 
     def dense(self) -> Tensor:
-        """`W` itself, `(k, m, n)`."""
+        """`A` itself, `(k, m, n)`, where its columns are whole in every process."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,9 @@ class DenseMatrices:
     """Matrices that are a tensor `(k, m, n)`."""
 
     tensor: Tensor
+    scale: None = None
+    sums: Groups = ()
+    image_sums: Groups = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -67,11 +90,18 @@ class DenseMatrices:
     def mT(self) -> "DenseMatrices":
         return DenseMatrices(self.tensor.mT)
 
+    @property
+    def block_on_rows(self) -> bool:
+        return self.tensor.shape[1] < self.tensor.shape[2]
+
     def matmat(self, columns: Tensor) -> Tensor:
         return product(self.tensor, columns)
 
     def rmatmat(self, columns: Tensor) -> Tensor:
         return product(self.tensor.mT, columns)
+
+    def once(self, numbers: Tensor) -> Tensor:
+        return numbers
 
     def dense(self) -> Tensor:
         return self.tensor
@@ -95,6 +125,11 @@ class Subspace(NamedTuple):
 
     def transposed(self) -> "Subspace":
         return self._replace(left=self.right, right=self.left)
+
+    def part(self, matrices: Index, rows: Index, columns: Index) -> "Subspace":
+        """What is known of some rows and columns of some of the matrices."""
+        left, right = self.left[matrices][:, rows], self.right[matrices][:, columns]
+        return Subspace(left, right, *(one[matrices] for one in self[2:]))
 
 
 class Triple(NamedTuple):
@@ -124,6 +159,24 @@ class Triple(NamedTuple):
         subspace = None if self.subspace is None else self.subspace.transposed()
         return self._replace(left=self.right, right=self.left, subspace=subspace)
 
+    def part(self, matrices: Index, rows: Index, columns: Index) -> "Triple":
+        """What is known of some rows and columns of some of the matrices."""
+        return Triple(
+            value=self.value[matrices],
+            left=self.left[matrices][:, rows],
+            right=self.right[matrices][:, columns],
+            next_value=self.next_value[matrices],
+            residual=self.residual[matrices],
+            error=self.error[matrices],
+            num_iterations=self.num_iterations[matrices],
+            subspace=None if self.subspace is None else self.subspace.part(matrices, rows, columns),
+        )
+
+    def with_left(self, change: Callable[[Tensor], Tensor]) -> "Triple":
+        """With other left vectors."""
+        subspace = None if self.subspace is None else self.subspace._replace(left=change(self.subspace.left))
+        return self._replace(left=change(self.left), subspace=subspace)
+
 
 class Solution(NamedTuple):
     """What a solver finds in a batch of matrices."""
@@ -140,10 +193,16 @@ class Solution(NamedTuple):
 class Solver(Protocol):
     """A solver makes an initial state for matrices of a shape, and improves on a state step by step."""
 
-    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    reads_shards: ClassVar[bool]
+    """Whether it solves matrices of which each process holds a part."""
+
+    def init_state(
+        self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype, side: int | None = None
+    ) -> dict[str, Tensor]:
         """The state before the first solve, for matrices `(k, *shape)` of a dtype, float32 or wider, on `key`'s device.
 
-        `key (k,)`, int64, seeds each matrix's random numbers.
+        `key (k,)`, int64, seeds each matrix's random numbers. `side` is the length of the side that a block lies on,
+        where that is not the shorter one.
         """
 
     def solve(
@@ -173,6 +232,8 @@ class Solver(Protocol):
 
 class _BatchByBatch(ABC):
     """A solver that solves one batch of matrices after another, always in the same number of iterations."""
+
+    reads_shards: ClassVar[bool] = False
 
     def solve(
         self,
@@ -209,7 +270,9 @@ class Power(_BatchByBatch):
         if self.num_iterations < 1:
             raise ValueError(f"{self}: num_iterations must be at least 1")
 
-    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def init_state(
+        self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype, side: int | None = None
+    ) -> dict[str, Tensor]:
         if self.warm:
             return {"columns": normal(key, (min(shape), 2), dtype)}
         return {"age": torch.zeros(len(key), dtype=dtype, device=key.device)}
@@ -266,7 +329,9 @@ class Power(_BatchByBatch):
 class SVD(_BatchByBatch):
     """The exact singular value decomposition of every matrix: for checks, and for small models."""
 
-    def init_state(self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def init_state(
+        self, key: Tensor, shape: tuple[int, int], dtype: torch.dtype, side: int | None = None
+    ) -> dict[str, Tensor]:
         return {}
 
     def scratch_elements(self, m: int, n: int) -> int:

@@ -19,6 +19,7 @@ from specscale.linalg import (
     smaller_gram,
 )
 from specscale.reports import aligned
+from specscale.shards import whole
 from specscale.state import scaling_of
 from specscale.weights import Patterns, Weight, refuse_non_finite, select
 
@@ -89,7 +90,7 @@ def measure(
 
 
 def _norms(weight: Weight) -> WeightNorms:
-    found = norms_of(weight.name, weight.view.matrices(weight.parameter))
+    found = norms_of(weight.name, weight.view.matrices(whole(weight.parameter)))
     scaling = scaling_of(weight.module, weight.tensor)
     # Read as other matrices than those that are scaled: by a rule of this call, or as whole ones of which parts are.
     if scaling is None or (scaling.view != weight.view and scaling.constraint.part == "matrix"):
@@ -137,7 +138,7 @@ def spectral_norms(
         ValueError: a pattern matches nothing, a rule does not fit a layer, or no weight is selected.
     """
     return {
-        weight.name: spectral_and_frobenius(weight.view.matrices(weight.parameter))[0].max().item()
+        weight.name: spectral_and_frobenius(weight.view.matrices(whole(weight.parameter)))[0].max().item()
         for weight in select(module, include, exclude, rules, frozen=True)
     }
 
@@ -162,7 +163,7 @@ def singular_values(
     refuse_non_finite(weights, "load good weights")
     values = {}
     for weight in weights:
-        scaled, scale = scaled_to_one(at_least_float32(weight.view.matrices(weight.parameter)))
+        scaled, scale = scaled_to_one(at_least_float32(weight.view.matrices(whole(weight.parameter))))
         squares = torch.linalg.eigvalsh(smaller_gram(scaled))
         values[weight.name] = squares.flip(-1).clamp_min(0).sqrt() * in_float64(scale)[:, None]
     return values

@@ -16,6 +16,7 @@ from specscale.constraints import Constraint
 from specscale.errors import Refusal
 from specscale.linalg import at_least_float32, in_float64
 from specscale.schedules import AnySchedule, Schedule, own_factor
+from specscale.shards import ShardedMatrices, is_sharded, layout_of, local, placements_of, whole
 from specscale.views import MatrixView
 
 MEASURED = ("norm", "norm_before", "residual", "error")
@@ -94,6 +95,8 @@ class NormScaling(nn.Module):
         self.is_unsolved = True
         """Whether the buffers tell nothing of the weight yet. The values of a weight that was on the meta device come
         without a call of ours, and are solved when something is asked of them."""
+        self.placements: tuple[Any, ...] = ()
+        """How the weight was sharded when it was last looked at: torch's placements; empty where it was whole."""
         self._owner: weakref.ref[nn.Module] | None = None
         """torch's list of the tensor's parametrizations; None in a copy, and where it is not registered."""
         self._recorded: tuple[int, int] | None = None
@@ -118,12 +121,34 @@ class NormScaling(nn.Module):
         self.is_unsolved = True
 
     def follow_(self, weight: Tensor) -> None:
-        """Move to the device of a weight that has left the meta device by itself; what is held stays held."""
-        if self.norm.device != weight.device:
+        """Follow a weight that has left the meta device by itself, or that has been sharded; what is held stays held.
+
+        The solver's block of a sharded weight may lie on another side than it did: the weight is then solved anew.
+        """
+        self.placements = placements_of(weight)
+        if self.norm.device != weight.device or not self._is_on_its_side(weight):
             held = {name: self.get_buffer(name) for name in self.held_buffers}
             self.reset_(self.view, weight)
             for name, value in held.items():
                 self.get_buffer(name).copy_(value)
+            for name in MEASURED:
+                self.get_buffer(name).fill_(torch.nan)
+
+    def follow_sharding_(self, weight: Tensor) -> None:
+        """Follow a weight that has been sharded since it was last looked at."""
+        if is_sharded(weight) and placements_of(weight) != self.placements and not self.is_gathered(weight):
+            self.follow_(weight)
+
+    def _is_on_its_side(self, weight: Tensor) -> bool:
+        """Whether the solver's state has the shape that it needs for a sharded weight."""
+        if not is_sharded(weight):
+            return True
+        needed = self.init_solver_state(weight, count=0)
+        return all(self.get_buffer(name).shape[1:] == one.shape[1:] for name, one in needed.items())
+
+    def is_gathered(self, weight: Tensor) -> bool:
+        """Whether the weight is sharded, and whole or less sharded for a forward pass now: a write would be lost."""
+        return len(placements_of(weight)) < len(self.placements)
 
     @property
     def target_name(self) -> str:
@@ -145,10 +170,21 @@ class NormScaling(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
 
-    def matrices(self, weight: Tensor) -> Tensor:
-        """The weight as `(k, m, n)`, float32 or wider, for reading."""
+    def operand(self, weight: Tensor, *, is_known: bool = True) -> Tensor | ShardedMatrices:
+        """The weight as `(k, m, n)`, float32 or wider, for reading; sharded, what this process holds of it.
+
+        Where its norm `is_known` from the last step, no process asks the others for its scale.
+        """
         self.matrix_shape(weight)
-        return at_least_float32(self.view.matrices(weight.detach()))
+        layout = layout_of(weight, self.view)
+        if layout is None:
+            return at_least_float32(self.view.matrices(local(weight)))
+        return ShardedMatrices(layout, local(weight)).with_scale(self.norm if is_known else None)
+
+    def whole_matrices(self, weight: Tensor) -> Tensor:
+        """The weight as `(k, m, n)`, float32 or wider, whole in every process; if it is sharded, all must call this."""
+        self.matrix_shape(weight)
+        return at_least_float32(self.view.matrices(whole(weight.detach())))
 
     def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
         """`(m, n)` of one of its matrices.
@@ -162,7 +198,7 @@ class NormScaling(nn.Module):
             raise Refusal(
                 f"the weight of {self.seed_name!r} has the shape {tuple(weight.shape)} now, which {self.view} does not "
                 "fit; change shapes inside `with scaling.plain():`. FullyShardedDataParallel, which flattens weights, "
-                "is not supported"
+                "is not supported; fully_shard is"
             ) from None
 
     def seeds(self, device: torch.device, salt: int = 0) -> Tensor:
@@ -193,7 +229,9 @@ class NormScaling(nn.Module):
     def init_solver_state(self, weight: Tensor, count: int | None = None) -> dict[str, Tensor]:
         """The solver's state before the first solve of such a weight, of its first `count` matrices or of all."""
         key, dtype = self.seeds(weight.device)[:count], torch.promote_types(weight.dtype, torch.float32)
-        return self.constraint.norm.init_state(key, self.matrix_shape(weight), dtype)
+        layout = layout_of(weight, self.view)
+        side = None if layout is None else layout.block_side
+        return self.constraint.norm.init_state(key, self.matrix_shape(weight), dtype, side)
 
     def set_target_(self, numbers: list[float], *, is_base: bool) -> None:
         """Hold these norms, one for each matrix; where it is 0, the matrix has no direction and is skipped.
@@ -247,7 +285,8 @@ class NormScaling(nn.Module):
 
     def is_stale(self, weight: Tensor) -> bool:
         """Whether the weight is known to have been written to since `mark_current`."""
-        return self._recorded is not None and self._recorded[0] == id(weight) and self._recorded[1] != weight._version
+        recorded = self._recorded
+        return recorded is not None and recorded[0] == id(weight) and recorded[1] != version_of(weight)
 
     def keep_current(self, weight: Tensor, version: int | None) -> None:
         """Mark the weight as current if it was so at this version: what was written since were the same values."""
@@ -299,7 +338,10 @@ class NormScaling(nn.Module):
 
 def version_of(tensor: Tensor) -> int | None:
     """How often the tensor has been written to; None for one made under `torch.inference_mode()`."""
-    return None if tensor.is_inference() else tensor._version
+    if tensor.is_inference():
+        return None
+    # An optimizer writes a DTensor, and the step what it holds of it.
+    return tensor._version + (tensor._local_tensor._version if is_sharded(tensor) else 0)  # type: ignore[attr-defined]
 
 
 def scalings_of(module: nn.Module) -> Iterator[tuple[str, NormScaling]]:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from specscale.constraints import CONSTRAINTS
 from specscale.errors import Refusal, one_of, public_call
 from specscale.saved_names import SavedParametrization, in_plain_order, parametrizations_in, plain_name, saved_scalings
+from specscale.shards import is_sharded
 from specscale.state import NOT_SAVED, SCHEDULED, NormScaling, original, others_on_top, scalings_of
 from specscale.step import solve_anew_
 from specscale.weights import Weight, scaled_weights
@@ -35,6 +36,7 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         ValueError: the checkpoint's targets are of another norm.
     """
     for tensor, scaling in scalings_of(module):
+        scaling.follow_sharding_(original(module, tensor))
         weight, home = _keys(module, tensor, scaling, prefix)
         if prefix + tensor in state_dict:
             state_dict[weight] = state_dict.pop(prefix + tensor)
@@ -54,6 +56,12 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
             scaling.needs_solve = True
             saved = own | {name: saved[name] for name in kept if name in saved}
         state_dict.update({home + name: value for name, value in saved.items()})
+
+
+def follow_sharding(module: nn.Module, *_: Any) -> None:
+    """Give the buffers the shapes that they have for sharded weights, before a state dict is made of them."""
+    for tensor, scaling in scalings_of(module):
+        scaling.follow_sharding_(original(module, tensor))
 
 
 def _beside(weight: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -211,7 +219,10 @@ def solve_what_was_missing(module: nn.Module, _: Any) -> None:
     for tensor, scaling in scalings_of(module):
         parameter = original(module, tensor)
         scaling.mark_current(parameter)
-        if scaling.needs_solve and not parameter.is_meta:
+        if scaling.needs_solve and is_sharded(parameter):
+            # At the next step, which all processes take.
+            scaling.norm.fill_(torch.nan)
+        elif scaling.needs_solve and not parameter.is_meta:
             solve_anew_(scaling, parameter)
         scaling.needs_solve = False
         # Not finite, it has not been solved yet, be it of this model or of the one that was saved.

@@ -24,8 +24,9 @@ from specscale.linalg import broadcast_to, concat, no_grad_full_precision
 from specscale.norms import Measurement
 from specscale.pending import PendingCopies
 from specscale.plans import Plan, Plans, is_capturing
+from specscale.shards import is_sharded, parts_of
 from specscale.state import MEASURED, NormScaling
-from specscale.weights import Weight, refuse_non_finite
+from specscale.weights import Weight, refuse_gathered, refuse_non_finite
 
 NumIterations = Mapping[Constraint, int | None]
 """The solver's iterations in a step that reads nothing back, by constraint."""
@@ -58,6 +59,10 @@ class ScalingStep:
         """
         if not weights:
             return
+        refuse_gathered(weights)
+        if torch.compiler.is_compiling() and any(is_sharded(weight.parameter) for weight in weights):
+            # A compiler cannot trace a `Refusal`.
+            raise RuntimeError("step: a step over sharded weights cannot be compiled; take it outside of torch.compile")
         solve_first_(weights)
         # Through the module, so that a test can run an accelerator's step on a CPU.
         if all(linalg.can_sync(weight.parameter) for weight in weights):
@@ -173,7 +178,7 @@ def measure_weights(weights: Iterable[Weight], num_iterations: NumIterations | N
     batches = []
     for batch in _batches(weights):
         constraint = batch[0].scaling.constraint
-        matrices = (weight.scaling.matrices(weight.parameter) for weight in batch)
+        matrices = (weight.scaling.operand(weight.parameter) for weight in batch)
         states = [weight.scaling.solver_state() for weight in batch]
         count = num_iterations[constraint] if num_iterations else None
         batches.append(Batch(batch, constraint.norm.measure(matrices, states, num_iterations=count)))
@@ -181,8 +186,18 @@ def measure_weights(weights: Iterable[Weight], num_iterations: NumIterations | N
 
 
 def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
-    """Weights of one constraint, dtype and device: as many as measuring them takes no more than the largest weight."""
+    """Weights of one constraint, dtype and device: as many as measuring them takes no more than the largest weight.
+
+    Sharded ones are one batch: what they sum over processes travels together.
+    """
     weights = list(weights)
+    sharded = [weight for weight in weights if is_sharded(weight.parameter)]
+    weights = [weight for weight in weights if not is_sharded(weight.parameter)] if sharded else weights
+    together: dict[object, list[Weight]] = {}
+    for weight in sharded:
+        key = (weight.scaling.constraint, weight.parameter.dtype, weight.parameter.device)
+        together.setdefault(key, []).append(weight)
+    yield from together.values()
     largest = max([0, *[weight.parameter.numel() for weight in weights]])
     open_batches: dict[object, tuple[list[Weight], int]] = {}
     for weight in weights:
@@ -217,8 +232,8 @@ def project_weights_(batches: list[Batch], skips: Iterable[Tensor | None] = repe
             off = (skip > 0).to(skip_mask.device, non_blocking=True).expand(len(weights)).split(1)
             is_off = concat([one.expand(weight.view.count) for one, weight in zip(off, weights, strict=True)])
             skip_mask = skip_mask | is_off
-        splits = [weight.view.split(weight.parameter.detach()) for weight in weights]
-        after = scalings[0].constraint.project_(splits, measurement, target, skip_mask)
+        parts = [parts_of(weight.parameter, weight.view) for weight in weights]
+        after = scalings[0].constraint.project_(parts, measurement, target, skip_mask)
         _collect(scalings, after, measurement.norm, buffers, values, is_off)
     torch._foreach_copy_(buffers, values)
 
@@ -227,7 +242,8 @@ def project_weights_(batches: list[Batch], skips: Iterable[Tensor | None] = repe
 def solve_anew_(scaling: NormScaling, weight: Tensor) -> None:
     """Measure one weight to convergence, from the solver's initial state, and record what was measured."""
     state = scaling.init_solver_state(weight)
-    measurement = scaling.constraint.norm.measure([scaling.matrices(weight)], [state], to_convergence=True)
+    operand = scaling.operand(weight, is_known=False)
+    measurement = scaling.constraint.norm.measure([operand], [state], to_convergence=True)
     buffers: list[Tensor] = []
     values: list[Tensor] = []
     _collect([scaling], measurement, measurement.norm, buffers, values)
@@ -244,9 +260,17 @@ def solve_first_(weights: Iterable[Weight], *, to_report: bool = False) -> None:
     Raises:
         Refusal: one of them holds NaN or infinity (NonFiniteWeightError), or the host cannot read (RuntimeError).
     """
+    weights = list(weights)
+    for weight in weights:
+        weight.scaling.follow_sharding_(weight.parameter)
     unsolved = [weight for weight in weights if weight.scaling.is_unsolved]
     if not unsolved:
         return
+    if to_report and (sharded := [weight for weight in unsolved if is_sharded(weight.parameter)]):
+        raise Refusal(
+            f"the weight of {sharded[0].name!r} is sharded and has not been solved since it was; attach an optimizer, "
+            "or call scaling.project(), in all processes first"
+        )
     if torch.compiler.is_compiling():
         # A compiler cannot trace a `Refusal`.
         raise RuntimeError(f"step: {SOLVED_ON_HOST}")
@@ -331,6 +355,9 @@ class Found(NamedTuple):
 
 def capture_blocker(parameters: Iterable[Tensor]) -> str | None:
     """Why a step over these parameters cannot be captured in a CUDA graph; None where it can."""
+    parameters = list(parameters)
+    if any(is_sharded(parameter) for parameter in parameters):
+        return "weights are sharded, and a graph would hold their process group's sums"
     devices = {parameter.device for parameter in parameters}
     if types := sorted({device.type for device in devices} - {"cuda"}):
         return f"weights are on {' and '.join(types)}"

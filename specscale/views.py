@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from einops import rearrange
+from einops import EinopsError, rearrange
 from torch import Tensor
 
 
@@ -111,22 +111,22 @@ class MatrixView:
         names = self._names
         if len(set(names)) < len(names) or not all(map(str.isidentifier, names)) or not _is_balanced(self.axes):
             raise ValueError(f"{self}: axes must name each axis once, as in 'o i' or '(k o) i h w'")
-        if not self._rows:
+        if not self.row_names:
             raise ValueError(f"{self}: axes must name the outputs o, as in 'o i' or '(k o) i h w'")
-        if self.count < 1 or (self.count > 1 and not self._batch):
+        if self.count < 1 or (self.count > 1 and not self.batch_names):
             raise ValueError(f"{self}: count must be 1, or axes must say by k where the matrices are, as in '(k o) i'")
         if not set(lengths) <= set(names) or any(length < 1 for length in lengths.values()):
             raise ValueError(f"{self}: lengths must be 1 or more, of axes that are named in axes")
-        given = math.prod(lengths[name] for name in self._batch if name in lengths)
-        num_open = sum(name not in lengths for name in self._batch)
-        if self._batch and (self.count % given or (num_open == 0 and given != self.count)):
-            raise ValueError(f"{self}: the lengths of {', '.join(self._batch)} must multiply to count")
-        known = set(lengths) | (set(self._batch) if num_open == 1 else set())
-        for group in self._groups:
+        given = math.prod(lengths[name] for name in self.batch_names if name in lengths)
+        num_open = sum(name not in lengths for name in self.batch_names)
+        if self.batch_names and (self.count % given or (num_open == 0 and given != self.count)):
+            raise ValueError(f"{self}: the lengths of {', '.join(self.batch_names)} must multiply to count")
+        known = set(lengths) | (set(self.batch_names) if num_open == 1 else set())
+        for group in self.groups:
             if len(open_names := [name for name in group if name not in known]) > 1:
                 raise ValueError(f"{self}: lengths must say how long all but one of {', '.join(open_names)} are")
         if num_open > 1:
-            raise ValueError(f"{self}: lengths must say how long all but one of {', '.join(self._batch)} are")
+            raise ValueError(f"{self}: lengths must say how long all but one of {', '.join(self.batch_names)} are")
 
     def __repr__(self) -> str:
         lengths = f", lengths={self.lengths}" if self.lengths else ""
@@ -137,42 +137,46 @@ class MatrixView:
         return self.axes.replace("(", " ").replace(")", " ").split()
 
     @cached_property
-    def _groups(self) -> list[list[str]]:
+    def groups(self) -> list[list[str]]:
         """The names of each axis of the tensor."""
         return [part.strip("()").split() for part in re.findall(r"\([^()]*\)|[^\s()]+", self.axes)]
 
     @cached_property
-    def _batch(self) -> list[str]:
+    def batch_names(self) -> list[str]:
+        """The names of the axes that count the matrices."""
         return [name for name in self._names if re.fullmatch(r"k\d*", name)]
 
     @cached_property
-    def _rows(self) -> list[str]:
+    def row_names(self) -> list[str]:
+        """The names of the axes that are the rows."""
         return [name for name in self._names if re.fullmatch(r"o\d*", name)]
 
     @cached_property
-    def _columns(self) -> list[str]:
-        return [name for name in self._names if name not in (*self._batch, *self._rows)]
+    def column_names(self) -> list[str]:
+        """The names of the axes that are the columns."""
+        return [name for name in self._names if name not in (*self.batch_names, *self.row_names)]
 
     @cached_property
     def _pattern(self) -> str:
-        return f"{self.axes} -> {' '.join([*(self._batch or ['1']), *self._rows, *self._columns])}"
+        return f"{self.axes} -> {' '.join([*(self.batch_names or ['1']), *self.row_names, *self.column_names])}"
 
     @cached_property
     def _known(self) -> dict[str, int]:
         """The lengths that are given, and the one of the matrices' axes that `count` gives."""
         lengths = dict(self.lengths)
-        for name in self._batch:
+        for name in self.batch_names:
             if name not in lengths:
-                lengths[name] = self.count // math.prod(lengths[own] for own in self._batch if own in lengths)
+                lengths[name] = self.count // math.prod(lengths[own] for own in self.batch_names if own in lengths)
         return lengths
 
-    def split(self, weight: Tensor) -> SplitWeight:
+    def split(self, weight: Tensor, lengths: Mapping[str, int] | None = None) -> SplitWeight:
         """The weight as its matrices, a view in every memory format: writing to it writes the weight.
 
-        Splitting and permuting axes never copies; merging them, as `matrices` does, may.
+        Splitting and permuting axes never copies; merging them, as `matrices` does, may. For a part of a weight,
+        `lengths` gives those of its axes.
         """
-        tensor = rearrange(weight, self._pattern, **self._known)
-        return SplitWeight(tensor, len(self._batch) or 1, len(self._rows))
+        tensor = rearrange(weight, self._pattern, **(self._known if lengths is None else lengths))
+        return SplitWeight(tensor, len(self.batch_names) or 1, len(self.row_names))
 
     def matrices(self, weight: Tensor) -> Tensor:
         """The batch of matrices `(k, m, n)`, for reading only: a copy where the strides allow no view."""
@@ -180,7 +184,8 @@ class MatrixView:
 
     def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
         """`(m, n)` of one matrix."""
-        return self.split(weight).shape[1:]
+        sizes = self.sizes(weight)
+        return math.prod(sizes[name] for name in self.row_names), math.prod(sizes[name] for name in self.column_names)
 
     def write_(self, weight: Tensor, matrices: Tensor) -> None:
         """Write a batch of matrices `(k, m, n)` into the tensor."""
@@ -190,11 +195,11 @@ class MatrixView:
     def channels(self, weight: Tensor) -> tuple[int, int]:
         """`(d_out, d_in)` of one matrix: the lengths of `o` and `i`, or all columns where no axis is called `i`."""
         d_out, n = self.matrix_shape(weight)
-        return d_out, self._sizes(weight)["i"] if "i" in self._names else n
+        return d_out, self.sizes(weight)["i"] if "i" in self._names else n
 
     def each_row(self, weight: Tensor) -> "MatrixView":
         """The weight with each row of each matrix as a matrix of its own, in the order of the weight's axes."""
-        return self._each(self._rows, weight)
+        return self._each(self.row_names, weight)
 
     def each_column(self, weight: Tensor) -> "MatrixView":
         """The weight with each input of each matrix as a matrix of its own, in the order of the weight's axes.
@@ -202,17 +207,17 @@ class MatrixView:
         An input of a convolution is an input channel, with the kernels that all outputs have for it. Where no axis is
         called `i`, every column is an input.
         """
-        return self._each(["i"] if "i" in self._names else self._columns, weight)
+        return self._each(["i"] if "i" in self._names else self.column_names, weight)
 
     def _each(self, names: list[str], weight: Tensor) -> "MatrixView":
         """The view whose matrices are those of each index along the axes of these names."""
-        sizes = self._sizes(weight)
+        sizes = self.sizes(weight)
         fresh = (f"k{number}" for number in itertools.count(1) if f"k{number}" not in self._names)
         # An axis keeps its name, at length 1, inside of a new axis that counts the matrices along it.
         new = {name: next(fresh) for name in names}
-        lengths = {name: sizes[name] for name in self._batch} | {new[name]: sizes[name] for name in names}
+        lengths = {name: sizes[name] for name in self.batch_names} | {new[name]: sizes[name] for name in names}
         axes = []
-        for group in self._groups:
+        for group in self.groups:
             parts = [part for name in group for part in ([new[name], name] if name in new else [name])]
             axes.append(f"({' '.join(parts)})" if len(parts) > 1 else parts[0])
             if len(parts) > 1:
@@ -222,12 +227,24 @@ class MatrixView:
     @property
     def has_kernel(self) -> bool:
         """Whether the columns have more axes than the input channels, as those of a convolution have its kernel's."""
-        return len(self._columns) > 1
+        return len(self.column_names) > 1
 
-    def _sizes(self, weight: Tensor) -> dict[str, int]:
-        """The length of each axis, by name."""
-        names = [*(self._batch or ["1"]), *self._rows, *self._columns]
-        return dict(zip(names, self.split(weight).tensor.shape, strict=True))
+    def sizes(self, weight: Tensor) -> dict[str, int]:
+        """The length of each axis, by name: from the tensor's shape alone, of which a process may hold a shard.
+
+        Raises:
+            EinopsError: the shape does not fit.
+        """
+        if len(self.groups) != weight.ndim:
+            raise EinopsError(f"{self} names {len(self.groups)} axes, and the tensor has {weight.ndim}")
+        sizes = dict(self._known)
+        for group, length in zip(self.groups, weight.shape, strict=True):
+            given = math.prod(sizes[name] for name in group if name in sizes)
+            open_names = [name for name in group if name not in sizes]
+            if length % given or (not open_names and length != given):
+                raise EinopsError(f"{self} does not fit the shape {tuple(weight.shape)}")
+            sizes |= dict.fromkeys(open_names, length // given)
+        return sizes
 
 
 def _is_balanced(axes: str) -> bool:

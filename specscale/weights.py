@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+from specscale.constraints import Constraint
 from specscale.errors import Refusal, nearest, non_finite
 from specscale.layers import LayerRule, RuleBook, Views, module_at
+from specscale.shards import Groups, is_sharded, layout_of, local, summed
 from specscale.state import NormScaling, original, scaling_of, scalings_of
 from specscale.views import MatrixView
 
@@ -190,7 +192,7 @@ def select(
         and not any(matches(one, excluding) for one in holders)
     ]
     refuse_without_values(selected, on_meta=on_meta)
-    refuse_sharded(selected)
+    refuse_flat(selected)
     if not selected:
         raise Refusal(
             f"no weight of {type(model).__name__} is selected; it has {len(weights)} that could be scaled "
@@ -414,26 +416,51 @@ def without_numbers(weight: Weight, advice: str) -> Refusal:
     return Refusal(f"the weight of {weight.name!r} is on the meta device and holds no numbers; {advice}")
 
 
-def shard_kind(tensor: Tensor) -> str | None:
-    """What has made a shard of the tensor, of which this process holds a part; None where it is whole."""
-    # Whoever shards has imported it.
-    if isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())):
-        return "a DTensor, as of fully_shard"
+def is_flat_part(tensor: Tensor) -> bool:
+    """Whether the tensor is a part of a flat parameter of FullyShardedDataParallel."""
     # torch marks them so.
-    return "a part of a flat parameter, as of FullyShardedDataParallel" if hasattr(tensor, "_fsdp_flattened") else None
+    return hasattr(tensor, "_fsdp_flattened")
 
 
-def refuse_sharded(weights: Iterable[Weight]) -> None:
-    """Refuse weights of which this process holds a shard."""
+def refuse_flat(weights: Iterable[Weight]) -> None:
+    """Refuse weights that are parts of a flat parameter."""
     for weight in weights:
-        kind = shard_kind(weight.parameter)
+        kind = "a part of" if is_flat_part(weight.parameter) else None
         if kind is None and weight.is_scaled and not isinstance(weight.parameter, nn.Parameter):
-            kind = "a view of a flat parameter, as of FullyShardedDataParallel with use_orig_params=False"
+            kind = "a view of"
         if kind is not None:
             raise Refusal(
-                f"the weight of {weight.name!r} is sharded ({kind}), which is not supported; train with "
-                "DistributedDataParallel, where every process holds whole weights"
+                f"the weight of {weight.name!r} is {kind} a flat parameter, as of FullyShardedDataParallel, which is "
+                "not supported; shard the scaled model by fully_shard, or train with DistributedDataParallel"
             )
+
+
+def refuse_gathered(weights: Iterable[Weight]) -> None:
+    """Refuse to write sharded weights while `fully_shard` has them gathered: the shards would not be written."""
+    for weight in weights:
+        if weight.scaling.is_gathered(weight.parameter):
+            raise Refusal(
+                f"the weight of {weight.name!r} is gathered, as fully_shard leaves it after a forward pass without a "
+                "backward pass; call model.reshard() first"
+            )
+
+
+def refuse_whole_only(constraints: Iterable[tuple[Weight, Constraint]]) -> None:
+    """Refuse sharded weights under constraints that need whole matrices."""
+    for weight, constraint in constraints:
+        if constraint.needs_whole and is_sharded(weight.parameter):
+            solver = getattr(constraint.norm, "solver", None)
+            by = f" with {type(solver).__name__}" if solver is not None and not solver.reads_shards else ""
+            raise Refusal(
+                f"the weight of {weight.name!r} is sharded, and {constraint.name!r}{by} needs it whole; choose "
+                "'spectral', 'cap' or 'normalize' with the solver 'block', or 'frobenius', 'rows' or 'columns'"
+            )
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has been called on the model or a part of it."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return any(isinstance(module, kind) for module in model.modules())
 
 
 def refuse_unwritable(weights: Iterable[Weight]) -> None:
@@ -477,7 +504,10 @@ def refuse_shared_memory(weights: Iterable[Weight]) -> None:
         if weight.parameter.is_meta:
             # Nothing there has an address.
             continue
-        other = first.setdefault(weight.parameter.data_ptr(), weight)
+        own = local(weight.parameter)
+        if own.numel() == 0:
+            continue
+        other = first.setdefault(own.data_ptr(), weight)
         if other is not weight:
             raise Refusal(
                 f"the weights of {other.name!r} and {weight.name!r} are two parameters in the same memory; "
@@ -486,12 +516,17 @@ def refuse_shared_memory(weights: Iterable[Weight]) -> None:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse a model under DistributedDataParallel or FullyShardedDataParallel."""
+    """Refuse a model under DistributedDataParallel, FullyShardedDataParallel or fully_shard."""
     sharding = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     if any(isinstance(module, sharding) for module in model.modules()):
         raise Refusal(
             "the model is under FullyShardedDataParallel, which holds flat shards of its weights, and these are not "
-            "supported; scale the model first, then wrap it in DistributedDataParallel"
+            "supported; scale the model first, then shard it by fully_shard or wrap it in DistributedDataParallel"
+        )
+    if is_fully_sharded(model):
+        raise Refusal(
+            "the model is under fully_shard already, whose forward pass knows the parameters by where they are; the "
+            "order is parallelize_module, apply_norm_scaling, fully_shard"
         )
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise Refusal(
@@ -501,6 +536,12 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def refuse_non_finite(weights: Iterable[Weight], advice: str) -> None:
-    """Refuse weights that hold NaN or infinity, by `NonFiniteWeightError`."""
-    if bad := [weight.name for weight in weights if not bool(weight.parameter.isfinite().all())]:
+    """Refuse weights that hold NaN or infinity, by `NonFiniteWeightError`; all processes hear of a sharded one."""
+    weights = list(weights)
+    counts = [(~local(weight.parameter).isfinite()).sum(dtype=torch.float32).reshape(1) for weight in weights]
+    groups: list[Groups] = []
+    for weight in weights:
+        layout = layout_of(weight.parameter, weight.view)
+        groups.append(() if layout is None else layout.sums)
+    if bad := [weight.name for weight, count in zip(weights, summed(counts, groups), strict=True) if bool(count > 0)]:
         raise non_finite(bad, advice)

@@ -56,6 +56,8 @@ def test_agrees_with_the_exact_svd(solver, shape):
 class RowShards:
     """Matrices whose rows are in several places: products with the transpose are sums, and nothing is gathered."""
 
+    scale, sums, image_sums = None, (), ()
+
     def __init__(self, tensor, is_transposed=False):
         self.tensor, self.is_transposed = tensor, is_transposed
         self.shards = tensor.split(tensor.shape[1] // 3, dim=1)
@@ -65,6 +67,13 @@ class RowShards:
     @property
     def mT(self):
         return RowShards(self.tensor, not self.is_transposed)
+
+    @property
+    def block_on_rows(self):
+        return self.shape[1] < self.shape[2]
+
+    def once(self, numbers):
+        return numbers
 
     def matmat(self, columns):
         return self.reduce(columns) if self.is_transposed else self.map(columns)
