@@ -1,0 +1,66 @@
+"""Checks that several processes run together, each a process of its own as under torchrun, over gloo.
+
+One start runs many checks, one after another, since a start takes seconds.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 300
+"""Seconds after which a start is given up: a check that hangs must not hang the tests."""
+
+
+def outcomes(world, checks):
+    """What became of each check, functions by name, on `world` processes: None, or the first error's text.
+
+    After an error the processes are out of step, and the checks that follow are not run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "specscale"])
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [context.Process(target=_work, args=(rank, world, checks, folder)) for rank in range(world)]
+        for one in ranks:
+            one.start()
+        end = time.monotonic() + TIMEOUT
+        while any(one.is_alive() for one in ranks) and time.monotonic() < end:
+            time.sleep(0.02)
+            if any(one.exitcode for one in ranks):
+                # The others may wait for it.
+                end = min(end, time.monotonic() + 5)
+        for one in ranks:
+            if one.is_alive():
+                one.kill()
+            one.join()
+        errors = sorted(Path(folder).glob("error.*"), key=lambda path: path.stat().st_mtime_ns)
+        done = set.intersection(*({path.name[2:] for path in Path(folder).glob(f"{r}.*")} for r in range(world)))
+        found = dict.fromkeys(checks)
+        for name in checks:
+            if name not in done:
+                found[name] = errors[0].read_text() if errors else "a process hung or ended"
+        return found
+
+
+def _work(rank, world, checks, folder):
+    torch.set_num_threads(1)
+    # What pytest asks of this package in its own process.
+    warnings.filterwarnings("error", module=r"specscale|sharded")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    for name, check in checks.items():
+        try:
+            torch.manual_seed(0)
+            check()
+        except BaseException:
+            Path(folder, f"error.{rank}").write_text(f"{name}, rank {rank} of {world}:\n{traceback.format_exc()}")
+            os._exit(1)
+        Path(folder, f"{rank}.{name}").touch()
+    dist.barrier()
+    dist.destroy_process_group()
