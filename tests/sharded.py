@@ -269,6 +269,9 @@ def float64_stays_with_the_whole(kind, build, norm, steps=50, tolerance=1e-8, **
             train(one, optimizer, step)
         for weight in sharding.weights:
             assert_held(weight)
+    if norm == "cap":
+        # How much it lowers is estimated from residuals, of which rounding is the root.
+        tolerance = 1e-6
     worst = {}
     for one, two in zip(scaling.weights, sharding.weights, strict=True):
         mine, theirs = one.parameter.detach(), whole(two.parameter.detach())
