@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import nn
 from tqdm import tqdm
@@ -22,9 +23,10 @@ from lib.clock import Clock, attach_timed
 from lib.datasets import Data, Preprocessing, load_data, test_loader, train_loader
 from lib.distributed import Processes, broadcast_batch_norm, data_parallel, destroy_process_group, init_process_group
 from lib.models import CIFAR_RESNETS, build_model, init_and_scale, is_known_model
-from lib.presets import PRESETS, WITHOUT_EFFECT, Config, waits_for_device
+from lib.presets import PRESETS, WITHOUT_EFFECT, Config, needs_whole, waits_for_device
 from lib.run_log import RunLog, WandbRun
 from lib.runs import is_begun, is_finished, run_name
+from lib.sharded import WholeModelState, WholeOptimizerState, shard
 from lib.summaries import header_of, table_rows
 from lib.survival import Stop, is_signed, require_finite, stopping
 from specscale import NonFiniteWeightError, NormScaler
@@ -66,6 +68,11 @@ def find_problem(config: Config, world_size: int) -> str | None:
         return f"--epochs must be at least 1, found {config.epochs}"
     if config.batch_size % world_size:
         return f"batch size {config.batch_size} does not divide over {world_size} processes"
+    if config.parallel == "fsdp" and not dist.is_initialized():
+        return "--parallel fsdp shards over the processes of torchrun; start it by torchrun --standalone"
+    whole = [norm for norm in config.norms if config.parallel == "fsdp" and needs_whole(norm, config.solver)]
+    if whole:
+        return f"--parallel fsdp has no {whole[0]} with the solver {config.solver}: it needs whole matrices"
     if config.num_workers and config.data_on_device:
         return f"--num-workers {config.num_workers} has no effect on data on the device; give --no-data-on-device too"
     if not config.checkpoint_minutes >= 0:
@@ -131,6 +138,9 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
     model = build_model(config, data.image_shape, data.num_classes)
     scaling = init_and_scale(config, norm, model, data.image_shape)
     model.to(processes.device, memory_format=memory_format)
+    is_sharded = config.parallel == "fsdp"
+    if is_sharded:
+        shard(model, processes)
     is_cuda = processes.device.type == "cuda"
     # On a CPU the default: the fused kernel rounds otherwise.
     options = {"lr": config.lr, "fused": is_cuda or None}
@@ -142,12 +152,13 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
 
     costs = StepCosts(scaling, processes.device)
     if scaling is not None:
-        if is_cuda and not waits_for_device(norm, config.solver):
+        if is_cuda and not is_sharded and not waits_for_device(norm, config.solver):
             scaling.capture()
         attach_timed(scaling, optimizer, costs.scaling_clock)
         optimizer.register_step_post_hook(costs.count_iterations)
 
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    states = (WholeModelState(model), WholeOptimizerState(model, optimizer)) if is_sharded else (model, optimizer)
+    stateful = {"model": states[0], "optimizer": states[1], "schedule": schedule}
     progress = Progress()
     with stop.share(OSError):
         if resumes:
@@ -163,14 +174,15 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
     stop.check()
     log = None
     with stop.share(OSError):
-        if processes.is_main:
+        # The main process writes and saves, when its own clock says so; the others help it where they have shards.
+        if processes.is_main or is_sharded:
             log = RunLog(config, norm, folder, progress, processes)
             log.log_spectra(0, model, data.image_shape)
-    # Only the main process has a log and saves, when its own clock says so.
-    checkpoints = Checkpoints(folder, stateful, progress, CheckpointTimer(config.checkpoint_minutes, config.epochs))
+    timer = CheckpointTimer(config.checkpoint_minutes, config.epochs)
+    checkpoints = Checkpoints(folder, stateful, progress, timer, writes=processes.is_main, are_sharded=is_sharded)
     stop.check()
 
-    parallel_model = data_parallel(model, processes)
+    parallel_model = model if is_sharded else data_parallel(model, processes)
     preprocessing = Preprocessing(data, processes.device, memory_format)
     with checkpoints.save_when_stopped():
         for epoch in range(progress.epoch + 1, config.epochs + 1):
@@ -193,7 +205,8 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
                     metrics = {"epoch": epoch, **train_metrics, **test_metrics, "lr": lr, **recorded, **times}
                     log.log_metrics(metrics)
                     checkpoints.epoch_ended(epoch)
-                    print(epoch_message(config, norm, metrics), flush=True)
+                    if processes.is_main:
+                        print(epoch_message(config, norm, metrics), flush=True)
             stop.check()
 
         if log is not None:

@@ -65,7 +65,7 @@ def destroy_process_group() -> None:
 
 
 def data_parallel(model: nn.Module, processes: Processes) -> nn.Module:
-    """The model with gradients averaged over the processes.
+    """The model with gradients averaged over the processes, each of which holds all of it.
 
     Buffers are not synchronized: those of the norm scaling are equal on all ranks by construction, and those of batch
     normalization follow by `broadcast_batch_norm`.

@@ -82,11 +82,17 @@ class WandbRun:
 
 
 class RunLog:
-    """Writes config.json, metrics.jsonl, spectra.jsonl and summary.json, and sends the same numbers to W&B."""
+    """Writes config.json, metrics.jsonl, spectra.jsonl and summary.json, and sends the same numbers to W&B.
+
+    The main process does so. The others may have to take part in measuring, where parameters are sharded.
+    """
 
     def __init__(self, config: Config, norm: str, folder: Path, progress: Progress, processes: Processes) -> None:
         self.folder, self.progress, self.world_size = folder, progress, processes.world_size
         self.snapshot_epochs = {round(fraction * config.epochs) for fraction in config.spectra}
+        self.writes = processes.is_main
+        if not self.writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         sign(folder)
         run = {"norm": norm, "processes": processes.world_size, "device": str(processes.device)}
@@ -113,6 +119,8 @@ class RunLog:
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Log the metrics of an epoch."""
         self.progress.history.append(metrics)
+        if not self.writes:
+            return
         append_json_line(self.folder / "metrics.jsonl", metrics)
         self.wandb_run.log(metrics)
 
@@ -123,6 +131,8 @@ class RunLog:
             return
         spectra = {"epoch": epoch} | snapshot(model, image_shape, excluded_pattern(model))
         self.progress.snapshots.append(spectra)
+        if not self.writes:
+            return
         append_json_line(self.folder / "spectra.jsonl", spectra)
         self.wandb_run.log({key: value for key, value in spectra.items() if not isinstance(value, list)})
 
@@ -131,6 +141,8 @@ class RunLog:
         history = self.progress.history
         metrics = scaling.metrics() if scaling is not None else {}
         targets = {key.removeprefix("target/"): value for key, value in metrics.items() if key.startswith("target/")}
+        if not self.writes:
+            return
         times = {key: statistics.median(line[key] for line in history) for key in ("time/step_ms", "time/scaling_ms")}
         last = {key: value for key, value in history[-1].items() if not key.startswith("time/")}
         origin = provenance() | {"processes": self.world_size, "command": command()}
