@@ -29,7 +29,7 @@ from lib.runs import is_begun, is_finished, run_name
 from lib.sharded import WholeModelState, WholeOptimizerState, shard
 from lib.summaries import header_of, table_rows
 from lib.survival import Stop, is_signed, require_finite, stopping
-from specscale import NonFiniteWeightError, NormScaler
+from specscale import NonFiniteWeightError, NormScaler, __version__
 
 
 def main(config: Config) -> None:
@@ -54,12 +54,36 @@ def main(config: Config) -> None:
 
 def exit_on_problem(config: Config, processes: Processes) -> None:
     """Exit all processes before anything is trained or deleted if the options cannot work; one prints why."""
-    problem = processes.broadcast_object(find_problem(config, processes.world_size) if processes.is_main else None)
-    if problem:
+    main_start = processes.broadcast_object(start_of(config))
+    if processes.is_main:
+        problem = find_problem(config, processes.world_size)
+    else:
+        # Another node may have been started otherwise, and may have other disks.
+        problem = find_difference(start_of(config), main_start) or find_problem_of_data(config)
+    problems = {rank: problem for rank, problem in enumerate(processes.all_gather_object(problem)) if problem}
+    if problems:
         if processes.is_main:
-            print(f"train: {problem}", file=sys.stderr, flush=True)
+            rank = min(problems)
+            print(f"train: {f'rank {rank}: ' if rank else ''}{problems[rank]}", file=sys.stderr, flush=True)
         destroy_process_group()
         raise SystemExit(1)
+
+
+def start_of(config: Config) -> dict[str, Any]:
+    """What all processes must have been started with alike."""
+    options = {name: value for name, value in config.as_json().items() if name == "norms" or name not in WITHOUT_EFFECT}
+    return options | {"torch": torch.__version__, "specscale": __version__}
+
+
+def find_difference(start: dict[str, Any], main_start: dict[str, Any]) -> str | None:
+    """What this process was started with, and the main process was not; None if they are alike."""
+    for name, value in start.items():
+        if value != main_start.get(name):
+            return (
+                f"started with {name} = {value}, rank 0 with {main_start.get(name)}; give all nodes the same options "
+                "and the same versions"
+            )
+    return None
 
 
 def find_problem(config: Config, world_size: int) -> str | None:
@@ -89,10 +113,17 @@ def find_problem(config: Config, world_size: int) -> str | None:
         return f"--steps-per-epoch must be at least 1, found {config.steps_per_epoch}"
     if config.resume and config.overwrite:
         return "--resume and --overwrite exclude each other"
-    if config.data == "cifar100" and not config.download and not (config.data_root / "cifar-100-python").is_dir():
-        return f"{config.data_root} holds no cifar-100-python; give --data-root DIR, or --download to fetch it there"
+    if problem := find_problem_of_data(config):
+        return problem
     problems = (find_problem_of_folder(config, run_folder(config, norm)) for norm in config.norms)
     return next(filter(None, problems), None)
+
+
+def find_problem_of_data(config: Config) -> str | None:
+    """Why this process finds no data."""
+    if config.data == "cifar100" and not config.download and not (config.data_root / "cifar-100-python").is_dir():
+        return f"{config.data_root} holds no cifar-100-python; give --data-root DIR, or --download to fetch it there"
+    return None
 
 
 def find_problem_of_folder(config: Config, folder: Path) -> str | None:

@@ -43,10 +43,12 @@ class Data:
 
 
 def load_data(config: Config, processes: Processes) -> Data:
-    """The configuration's data set, limited to its number of images; only the main process downloads."""
-    if config.data == "cifar100" and config.download and processes.is_main:
-        _cifar100(config)
-    processes.barrier()
+    """The configuration's data set, limited to its number of images; one process of each node downloads."""
+    # The main process first: where the nodes share a folder, the others find the data there.
+    for downloads in (processes.is_main, processes.local_rank == 0):
+        if config.data == "cifar100" and config.download and downloads:
+            _cifar100(config)
+        processes.barrier()
     data = {"digits": _digits, "cifar100": _cifar100, "modular-addition": _modular_addition}[config.data](config)
     data.train = _limit(data.train, config.limit_train)
     data.test = _limit(data.test, config.limit_test)
