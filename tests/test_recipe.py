@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from lib.checkpoint import CheckpointTimer
 from lib.clock import Clock
 from lib.presets import digits, mlp_5x2000
+from lib.run_log import WandbRun
 from lib.scaling_checks import refuse_to_wait
 from specscale import NormScaler
 from train import find_problem, main
@@ -74,8 +76,9 @@ def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
         assert list(summary["targets"]) == ([] if norm == "none" else ["1", "3", "5"])
         assert (one / "checkpoint.pt").exists()
         assert json.loads((one / "config.json").read_text())["norm"] == norm
-    (file,) = (folder / "spectral-seed0").glob("wandb/offline-run-*/run-*.wandb")
-    records = list(wandb_records(file))
+    files = list((folder / "spectral-seed0").glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 1, output
+    records = list(wandb_records(files[0]))
     logged = [{i.key or i.nested_key[0]: json.loads(i.value_json) for i in r.history.item} for r in records]
     epochs = [entry["epoch"] for entry in logged if "test/accuracy" in entry]
     assert epochs == list(range(1, 21))
@@ -95,6 +98,25 @@ def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
     code, output = run([sys.executable, TRAIN, "digits"], tmp_path)
     assert code != 0
     assert re.search(r"none-seed0 holds a finished run; --resume goes on, --overwrite trains again", output)
+
+
+def test_wandb_writes_to_the_runs_folder_from_another_working_directory(tmp_path, monkeypatch):
+    import wandb
+
+    started, used = tmp_path / "started", tmp_path / "used"
+    started.mkdir()
+    used.mkdir()
+    # A process finds W&B's own process by a variable of the environment, which the processes that it starts inherit.
+    with patch.dict(os.environ):
+        monkeypatch.chdir(started)
+        wandb.setup()
+        monkeypatch.chdir(used)
+        run = WandbRun(digits(), Path("runs"), "train")
+        run.log({"epoch": 1, "loss": 0.5})
+        run.finish()
+    (file,) = used.glob("runs/wandb/offline-run-*/run-*.wandb")
+    logged = [item for record in wandb_records(file) for item in record.history.item]
+    assert {"0.5"} == {item.value_json for item in logged if "loss" in (item.key, *item.nested_key)}
 
 
 @pytest.mark.parametrize("norm", ["frobenius", "spectral"])
