@@ -1,7 +1,6 @@
 """What the main process writes about a run while it trains: JSON files in the run's folder, and W&B."""
 
 import json
-import os
 import statistics
 import time
 import warnings
@@ -34,14 +33,13 @@ class WandbRun:
         if config.wandb == "disabled":
             return
         with self._switched_off_by_errors():
-            # Its own process may start slowly on a busy machine; the default is 30 seconds.
-            os.environ.setdefault("WANDB__SERVICE_WAIT", "300")
             import wandb
 
             # Without `resume`, the same id replaces an interrupted run; its earlier epochs are logged again.
             self.run = wandb.init(
                 project=config.wandb_project,
-                dir=folder,
+                # Not relative: the process that writes the files may be that of a parent, which has another directory.
+                dir=folder.resolve(),
                 id=run_id,
                 name=folder.name,
                 group=f"{config.preset}-{condition}" if condition else config.preset,
