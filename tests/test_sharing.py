@@ -208,7 +208,7 @@ def test_share_says_what_it_needs(tmp_path):
             scaling.share("gloo")
         chain = model.wide.parametrizations.weight
         chain.original = nn.Parameter(distribute_tensor(chain.original, init_device_mesh("cpu", (1,))))
-        with pytest.raises(ValueError, match=r"^share: the weight of 'wide' is sharded \(a DTensor.*work of its own"):
+        with pytest.raises(ValueError, match=r"^share: the weight of 'wide' is sharded.*work of its own"):
             scaling.share()
     finally:
         distributed.destroy_process_group()
