@@ -127,10 +127,9 @@ class FrobeniusNorm(Norm):
                 groups.append(one.sums)
             else:
                 norms.append(self._norms(one))
-                groups.append(())
-        if any(groups):
-            totals = zip(summed(norms, groups), groups, strict=True)
-            norms = [total.sqrt() if own else total for total, own in totals]
+        if groups:
+            # All are sharded, or none is.
+            norms = [total.sqrt() for total in summed(norms, groups)]
         return _exactly(concat(norms).to(dtype), [None] * len(norms))
 
     def _norms(self, matrices: Tensor) -> Tensor:

@@ -152,7 +152,9 @@ def layout_of(tensor: Tensor, view: MatrixView) -> Layout | None:
     mesh, placements = tensor.device_mesh, placements_of(tensor)  # type: ignore[attr-defined]
     if not any(one.is_shard() or _is_strided(one) or one.is_partial() for one in placements):
         return None
-    layout = _layout(tuple(tensor.shape), mesh, placements, view)
+    is_member = mesh.get_coordinate() is not None
+    groups = tuple(mesh.get_group(dim) for dim in range(mesh.ndim)) if is_member else ()
+    layout = _layout(tuple(tensor.shape), mesh, placements, view, groups)
     found = tuple(local(tensor).shape)
     if found != (expected := tuple(one.stop - one.start for one in layout.place)):
         raise Refusal(
@@ -163,7 +165,10 @@ def layout_of(tensor: Tensor, view: MatrixView) -> Layout | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], view: MatrixView) -> Layout:
+def _layout(
+    shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], view: MatrixView, groups: Groups = ()
+) -> Layout:
+    """`groups`, those of the mesh, tell it from an equal one whose groups have been destroyed."""
     place = _place(shape, mesh, placements)
     sizes = view.sizes(torch.empty(shape, device="meta"))
     m, n = (math.prod(sizes[name] for name in names) for names in (view.row_names, view.column_names))
