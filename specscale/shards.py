@@ -364,14 +364,20 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
+def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A DTensor like another, of a whole tensor that every process has."""
+    found = torch.empty_like(like.detach(), dtype=tensor.dtype)
+    place = _place(tuple(like.shape), like.device_mesh, placements_of(like))  # type: ignore[attr-defined]
+    local(found).copy_(tensor[place])
+    return found
+
+
 def as_shard(tensor: Tensor, like: Tensor) -> Tensor:
     """A DTensor like another with what the first process of its mesh has in `tensor`. All processes must call it."""
     mesh = like.device_mesh  # type: ignore[attr-defined]
     for dim in range(mesh.ndim):
         dist.broadcast(tensor, group=mesh.get_group(dim), group_src=0)
-    found = torch.empty_like(like.detach())
-    local(found).copy_(tensor[_place(tuple(like.shape), mesh, placements_of(like))])
-    return found
+    return shard_of(tensor, like)
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,11 @@ class NormScaling(nn.Module):
         self.load_check: object = None
         """What `check_before_loading` has put on the model: one for all weights of a call."""
         self.needs_solve = False
-        """Whether a checkpoint has brought the weight without a state for this solver."""
+        """While a checkpoint is loaded: whether it has brought the weight without a state for this solver."""
         self.is_unsolved = True
-        """Whether the buffers tell nothing of the weight yet. The values of a weight that was on the meta device come
-        without a call of ours, and are solved when something is asked of them."""
+        """Whether the weight is to be solved before its next step. The values of one that was on the meta device come
+        without a call of ours, and are solved when something is asked of them: the buffers tell nothing of it, and
+        `norm` is NaN. A checkpoint of a weight that was sharded in another way brings the norms without the state."""
         self.placements: tuple[Any, ...] = ()
         """How the weight was sharded when it was last looked at: torch's placements; empty where it was whole."""
         self._owner: weakref.ref[nn.Module] | None = None
@@ -226,10 +227,15 @@ class NormScaling(nn.Module):
         """The solver's buffers, by name."""
         return {name: self.get_buffer(name) for name in self._solver_buffers}
 
-    def init_solver_state(self, weight: Tensor, count: int | None = None) -> dict[str, Tensor]:
-        """The solver's state before the first solve of such a weight, of its first `count` matrices or of all."""
+    def init_solver_state(
+        self, weight: Tensor, count: int | None = None, *, is_whole: bool = False
+    ) -> dict[str, Tensor]:
+        """The solver's state before the first solve of such a weight, of its first `count` matrices or of all.
+
+        A sharded weight's has other shapes than the one of a weight that `is_whole`.
+        """
         key, dtype = self.seeds(weight.device)[:count], torch.promote_types(weight.dtype, torch.float32)
-        layout = layout_of(weight, self.view)
+        layout = None if is_whole else layout_of(weight, self.view)
         side = None if layout is None else layout.block_side
         return self.constraint.norm.init_state(key, self.matrix_shape(weight), dtype, side)
 
