@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from specscale.state import REGISTERED, NormScaling, others_on_top, parametrizations_of, scaling_of, scalings_of
-from specscale.state_dicts import complete_state_dict, refuse_pickling, save_for_any_sharding, solve_what_was_missing
+from specscale.state_dicts import complete_state_dict, follow_sharding, refuse_pickling, solve_what_was_missing
 
 
 def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
@@ -17,7 +17,7 @@ def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
     REGISTERED.add(scaling)
     scaling.is_registered_on(module.parametrizations[tensor])  # type: ignore[union-attr, index, arg-type]
     scaling.load_hooks = (
-        module.register_state_dict_post_hook(save_for_any_sharding),
+        module.register_state_dict_pre_hook(follow_sharding),
         module.register_load_state_dict_pre_hook(complete_state_dict),
         module.register_load_state_dict_post_hook(solve_what_was_missing),
     )

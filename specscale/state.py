@@ -141,11 +141,12 @@ class NormScaling(nn.Module):
             self.follow_(weight)
 
     def _is_on_its_side(self, weight: Tensor) -> bool:
-        """Whether the solver's state has the shape that it needs for a sharded weight."""
+        """Whether the solver's state is the one that it needs for a sharded weight."""
         if not is_sharded(weight):
             return True
         needed = self.init_solver_state(weight, count=0)
-        return all(self.get_buffer(name).shape[1:] == one.shape[1:] for name, one in needed.items())
+        own = self.solver_state()
+        return {n: one.shape[1:] for n, one in own.items()} == {n: one.shape[1:] for n, one in needed.items()}
 
     def is_gathered(self, weight: Tensor) -> bool:
         """Whether the weight is sharded, and whole or less sharded for a forward pass now: a write would be lost."""
@@ -227,16 +228,11 @@ class NormScaling(nn.Module):
         """The solver's buffers, by name."""
         return {name: self.get_buffer(name) for name in self._solver_buffers}
 
-    def init_solver_state(
-        self, weight: Tensor, count: int | None = None, *, is_whole: bool = False
-    ) -> dict[str, Tensor]:
-        """The solver's state before the first solve of such a weight, of its first `count` matrices or of all.
-
-        A sharded weight's has other shapes than the one of a weight that `is_whole`.
-        """
+    def init_solver_state(self, weight: Tensor, count: int | None = None) -> dict[str, Tensor]:
+        """The solver's state before the first solve of such a weight, of its first `count` matrices or of all."""
         key, dtype = self.seeds(weight.device)[:count], torch.promote_types(weight.dtype, torch.float32)
-        layout = None if is_whole else layout_of(weight, self.view)
-        side = None if layout is None else layout.block_side
+        layout = layout_of(weight, self.view)
+        side = None if layout is None else layout.other_side
         return self.constraint.norm.init_state(key, self.matrix_shape(weight), dtype, side)
 
     def set_target_(self, numbers: list[float], *, is_base: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from specscale.block import is_of_another_side
 from specscale.constraints import CONSTRAINTS
 from specscale.errors import Refusal, one_of, public_call
 from specscale.saved_names import SavedParametrization, in_plain_order, parametrizations_in, plain_name, saved_scalings
@@ -56,7 +57,7 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         _complete_schedule(saved, scaling)
         # These need no solver; without one of the others, all of them are solved anew from the weight.
         kept = set(scaling.held_buffers)
-        if _shapes(own, kept) != _shapes(saved, kept) or _holds_no_state(saved, scaling):
+        if _shapes(own, kept) != _shapes(saved, kept) or _is_of_another_side(saved):
             scaling.needs_solve = True
             norms = {n for n in MEASURED if n in own and n in saved and saved[n].shape == own[n].shape}
             saved = _unsolved(own, scaling) | {name: saved[name] for name in kept | norms if name in saved}
@@ -68,10 +69,11 @@ def _like(weight: Tensor, value: Tensor) -> Tensor:
     return shard_of(value, weight) if is_sharded(weight) and not is_sharded(value) else value
 
 
-def _holds_no_state(saved: Mapping[str, Tensor], scaling: NormScaling) -> bool:
-    """Whether a checkpoint's solver buffers hold zeros alone: see `save_for_any_sharding`."""
-    state = [saved[name] for name in scaling.solver_state()]
-    return bool(state) and not any(one.is_meta or bool(one.any()) for one in state)
+def _is_of_another_side(saved: Mapping[str, Tensor]) -> bool:
+    """Whether norms have been saved with the block of another sharding, as distributed checkpoints load it."""
+    if saved["norm"].is_meta or bool(saved["norm"].isnan().any()):
+        return False
+    return is_of_another_side(saved)
 
 
 def _unsolved(buffers: Mapping[str, Tensor], scaling: NormScaling) -> dict[str, Tensor]:
@@ -83,20 +85,10 @@ def _unsolved(buffers: Mapping[str, Tensor], scaling: NormScaling) -> dict[str, 
     }
 
 
-def save_for_any_sharding(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Give a solver's state in a state dict the shapes that it has for a weight that is whole.
-
-    The block of a sharded weight may lie on the longer side, where no other sharding can use it, and torch's
-    distributed checkpoints load no tensor of another shape. Zeros stand in its place: the weight is solved anew.
-    """
+def follow_sharding(module: nn.Module, *_: Any) -> None:
+    """Give the buffers the names and shapes that they have for sharded weights, before a state dict is made of them."""
     for tensor, scaling in scalings_of(module):
-        weight = original(module, tensor)
-        if is_sharded(weight):
-            home = _keys(module, tensor, scaling, prefix)[1]
-            whole = scaling.init_solver_state(weight, count=0, is_whole=True)
-            shapes = {home + name: (scaling.view.count, *one.shape[1:]) for name, one in whole.items()}
-            if any(key in state_dict and state_dict[key].shape != shape for key, shape in shapes.items()):
-                state_dict.update({key: state_dict[key].new_zeros(shape) for key, shape in shapes.items()})
+        scaling.follow_sharding_(original(module, tensor))
 
 
 def _beside(weight: Tensor, buffers: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """What the processes of `test_sharded_checkpoints` do: each function is called in every process of a group."""
 
-import copy
-import itertools
 import json
 import math
 import sys
@@ -9,23 +7,18 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from held import off_target
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
     get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from specscale import Relative, apply_norm_scaling, orthogonal_init_, plain_state_dict, schedules
-from specscale.shards import is_sharded, whole
+from specscale import apply_norm_scaling, orthogonal_init_, schedules
+from specscale.shards import whole
 
 NORMS = ("spectral", "frobenius", "schedule")
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -136,9 +129,7 @@ def load_and_go_on(folder, kind):
             model, scaling, optimizer = build(norm, kind, seed=1, attach=attached)
             found = states(model, optimizer)
             dcp.load(found, checkpoint_id=f"{folder}/{norm}")
-            set_state_dict(
-                model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
-            )
+            set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
             known = scaling.metrics()
             assert all(math.isfinite(value) for value in known.values())
             if not attached:
