@@ -41,8 +41,7 @@ class Plan:
         """The CUDA graphs of this step. They are kept here because they read and write the memory of `groups`."""
         groups: dict[Hashable, list[Weight]] = defaultdict(list)
         for weight in weights:
-            grouped = kernels_for(weight.parameter) if by_kernels and not is_sharded(weight.parameter) else None
-            if grouped is not None and grouped.fits(weight):
+            if by_kernels and goes_by_kernels(weight):
                 groups[weight.scaling.constraint, weight.parameter.dtype, weight.parameter.device].append(weight)
             else:
                 self.rest.append(weight)
@@ -113,6 +112,12 @@ def fingerprint(weights: list[Weight]) -> Fingerprint:
         tensors += scaling._buffers.values()  # type: ignore[arg-type]
     # All tensors at once: at every step, this is the most of the host's work.
     return (tuple(map(id, scalings)), *(tuple(map(look, tensors)) for look in _LOOKS))
+
+
+def goes_by_kernels(weight: Weight) -> bool:
+    """Whether kernels take the weight's step."""
+    grouped = None if is_sharded(weight.parameter) else kernels_for(weight.parameter)
+    return grouped is not None and bool(grouped.fits(weight))
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:

@@ -183,7 +183,7 @@ class NormScaling(nn.Module):
             return at_least_float32(self.view.matrices(local(weight)))
         return ShardedMatrices(layout, local(weight)).with_scale(self.norm if is_known else None)
 
-    def whole_matrices(self, weight: Tensor) -> Tensor:
+    def matrices(self, weight: Tensor) -> Tensor:
         """The weight as `(k, m, n)`, float32 or wider, whole in every process; if it is sharded, all must call this."""
         self.matrix_shape(weight)
         return at_least_float32(self.view.matrices(whole(weight.detach())))
