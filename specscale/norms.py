@@ -119,6 +119,7 @@ class FrobeniusNorm(Norm):
     ) -> Measurement:
         norms: list[Tensor] = []
         groups: list[Groups] = []
+        squared: list[bool] = []
         # One weight after another, since each may be a copy.
         for one in matrices:
             dtype = one.dtype
@@ -128,9 +129,11 @@ class FrobeniusNorm(Norm):
             else:
                 norms.append(self._norms(one))
                 groups.append(())
-        if any(groups):
-            totals = zip(summed(norms, groups), groups, strict=True)
-            norms = [total.sqrt() if own else total for total, own in totals]
+            # Without groups too, where one process has all of a mesh.
+            squared.append(isinstance(one, ShardedMatrices))
+        if any(squared):
+            totals = zip(summed(norms, groups), squared, strict=True)
+            norms = [total.sqrt() if is_square else total for total, is_square in totals]
         return _exactly(concat(norms).to(dtype), [None] * len(norms))
 
     def _norms(self, matrices: Tensor) -> Tensor:
