@@ -118,18 +118,17 @@ class FrobeniusNorm(Norm):
         num_iterations: int | None = None,
     ) -> Measurement:
         norms: list[Tensor] = []
-        groups: list[Groups] = []
+        squares: dict[int, Groups] = {}
         # One weight after another, since each may be a copy.
         for one in matrices:
             dtype = one.dtype
             if isinstance(one, ShardedMatrices):
+                squares[len(norms)] = one.sums
                 norms.append(one.square_sums(widest_dtype(one.tensor.device)))
-                groups.append(one.sums)
             else:
                 norms.append(self._norms(one))
-        if groups:
-            # All are sharded, or none is.
-            norms = [total.sqrt() for total in summed(norms, groups)]
+        for number, total in zip(squares, summed([norms[i] for i in squares], list(squares.values())), strict=True):
+            norms[number] = total.sqrt()
         return _exactly(concat(norms).to(dtype), [None] * len(norms))
 
     def _norms(self, matrices: Tensor) -> Tensor:

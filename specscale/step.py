@@ -317,6 +317,9 @@ def solve_first_(weights: Iterable[Weight], *, to_report: bool = False) -> None:
     for weight in weights:
         weight.scaling.follow_sharding_(weight.parameter)
     unsolved = [weight for weight in weights if weight.scaling.is_unsolved]
+    if to_report:
+        # Where a checkpoint has brought no state that the solver can use, it has brought the norms.
+        unsolved = [one for one in unsolved if not (is_sharded(one.parameter) and one.scaling.norm.isfinite().all())]
     if not unsolved:
         return
     if to_report and (sharded := [weight for weight in unsolved if is_sharded(weight.parameter)]):
