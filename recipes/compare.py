@@ -9,7 +9,6 @@ from pathlib import Path
 
 import tyro
 
-from lib import figures
 from lib.console import markdown
 from lib.files import write_atomically
 from lib.post import published_table
@@ -36,6 +35,8 @@ def comparison(runs: Runs) -> str:
 
 def compare(folder: Path) -> Runs:
     """Write `comparison.md`, `results.json` and the figures of one preset into its folder; returns its runs."""
+    from lib import figures
+
     runs = read_runs(folder)
     write_atomically(folder / "comparison.md", f"# {folder.resolve().name}\n\n{comparison(runs)}")
     records = [record(run) for seeds in runs.values() for run in seeds]
@@ -46,6 +47,8 @@ def compare(folder: Path) -> Runs:
 
 def compare_all(root: Path) -> str:
     """Compare every preset in `root`, and draw the MLPs in one figure and the ResNets in one; returns all tables."""
+    from lib import figures
+
     presets = {folder.name: read_runs(folder) for folder in preset_folders(root)}
     text = "".join(f"## {name}\n\n{comparison(runs)}\n" for name, runs in presets.items())
     for name in presets:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import nn
 from tqdm import tqdm
@@ -22,12 +23,13 @@ from lib.clock import Clock, attach_timed
 from lib.datasets import Data, Preprocessing, load_data, test_loader, train_loader
 from lib.distributed import Processes, broadcast_batch_norm, data_parallel, destroy_process_group, init_process_group
 from lib.models import CIFAR_RESNETS, build_model, init_and_scale, is_known_model
-from lib.presets import PRESETS, WITHOUT_EFFECT, Config, waits_for_device
+from lib.presets import PRESETS, WITHOUT_EFFECT, Config, needs_whole, waits_for_device
 from lib.run_log import RunLog, WandbRun
 from lib.runs import is_begun, is_finished, run_name
+from lib.sharded import WholeModelState, WholeOptimizerState, shard
 from lib.summaries import header_of, table_rows
 from lib.survival import Stop, is_signed, require_finite, stopping
-from specscale import NonFiniteWeightError, NormScaler
+from specscale import NonFiniteWeightError, NormScaler, __version__
 
 
 def main(config: Config) -> None:
@@ -52,12 +54,36 @@ def main(config: Config) -> None:
 
 def exit_on_problem(config: Config, processes: Processes) -> None:
     """Exit all processes before anything is trained or deleted if the options cannot work; one prints why."""
-    problem = processes.broadcast_object(find_problem(config, processes.world_size) if processes.is_main else None)
-    if problem:
+    main_start = processes.broadcast_object(start_of(config))
+    if processes.is_main:
+        problem = find_problem(config, processes.world_size)
+    else:
+        # Another node may have been started otherwise, and may have other disks.
+        problem = find_difference(start_of(config), main_start) or find_problem_of_data(config)
+    problems = {rank: problem for rank, problem in enumerate(processes.all_gather_object(problem)) if problem}
+    if problems:
         if processes.is_main:
-            print(f"train: {problem}", file=sys.stderr, flush=True)
+            rank = min(problems)
+            print(f"train: {f'rank {rank}: ' if rank else ''}{problems[rank]}", file=sys.stderr, flush=True)
         destroy_process_group()
         raise SystemExit(1)
+
+
+def start_of(config: Config) -> dict[str, Any]:
+    """What all processes must have been started with alike."""
+    options = {name: value for name, value in config.as_json().items() if name == "norms" or name not in WITHOUT_EFFECT}
+    return options | {"torch": torch.__version__, "specscale": __version__}
+
+
+def find_difference(start: dict[str, Any], main_start: dict[str, Any]) -> str | None:
+    """What this process was started with, and the main process was not; None if they are alike."""
+    for name, value in start.items():
+        if value != main_start.get(name):
+            return (
+                f"started with {name} = {value}, rank 0 with {main_start.get(name)}; give all nodes the same options "
+                "and the same versions"
+            )
+    return None
 
 
 def find_problem(config: Config, world_size: int) -> str | None:
@@ -66,6 +92,11 @@ def find_problem(config: Config, world_size: int) -> str | None:
         return f"--epochs must be at least 1, found {config.epochs}"
     if config.batch_size % world_size:
         return f"batch size {config.batch_size} does not divide over {world_size} processes"
+    if config.parallel == "fsdp" and not dist.is_initialized():
+        return "--parallel fsdp shards over the processes of torchrun; start it by torchrun --standalone"
+    whole = [norm for norm in config.norms if config.parallel == "fsdp" and needs_whole(norm, config.solver)]
+    if whole:
+        return f"--parallel fsdp has no {whole[0]} with the solver {config.solver}: it needs whole matrices"
     if config.num_workers and config.data_on_device:
         return f"--num-workers {config.num_workers} has no effect on data on the device; give --no-data-on-device too"
     if not config.checkpoint_minutes >= 0:
@@ -82,10 +113,17 @@ def find_problem(config: Config, world_size: int) -> str | None:
         return f"--steps-per-epoch must be at least 1, found {config.steps_per_epoch}"
     if config.resume and config.overwrite:
         return "--resume and --overwrite exclude each other"
-    if config.data == "cifar100" and not config.download and not (config.data_root / "cifar-100-python").is_dir():
-        return f"{config.data_root} holds no cifar-100-python; give --data-root DIR, or --download to fetch it there"
+    if problem := find_problem_of_data(config):
+        return problem
     problems = (find_problem_of_folder(config, run_folder(config, norm)) for norm in config.norms)
     return next(filter(None, problems), None)
+
+
+def find_problem_of_data(config: Config) -> str | None:
+    """Why this process finds no data."""
+    if config.data == "cifar100" and not config.download and not (config.data_root / "cifar-100-python").is_dir():
+        return f"{config.data_root} holds no cifar-100-python; give --data-root DIR, or --download to fetch it there"
+    return None
 
 
 def find_problem_of_folder(config: Config, folder: Path) -> str | None:
@@ -131,6 +169,9 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
     model = build_model(config, data.image_shape, data.num_classes)
     scaling = init_and_scale(config, norm, model, data.image_shape)
     model.to(processes.device, memory_format=memory_format)
+    is_sharded = config.parallel == "fsdp"
+    if is_sharded:
+        shard(model, processes)
     is_cuda = processes.device.type == "cuda"
     # On a CPU the default: the fused kernel rounds otherwise.
     options = {"lr": config.lr, "fused": is_cuda or None}
@@ -142,12 +183,13 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
 
     costs = StepCosts(scaling, processes.device)
     if scaling is not None:
-        if is_cuda and not waits_for_device(norm, config.solver):
+        if is_cuda and not is_sharded and not waits_for_device(norm, config.solver):
             scaling.capture()
         attach_timed(scaling, optimizer, costs.scaling_clock)
         optimizer.register_step_post_hook(costs.count_iterations)
 
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    states = (WholeModelState(model), WholeOptimizerState(model, optimizer)) if is_sharded else (model, optimizer)
+    stateful = {"model": states[0], "optimizer": states[1], "schedule": schedule}
     progress = Progress()
     with stop.share(OSError):
         if resumes:
@@ -163,14 +205,15 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
     stop.check()
     log = None
     with stop.share(OSError):
-        if processes.is_main:
+        # The main process writes and saves, when its own clock says so; the others help it where they have shards.
+        if processes.is_main or is_sharded:
             log = RunLog(config, norm, folder, progress, processes)
             log.log_spectra(0, model, data.image_shape)
-    # Only the main process has a log and saves, when its own clock says so.
-    checkpoints = Checkpoints(folder, stateful, progress, CheckpointTimer(config.checkpoint_minutes, config.epochs))
+    timer = CheckpointTimer(config.checkpoint_minutes, config.epochs)
+    checkpoints = Checkpoints(folder, stateful, progress, timer, writes=processes.is_main, are_sharded=is_sharded)
     stop.check()
 
-    parallel_model = data_parallel(model, processes)
+    parallel_model = model if is_sharded else data_parallel(model, processes)
     preprocessing = Preprocessing(data, processes.device, memory_format)
     with checkpoints.save_when_stopped():
         for epoch in range(progress.epoch + 1, config.epochs + 1):
@@ -193,7 +236,8 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
                     metrics = {"epoch": epoch, **train_metrics, **test_metrics, "lr": lr, **recorded, **times}
                     log.log_metrics(metrics)
                     checkpoints.epoch_ended(epoch)
-                    print(epoch_message(config, norm, metrics), flush=True)
+                    if processes.is_main:
+                        print(epoch_message(config, norm, metrics), flush=True)
             stop.check()
 
         if log is not None:

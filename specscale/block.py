@@ -119,7 +119,12 @@ class Block:
             return {}
         basis = torch.linalg.qr(normal(key, (side or min(shape), self.width), dtype)).Q
         # `age` counts the solves since the initial state, and seeds the noise.
-        return {"basis": basis, "age": torch.zeros(len(key), dtype=dtype, device=key.device)}
+        age = torch.zeros(len(key), dtype=dtype, device=key.device)
+        if side is None:
+            return {"basis": basis, "age": age}
+        # A distributed checkpoint loads no tensor of another shape: that of a whole weight is there too, without a
+        # block, so that one of a sharded weight loads into a whole one, which is then solved anew.
+        return {"basis": basis.new_zeros(len(key), min(shape), self.width), "other_basis": basis, "age": age}
 
     def scratch_elements(self, m: int, n: int) -> int:
         if self.is_small(m, n):
@@ -237,7 +242,7 @@ class _Iterate:
     def __init__(self, matrices: Matrices, state: State) -> None:
         self.matrices, self.state = matrices, state
         # The weight may have another dtype than it had when the state was made.
-        self.V = state["basis"].to(matrices.dtype)
+        self.V = _basis_of(state).to(matrices.dtype)
         self.Y: Tensor
         """The images: of a sharded matrix, those of its local rows."""
         self.squares: Tensor
@@ -313,7 +318,7 @@ class _Iterate:
         )
         # Where rounding has won, which it must not, the next step starts from a block that is one.
         keep = (self.is_finite & self.ritz.value.isfinite())[:, None, None]
-        basis = torch.where(keep, self.V, self.state["basis"])
+        basis = torch.where(keep, self.V, _basis_of(self.state))
         # A vector that is not finite must not reach a weight that is skipped: zero times NaN is NaN.
         length = self.first_length.clamp_min(torch.finfo(self.Y.dtype).tiny)
         left = torch.where(keep[..., 0], self.Y[..., 0] / length[:, None], 0)
@@ -325,7 +330,19 @@ class _Iterate:
             subspace = Subspace(self.Y, self.V, self.squares, self.scale, edge(self.squares), self.ritz.coupling)
         triple = Triple(value, left, unit(basis[..., 0]), next_value, residual, error, needed, subspace)
         age = torch.zeros_like(self.state["age"]) if to_convergence else self.state["age"] + 1
-        return Solution(triple, {"basis": basis, "age": age})
+        return Solution(triple, {"other_basis" if "other_basis" in self.state else "basis": basis, "age": age})
+
+
+def _basis_of(state: State) -> Tensor:
+    return state["other_basis"] if "other_basis" in state else state["basis"]
+
+
+def is_of_another_side(state: State) -> bool:
+    """Whether what a distributed checkpoint has put into a state is of a block on another side of the matrix.
+
+    Of a state with `other_basis`, `basis` is zero. What the checkpoint lacks is as it was.
+    """
+    return "basis" in state and bool(state["basis"].any()) == ("other_basis" in state)
 
 
 def _images(blocks: list[_Iterate], columns: list[Tensor]) -> list[Tensor]:

@@ -159,7 +159,7 @@ def audit(weights: list[Weight], tolerance: float, miss: float, seed: int) -> Au
 def _certificate(weight: Weight, tolerance: float, miss: float, seed: int) -> Certificate:
     scaling, parameter = weight.scaling, weight.parameter
     key = scaling.seeds(parameter.device, seed)
-    bounds = scaling.constraint.norm.certify(scaling.whole_matrices(parameter), key, tolerance, miss)
+    bounds = scaling.constraint.norm.certify(scaling.matrices(parameter), key, tolerance, miss)
     norm = bounds.lower
     # A matrix of zeros has no relative error.
     error = torch.where(norm > 0, in_float64(scaling.norm) / norm - 1, 0)

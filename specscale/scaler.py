@@ -177,6 +177,28 @@ class NormScaler:
         return self
 
     @public_call()
+    def share(self, process_group: Any = None) -> "NormScaler":
+        """Share the solver's work among data-parallel processes: `scaling.share().attach(optimizer)`.
+
+        Without it, every process solves every weight. With it, each solves some of them, and one all-gather a step
+        brings all of them what was found. Not a bit changes, of weights, buffers or metrics. All processes of the group
+        call this, with equal weights, and from then on take the same steps of the same weights. What costs no more than
+        to send it is not shared: Frobenius norms, rows and columns, what goes by the kernels of CUDA, and weights that
+        are solved in one batch; nor are `project` and steps that are compiled or in a CUDA graph. With a group of one
+        process, nothing changes.
+
+        Args:
+            process_group: a `torch.distributed.ProcessGroup`; None means the default one.
+
+        Raises:
+            ValueError: torch.distributed is not initialized, this process is not in the group, a weight is sharded, or
+                the weights or the targets are not the same in all processes.
+            TypeError: `process_group` is no process group.
+        """
+        self._step.share(self._present(), process_group)
+        return self
+
+    @public_call()
     def step(self) -> None:
         """Put every weight back on its target: for training loops without `attach`, once after each optimizer step.
 

@@ -135,9 +135,11 @@ class Layout:
     """Whether this is the first of the processes that hold the same images."""
 
     @property
-    def block_side(self) -> int:
-        """The length of the side that the block lies on."""
+    def other_side(self) -> int | None:
+        """The length of the side that the block lies on, where that is not the one that it has in a whole weight."""
         m, n = self.shape
+        if self.block_on_rows == (m < n):
+            return None
         return m if self.block_on_rows else n
 
 
@@ -172,15 +174,17 @@ def _layout(
     place = _place(shape, mesh, placements)
     sizes = view.sizes(torch.empty(shape, device="meta"))
     m, n = (math.prod(sizes[name] for name in names) for names in (view.row_names, view.column_names))
-    dims = [dim for dim, one in enumerate(placements) if not one.is_replicate() and mesh.size(dim) > 1]
-    split = {dim: set(view.groups[placements[dim].dim]) for dim in dims}
-    of_rows = [dim for dim in dims if split[dim] & set(view.row_names)]
-    of_columns = [dim for dim in dims if split[dim] & set(view.column_names)]
+    # One process splits nothing, and has the block on the side where more processes have it.
+    sharding = [dim for dim, one in enumerate(placements) if not one.is_replicate()]
+    split = {dim: set(view.groups[placements[dim].dim]) for dim in sharding}
+    of_rows = [dim for dim in sharding if split[dim] & set(view.row_names)]
+    of_columns = [dim for dim in sharding if split[dim] & set(view.column_names)]
     if set(of_rows) & set(of_columns):
         raise Refusal(f"a weight is sharded along an axis that {view} reads as rows and as columns")
     # The block lies on the side that is whole; where both are or none is, on the shorter one.
     block_on_rows = m < n if bool(of_rows) == bool(of_columns) else bool(of_columns)
     image_dims = (of_rows if block_on_rows else of_columns) if of_rows and of_columns else []
+    image_dims, dims = ([dim for dim in own if mesh.size(dim) > 1] for own in (image_dims, sharding))
     boxes = [_boxes_of(own, group, sizes) for own, group in zip(place, view.groups, strict=True)]
     pieces, num_local = _pieces(view, sizes, boxes, block_on_rows, shares_images=bool(image_dims))
     coordinate = mesh.get_coordinate()
@@ -369,14 +373,20 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
+def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A DTensor like another, of a whole tensor that every process has."""
+    found = torch.empty_like(like.detach(), dtype=tensor.dtype)
+    place = _place(tuple(like.shape), like.device_mesh, placements_of(like))  # type: ignore[attr-defined]
+    local(found).copy_(tensor[place])
+    return found
+
+
 def as_shard(tensor: Tensor, like: Tensor) -> Tensor:
     """A DTensor like another with what the first process of its mesh has in `tensor`. All processes must call it."""
     mesh = like.device_mesh  # type: ignore[attr-defined]
     for dim in range(mesh.ndim):
         dist.broadcast(tensor, group=mesh.get_group(dim), group_src=0)
-    found = torch.empty_like(like.detach())
-    local(found).copy_(tensor[_place(tuple(like.shape), mesh, placements_of(like))])
-    return found
+    return shard_of(tensor, like)
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,11 @@ class NormScaling(nn.Module):
         self.load_check: object = None
         """What `check_before_loading` has put on the model: one for all weights of a call."""
         self.needs_solve = False
-        """Whether a checkpoint has brought the weight without a state for this solver."""
+        """While a checkpoint is loaded: whether it has brought the weight without a state for this solver."""
         self.is_unsolved = True
-        """Whether the buffers tell nothing of the weight yet. The values of a weight that was on the meta device come
-        without a call of ours, and are solved when something is asked of them."""
+        """Whether the weight is to be solved before its next step. The values of one that was on the meta device come
+        without a call of ours, and are solved when something is asked of them: the buffers tell nothing of it, and
+        `norm` is NaN. A checkpoint of a weight that was sharded in another way brings the norms without the state."""
         self.placements: tuple[Any, ...] = ()
         """How the weight was sharded when it was last looked at: torch's placements; empty where it was whole."""
         self._owner: weakref.ref[nn.Module] | None = None
@@ -140,11 +141,12 @@ class NormScaling(nn.Module):
             self.follow_(weight)
 
     def _is_on_its_side(self, weight: Tensor) -> bool:
-        """Whether the solver's state has the shape that it needs for a sharded weight."""
+        """Whether the solver's state is the one that it needs for a sharded weight."""
         if not is_sharded(weight):
             return True
         needed = self.init_solver_state(weight, count=0)
-        return all(self.get_buffer(name).shape[1:] == one.shape[1:] for name, one in needed.items())
+        own = self.solver_state()
+        return {n: one.shape[1:] for n, one in own.items()} == {n: one.shape[1:] for n, one in needed.items()}
 
     def is_gathered(self, weight: Tensor) -> bool:
         """Whether the weight is sharded, and whole or less sharded for a forward pass now: a write would be lost."""
@@ -181,7 +183,7 @@ class NormScaling(nn.Module):
             return at_least_float32(self.view.matrices(local(weight)))
         return ShardedMatrices(layout, local(weight)).with_scale(self.norm if is_known else None)
 
-    def whole_matrices(self, weight: Tensor) -> Tensor:
+    def matrices(self, weight: Tensor) -> Tensor:
         """The weight as `(k, m, n)`, float32 or wider, whole in every process; if it is sharded, all must call this."""
         self.matrix_shape(weight)
         return at_least_float32(self.view.matrices(whole(weight.detach())))
@@ -230,7 +232,7 @@ class NormScaling(nn.Module):
         """The solver's state before the first solve of such a weight, of its first `count` matrices or of all."""
         key, dtype = self.seeds(weight.device)[:count], torch.promote_types(weight.dtype, torch.float32)
         layout = layout_of(weight, self.view)
-        side = None if layout is None else layout.block_side
+        side = None if layout is None else layout.other_side
         return self.constraint.norm.init_state(key, self.matrix_shape(weight), dtype, side)
 
     def set_target_(self, numbers: list[float], *, is_base: bool) -> None:

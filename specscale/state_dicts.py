@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from specscale.block import is_of_another_side
 from specscale.constraints import CONSTRAINTS
 from specscale.errors import Refusal, one_of, public_call
 from specscale.saved_names import SavedParametrization, in_plain_order, parametrizations_in, plain_name, saved_scalings
-from specscale.shards import is_sharded
-from specscale.state import NOT_SAVED, SCHEDULED, NormScaling, original, others_on_top, scalings_of
+from specscale.shards import is_sharded, shard_of
+from specscale.state import MEASURED, NOT_SAVED, SCHEDULED, NormScaling, original, others_on_top, scalings_of
 from specscale.step import solve_anew_
 from specscale.weights import Weight, scaled_weights
 
@@ -38,11 +39,15 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
     for tensor, scaling in scalings_of(module):
         scaling.follow_sharding_(original(module, tensor))
         weight, home = _keys(module, tensor, scaling, prefix)
-        if prefix + tensor in state_dict:
-            state_dict[weight] = state_dict.pop(prefix + tensor)
+        is_plain = prefix + tensor in state_dict
+        if is_plain:
+            state_dict[weight] = _like(original(module, tensor), state_dict.pop(prefix + tensor))
         if weight not in state_dict:
             continue
         saved = {k.removeprefix(home): state_dict.pop(k) for k in list(state_dict) if k.startswith(home)}
+        if is_plain:
+            # torch's `set_model_state_dict` adds the model's own, which tell of the weight that goes.
+            saved = {name: one for name, one in saved.items() if name in scaling.held_buffers}
         _rename_old_buffers(saved, scaling)
         layer = prefix.removesuffix(".")
         _rename_target(saved, Weight(layer, module, tensor, scaling.view, scaling.is_only, scaling))
@@ -52,14 +57,36 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         _complete_schedule(saved, scaling)
         # These need no solver; without one of the others, all of them are solved anew from the weight.
         kept = set(scaling.held_buffers)
-        if _shapes(own, kept) != _shapes(saved, kept):
+        if _shapes(own, kept) != _shapes(saved, kept) or _is_of_another_side(saved):
             scaling.needs_solve = True
-            saved = own | {name: saved[name] for name in kept if name in saved}
+            norms = {n for n in MEASURED if n in own and n in saved and saved[n].shape == own[n].shape}
+            saved = _unsolved(own, scaling) | {name: saved[name] for name in kept | norms if name in saved}
         state_dict.update({home + name: value for name, value in saved.items()})
 
 
+def _like(weight: Tensor, value: Tensor) -> Tensor:
+    """A whole value as the shards of a sharded weight, into which torch copies no whole one."""
+    return shard_of(value, weight) if is_sharded(weight) and not is_sharded(value) else value
+
+
+def _is_of_another_side(saved: Mapping[str, Tensor]) -> bool:
+    """Whether norms have been saved with the block of another sharding, as distributed checkpoints load it."""
+    if saved["norm"].is_meta or bool(saved["norm"].isnan().any()):
+        return False
+    return is_of_another_side(saved)
+
+
+def _unsolved(buffers: Mapping[str, Tensor], scaling: NormScaling) -> dict[str, Tensor]:
+    """The buffers of a weight that is to be solved: its norms are not known, and the solver has no state."""
+    state = scaling.solver_state()
+    return {
+        name: torch.zeros_like(one) if name in state else torch.full_like(one, torch.nan) if name in MEASURED else one
+        for name, one in buffers.items()
+    }
+
+
 def follow_sharding(module: nn.Module, *_: Any) -> None:
-    """Give the buffers the shapes that they have for sharded weights, before a state dict is made of them."""
+    """Give the buffers the names and shapes that they have for sharded weights, before a state dict is made of them."""
     for tensor, scaling in scalings_of(module):
         scaling.follow_sharding_(original(module, tensor))
 
@@ -219,14 +246,13 @@ def solve_what_was_missing(module: nn.Module, _: Any) -> None:
     for tensor, scaling in scalings_of(module):
         parameter = original(module, tensor)
         scaling.mark_current(parameter)
-        if scaling.needs_solve and is_sharded(parameter):
-            # At the next step, which all processes take.
-            scaling.norm.fill_(torch.nan)
-        elif scaling.needs_solve and not parameter.is_meta:
+        # A sharded one at the next step, which all processes take.
+        waits = scaling.needs_solve and is_sharded(parameter)
+        if scaling.needs_solve and not waits and not parameter.is_meta:
             solve_anew_(scaling, parameter)
         scaling.needs_solve = False
         # Not finite, it has not been solved yet, be it of this model or of the one that was saved.
-        scaling.is_unsolved = scaling.norm.is_meta or bool(scaling.norm.isnan().any())
+        scaling.is_unsolved = waits or scaling.norm.is_meta or bool(scaling.norm.isnan().any())
         scaling.forget_step_()
 
 

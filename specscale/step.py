@@ -23,8 +23,9 @@ from specscale.errors import ADVICE, Refusal, non_finite
 from specscale.linalg import broadcast_to, concat, no_grad_full_precision
 from specscale.norms import Measurement
 from specscale.pending import PendingCopies
-from specscale.plans import Plan, Plans, is_capturing
+from specscale.plans import Plan, Plans, goes_by_kernels, is_capturing
 from specscale.shards import is_sharded, parts_of
+from specscale.sharing import Sharing, operations
 from specscale.state import MEASURED, NormScaling
 from specscale.weights import Weight, refuse_gathered, refuse_non_finite
 
@@ -44,11 +45,14 @@ class ScalingStep:
         self._pending: PendingStats | None = None
         self._plans = Plans()
         self._graphs: CapturedSteps | None = None
+        self._sharing: Sharing | None = None
         self._advance = Advance()
 
     @no_grad_full_precision
     def take(self, weights: list[Weight], skip: Tensor | None = None, *, counts: bool = True) -> None:
         """Put the weights back on their targets: those of the next step of their schedules, if the step `counts`.
+
+        Only such a step is shared: others may be taken in one process alone.
 
         Where `skip`, one number for all weights or for each, is positive, nothing of a weight changes, its state
         included.
@@ -64,19 +68,22 @@ class ScalingStep:
             # A compiler cannot trace a `Refusal`.
             raise RuntimeError("step: a step over sharded weights cannot be compiled; take it outside of torch.compile")
         solve_first_(weights)
+        sharing = self._sharing if counts else None
         # Through the module, so that a test can run an accelerator's step on a CPU.
         if all(linalg.can_sync(weight.parameter) for weight in weights):
-            self._take_with_sync(weights, skip, counts)
+            self._take_with_sync(weights, skip, counts, sharing)
         else:
-            self._take_without_sync(weights, skip, counts)
+            self._take_without_sync(weights, skip, counts, sharing)
 
-    def _take_with_sync(self, weights: list[Weight], skip: Tensor | None, counts: bool) -> None:
+    def _take_with_sync(
+        self, weights: list[Weight], skip: Tensor | None, counts: bool, sharing: Sharing | None
+    ) -> None:
         if skip is not None:
             is_off = (skip > 0).expand(len(weights)).tolist()
             weights = [weight for weight, off in zip(weights, is_off, strict=True) if not off]
             if not weights:
                 return
-        batches = measure_weights(weights)
+        batches = measure_weights(weights, sharing=sharing)
         if bad := self._read(PendingStats([Result.of(batch) for batch in batches])):
             raise non_finite(bad, f"no weight was scaled. {ADVICE}")
         if counts:
@@ -85,7 +92,9 @@ class ScalingStep:
         for weight in weights:
             weight.scaling.mark_current(weight.parameter)
 
-    def _take_without_sync(self, weights: list[Weight], skip: Tensor | None, counts: bool) -> None:
+    def _take_without_sync(
+        self, weights: list[Weight], skip: Tensor | None, counts: bool, sharing: Sharing | None
+    ) -> None:
         is_compiling = torch.compiler.is_compiling()
         # The step before has ended, unless the host is a whole step ahead. Its error is raised once, so that training
         # can go on from good weights.
@@ -100,7 +109,13 @@ class ScalingStep:
         planned = next_num_iterations(weights, {} if is_compiling else self.found)
         # Before any capture of ours: what a plan allocates and copies must not become part of a graph.
         plan = Plan(weights, by_kernels=False) if is_compiling else self._plans.of(weights)
-        results = scale(plan, planned, skip) if self._graphs is None else self._graphs.take(scale, plan, planned, skip)
+        # No collective becomes part of what is compiled or captured.
+        if sharing is not None and (is_compiling or is_capturing() or not operations(plan.rest)):
+            sharing = None
+        if self._graphs is None or sharing is not None:
+            results = scale(plan, planned, skip, sharing)
+        else:
+            results = self._graphs.take(scale, plan, planned, skip)
         if not is_compiling:
             self._pending = PendingStats(results)
         for weight in weights:
@@ -114,10 +129,26 @@ class ScalingStep:
 
     def capture(self, weights: Iterable[Weight]) -> None:
         """Replay steps from CUDA graphs from now on, where these weights allow it; else a warning says why not."""
+        weights = list(weights)
         blocker = capture_blocker(weight.parameter for weight in weights)
         if blocker is not None:
             _warn_of_no_graph(blocker, stacklevel=4)
         self._graphs = CapturedSteps() if blocker is None else None
+        self._warn_of_collectives(weights)
+
+    def share(self, weights: list[Weight], group: Any) -> None:
+        """Share the measuring of steps among the processes of a group from now on; see `Sharing` for what it raises."""
+        sharing = Sharing(group, weights)
+        self._sharing = sharing if sharing.num_ranks > 1 else None
+        self._warn_of_collectives(weights)
+
+    def _warn_of_collectives(self, weights: list[Weight]) -> None:
+        """Say that steps that are to be captured are shared, where they are: those of weights that no kernel takes."""
+        if self._graphs is None or self._sharing is None:
+            return
+        if operations([weight for weight in weights if not goes_by_kernels(weight)]):
+            reason = f"{self._sharing.num_ranks} processes share the step, and a graph must hold no collective"
+            _warn_of_no_graph(reason, stacklevel=5)
 
 
 def next_num_iterations(weights: list[Weight], found: Mapping[NormScaling, "Found"]) -> NumIterations:
@@ -140,14 +171,16 @@ def next_num_iterations(weights: list[Weight], found: Mapping[NormScaling, "Foun
     }
 
 
-def scale(plan: Plan, num_iterations: NumIterations, skip: Tensor | None) -> list["Result"]:
+def scale(
+    plan: Plan, num_iterations: NumIterations, skip: Tensor | None, sharing: Sharing | None = None
+) -> list["Result"]:
     """A step that reads nothing back: by kernels where they fit, else in torch operations."""
     results = []
     for group in plan.groups:
         group.take(num_iterations[group.weights[0].scaling.constraint], plan.part(skip, group.weights))
         results.append(Result(group.weights, group.stats))
     if plan.rest:
-        batches = measure_weights(plan.rest, num_iterations)
+        batches = measure_weights(plan.rest, num_iterations, sharing)
         project_weights_(batches, [plan.part(skip, batch.weights) for batch in batches])
         results += [Result.of(batch) for batch in batches]
     return results
@@ -173,22 +206,39 @@ class Batch(NamedTuple):
     measurement: Measurement
 
 
-def measure_weights(weights: Iterable[Weight], num_iterations: NumIterations | None = None) -> list[Batch]:
-    """Measure the weights without modifying them; with `num_iterations`, nothing is read back."""
-    batches = []
-    for batch in _batches(weights):
+def measure_weights(
+    weights: Iterable[Weight], num_iterations: NumIterations | None = None, sharing: Sharing | None = None
+) -> list[Batch]:
+    """Measure the weights without modifying them; with `num_iterations`, nothing is read back.
+
+    With `sharing`, other processes measure some of them.
+    """
+
+    def measure(batch: list[Weight]) -> Measurement:
         constraint = batch[0].scaling.constraint
         matrices = (weight.scaling.operand(weight.parameter) for weight in batch)
         states = [weight.scaling.solver_state() for weight in batch]
         count = num_iterations[constraint] if num_iterations else None
-        batches.append(Batch(batch, constraint.norm.measure(matrices, states, num_iterations=count)))
-    return batches
+        return constraint.norm.measure(matrices, states, num_iterations=count)
+
+    batches = list(_batches(weights))
+    found = map(measure, batches) if sharing is None else sharing.measure(batches, measure)
+    return [Batch(batch, measurement) for batch, measurement in zip(batches, found, strict=True)]
+
+
+MOST_OPERATIONS = 96 * 2**23
+"""The most operations of a batch, but for a weight alone: on a CPU, more are several batches, to be shared.
+
+A batch's digits depend on its composition, which is therefore the same whether it is shared or not. One more costs as
+much as 2^20 elements of a weight.
+"""
 
 
 def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
-    """Weights of one constraint, dtype and device: as many as measuring them takes no more than the largest weight.
+    """Weights of one constraint, dtype and device, to be measured together.
 
-    Sharded ones are one batch: what they sum over processes travels together.
+    As many as take no more memory than the largest weight, and on a CPU no more than `MOST_OPERATIONS`. Sharded ones
+    are one batch: what they sum over processes travels together.
     """
     weights = list(weights)
     sharded = [weight for weight in weights if is_sharded(weight.parameter)]
@@ -199,20 +249,23 @@ def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
         together.setdefault(key, []).append(weight)
     yield from together.values()
     largest = max([0, *[weight.parameter.numel() for weight in weights]])
-    open_batches: dict[object, tuple[list[Weight], int]] = {}
+    open_batches: dict[object, tuple[list[Weight], int, int]] = {}
     for weight in weights:
         constraint, parameter = weight.scaling.constraint, weight.parameter
-        scratch = weight.view.count * constraint.norm.scratch_elements(*weight.scaling.matrix_shape(parameter))
+        shape = weight.scaling.matrix_shape(parameter)
+        scratch = weight.view.count * constraint.norm.scratch_elements(*shape)
         if scratch and (parameter.dtype.itemsize < 4 or not parameter.is_contiguous()):
             # It is read as a copy, which is held until the batch is measured.
             scratch += parameter.numel()
+        # Elsewhere, a batch takes nearly as long as several.
+        cost = weight.view.count * constraint.norm.operations(*shape) if linalg.can_sync(parameter) else 0
         key = (constraint, parameter.dtype, parameter.device)
-        batch, total = open_batches.get(key, ([], 0))
-        if batch and total + scratch > largest:
+        batch, total, total_cost = open_batches.get(key, ([], 0, 0))
+        if batch and (total + scratch > largest or total_cost + cost > MOST_OPERATIONS):
             yield batch
-            batch, total = [], 0
-        open_batches[key] = [*batch, weight], total + scratch
-    yield from (batch for batch, _ in open_batches.values())
+            batch, total, total_cost = [], 0, 0
+        open_batches[key] = [*batch, weight], total + scratch, total_cost + cost
+    yield from (batch for batch, *_ in open_batches.values())
 
 
 def project_weights_(batches: list[Batch], skips: Iterable[Tensor | None] = repeat(None)) -> None:
@@ -264,6 +317,9 @@ def solve_first_(weights: Iterable[Weight], *, to_report: bool = False) -> None:
     for weight in weights:
         weight.scaling.follow_sharding_(weight.parameter)
     unsolved = [weight for weight in weights if weight.scaling.is_unsolved]
+    if to_report:
+        # Where a checkpoint has brought no state that the solver can use, it has brought the norms.
+        unsolved = [one for one in unsolved if not (is_sharded(one.parameter) and one.scaling.norm.isfinite().all())]
     if not unsolved:
         return
     if to_report and (sharded := [weight for weight in unsolved if is_sharded(weight.parameter)]):

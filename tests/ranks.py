@@ -9,10 +9,12 @@ import tempfile
 import time
 import traceback
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 TIMEOUT = 300
 """Seconds after which a start is given up: a check that hangs must not hang the tests."""
@@ -68,4 +70,34 @@ def _work(rank, world, checks, folder):
             os._exit(1)
         Path(folder, f"{rank}.{name}").touch()
     dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(function, num_ranks, folder, *args, timeout=300):
+    """What `function(*args)` returns on each rank of a group over gloo; an error where a rank raises or hangs."""
+    context = start_processes(
+        _run_one, (function, num_ranks, folder, args), nprocs=num_ranks, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + timeout
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the ranks hang"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(num_ranks)]
+
+
+def _run_one(rank, function, num_ranks, folder, args):
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=timedelta(seconds=120),
+    )
+    torch.save(function(*args), folder / f"{rank}.pt")
     dist.destroy_process_group()

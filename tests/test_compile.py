@@ -7,17 +7,18 @@ from torch import nn
 
 from specscale import apply_norm_scaling
 
-SLOW = [pytest.param(norm, marks=pytest.mark.slow) for norm in ("normalize", "orthogonal")]
+# The lowering of aot_eager is that of every compiling backend, and takes longer than the tracing.
+SLOW = [pytest.param(norm, "aot_eager", marks=pytest.mark.slow) for norm in ("spectral", "normalize", "orthogonal")]
 
 
-@pytest.mark.parametrize("norm", ["frobenius", "spectral", *SLOW])
-def test_the_step_is_one_graph_that_is_compiled_once_and_holds(norm):
+@pytest.mark.parametrize(("norm", "backend"), [("frobenius", "aot_eager"), ("spectral", "eager"), *SLOW])
+def test_the_step_is_one_graph_that_is_compiled_once_and_holds(norm, backend):
     torch.compiler.reset()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(90, 80), nn.Linear(80, 10))
     scaling = apply_norm_scaling(model, norm, init="orthogonal")
-    # The tracing and the lowering are those of every backend; a machine's C++ compiler is not what is tested here.
-    step = torch.compile(scaling.step, fullgraph=True, backend="aot_eager")
+    # A machine's C++ compiler is not what is tested here.
+    step = torch.compile(scaling.step, fullgraph=True, backend=backend)
     generator = torch.Generator().manual_seed(1)
     for count in range(4):
         with torch.no_grad():

@@ -98,6 +98,7 @@ def test_the_committed_table_is_that_of_the_record():
     assert set(results) == set(plan(results, Options()))
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     small = [
         "--factors",

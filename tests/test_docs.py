@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import re
 import socket
 from pathlib import Path
@@ -47,8 +48,8 @@ def test_the_blocks_run(page, tmp_path, monkeypatch):
         for name, value in process.items():
             monkeypatch.setenv(name, str(value))
     names = {}
-    # A page may add a constraint.
-    with mock.patch.dict(CONSTRAINTS):
+    # A page may add a constraint, and W&B a variable, by which later processes would find its own.
+    with mock.patch.dict(CONSTRAINTS), mock.patch.dict(os.environ):
         for block in blocks_of(text, "python"):
             exec(block, names)
 

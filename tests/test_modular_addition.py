@@ -23,6 +23,7 @@ from lib.runs import group_by_condition
 from lib.summaries import header_of, table_rows
 from lib.tasks import TASKS, task_of
 from train import find_problem
+from train import main as train
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -146,18 +147,7 @@ def test_options_that_cannot_work_are_refused(options, text):
     assert find_problem(options, world_size=2) == text
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--norms", "none", "frobenius", "--epochs", "14", "--wandb", "disabled"),
-        pytest.param((), marks=pytest.mark.slow),
-    ],
-    ids=["short", "whole"],
-)
-def test_the_main_command_generalizes_under_frobenius_scaling_alone(options, tmp_path):
-    code, output = run([*TORCHRUN, TRAIN, "modular-addition", *options], tmp_path)
-    assert code == 0, output
-    folder = tmp_path / "runs" / "modular-addition"
+def check_that_frobenius_scaling_alone_generalizes(folder, output):
     accuracy = {norm: lines(folder / f"{norm}-seed0") for norm in ("none", "frobenius")}
     assert all("test/accuracy" in line for history in accuracy.values() for line in history)
     assert accuracy["none"][-1]["train/accuracy"] > 0.99
@@ -168,10 +158,24 @@ def test_the_main_command_generalizes_under_frobenius_scaling_alone(options, tmp
     assert list(targets) == ["2", "4", "6"]
     assert "Seen: without scaling, the network fits the pairs that it sees and gets the others wrong" in output
     assert (folder / "accuracy.png").exists()
-    if not options:
-        assert output.count("Seen: ") == 4
-        last = {norm: lines(folder / f"{norm}-seed0")[-1]["test/accuracy"] for norm in ("decay", "spectral")}
-        assert last["decay"] > 0.99 > 0.5 > last["spectral"]
+
+
+def test_a_short_run_generalizes_under_frobenius_scaling_alone(tmp_path, capsys):
+    config = replace(modular_addition(), out=tmp_path, wandb="disabled")
+    train(replace(config, norms=("none",), epochs=5, compare=False))
+    train(replace(config, norms=("frobenius",), epochs=10))
+    check_that_frobenius_scaling_alone_generalizes(tmp_path / "modular-addition", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_the_main_command_shows_what_it_is_for(tmp_path):
+    code, output = run([*TORCHRUN, TRAIN, "modular-addition"], tmp_path)
+    assert code == 0, output
+    folder = tmp_path / "runs" / "modular-addition"
+    check_that_frobenius_scaling_alone_generalizes(folder, output)
+    assert output.count("Seen: ") == 4
+    last = {norm: lines(folder / f"{norm}-seed0")[-1]["test/accuracy"] for norm in ("decay", "spectral")}
+    assert last["decay"] > 0.99 > 0.5 > last["spectral"]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +194,7 @@ def test_the_main_command_generalizes_under_frobenius_scaling_alone(options, tmp
         ),
     ],
 )
-def test_an_interruption_ends_in_one_line_that_says_how_to_go_on(script, options, last, tmp_path):
+def test_an_interruption_ends_in_one_line_that_says_how_to_go_on(script, options, last, tmp_path, capsys):
     command = [sys.executable, str(ROOT / "recipes" / script), *options]
     # A session of its own: Ctrl-C in a terminal reaches every process in it.
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -205,6 +209,6 @@ def test_an_interruption_ends_in_one_line_that_says_how_to_go_on(script, options
     assert said, rest
     assert "Traceback" not in rest
     if script == "train.py":
-        code, output = run([*command, "--norms", "none", "--resume", "--no-compare", "--wandb", "disabled"], tmp_path)
-        assert code == 0, output
-        assert re.findall(r"epoch (\d+)/4", output)[0] == str(int(said[1]) + 1)
+        config = replace(modular_addition(), norms=("none",), epochs=4, out=tmp_path / "runs", wandb="disabled")
+        train(replace(config, resume=True, compare=False))
+        assert re.findall(r"epoch (\d+)/4", capsys.readouterr().out)[0] == str(int(said[1]) + 1)

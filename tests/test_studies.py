@@ -31,7 +31,7 @@ def test_a_plan_asks_for_more_by_what_is_known_and_only_new_cells_are_measured(t
         if len(results) >= 3:
             yield Cell(results[Cell(3)]["square"])
 
-    options = StudyOptions(out=tmp_path, jobs=2)
+    options = StudyOptions(out=tmp_path, jobs=1)
     run_study(study(plan), options)
     record = read_record(study(plan), tmp_path / "squares.json")
     assert {cell.number: result["square"] for cell, result in record.items()} == {1: 1, 2: 4, 3: 9, 9: 81}

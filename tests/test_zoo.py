@@ -19,9 +19,6 @@ from lib.provenance import commit
 from specscale import NormScaler, apply_norm_scaling
 
 TRAINED = [
-    "efficientvit_m0",
-    "ghostnet_050",
-    "mobilenetv3_small_050",
     "test_byobnet",
     "test_convnext",
     "test_efficientnet",
@@ -31,20 +28,23 @@ TRAINED = [
     "test_vit",
 ]
 BUILT = [
+    "dla46x_c",
+    "starnet_s050",
+    "test_coatnet",
+    "test_vit_relpos",
+]
+# Of these, each takes several seconds.
+TRAINED_SLOWLY = ["efficientvit_m0", "ghostnet_050", "mobilenetv3_small_050"]
+BUILT_SLOWLY = [
     "cs3darknet_focus_s",
     "cspnext_tiny",
-    "dla46x_c",
     "edgenext_xx_small",
     "efficientvit_b0",
     "ese_vovnet19b_slim_dw",
     "iformer_t",
     "lcnetv2_small",
     "pvt_v2_b0",
-    "regnetx_002",
     "repghostnet_050",
-    "starnet_s050",
-    "test_coatnet",
-    "test_vit_relpos",
 ]
 SMALL = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 2}
 TRANSFORMERS = {
@@ -57,7 +57,11 @@ TRANSFORMERS = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINED + BUILT)
+def slow(names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", [*TRAINED, *BUILT, *slow(TRAINED_SLOWLY + BUILT_SLOWLY)])
 def test_families_of_timm(name):
     assert zoo.check(timm.create_model(name))["weights"] > 10
 
@@ -67,7 +71,7 @@ def test_families_of_transformers(config):
     assert zoo.check(transformers.AutoModel.from_config(config))["weights"] >= 4
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*TRAINED, *slow(TRAINED_SLOWLY)])
 def test_families_train(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4)

@@ -55,23 +55,41 @@ class CheckpointTimer:
 
 
 class Checkpoints:
-    """The checkpoints of a run. What the timer leaves out is kept in memory until the next epoch ends."""
+    """The checkpoints of a run. What the timer leaves out is kept in memory until the next epoch ends.
 
-    def __init__(self, folder: Path, modules: dict[str, Any], progress: Progress, timer: CheckpointTimer) -> None:
+    One process `writes`. Where the states `are_sharded`, the others take part in making them whole.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        modules: dict[str, Any],
+        progress: Progress,
+        timer: CheckpointTimer,
+        *,
+        writes: bool = True,
+        are_sharded: bool = False,
+    ) -> None:
         self.folder, self.modules, self.progress, self.timer = folder, modules, progress, timer
+        self.writes, self.are_sharded = writes, are_sharded
         self.saved_epoch = progress.epoch
         self._unsaved: dict[str, Any] | None = None
 
     def epoch_ended(self, epoch: int) -> None:
         """Write the states of this epoch if that is due, else keep a copy of them on their device."""
         self.progress.epoch = epoch
-        if self.timer.is_due(epoch):
+        if not self.writes:
+            if self.are_sharded:
+                self._states()
+        elif self.timer.is_due(epoch):
             self._write(self._states())
             self.timer.restart()
         else:
             # Not two copies at a time.
             self._unsaved = None
-            self._unsaved = copy.deepcopy(self._states())
+            states = self._states()
+            # Whole states of shards are copies already.
+            self._unsaved = states if self.are_sharded else copy.deepcopy(states)
 
     @contextmanager
     def save_when_stopped(self) -> Iterator[None]:
@@ -106,7 +124,8 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Delete the former checkpoint: the run needs it no longer."""
-        delete_previous(self.folder)
+        if self.writes:
+            delete_previous(self.folder)
 
 
 def delete_previous(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The data sets in memory, loaders that shard them over the ranks, and augmentation on the device."""
 
 import signal
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,10 +43,12 @@ class Data:
 
 
 def load_data(config: Config, processes: Processes) -> Data:
-    """The configuration's data set, limited to its number of images; only the main process downloads."""
-    if config.data == "cifar100" and config.download and processes.is_main:
-        _cifar100(config)
-    processes.barrier()
+    """The configuration's data set, limited to its number of images; one process of each node downloads."""
+    # The main process first: where the nodes share a folder, the others find the data there.
+    for downloads in (processes.is_main, processes.local_rank == 0):
+        if config.data == "cifar100" and config.download and downloads:
+            _cifar100(config)
+        processes.barrier()
     data = {"digits": _digits, "cifar100": _cifar100, "modular-addition": _modular_addition}[config.data](config)
     data.train = _limit(data.train, config.limit_train)
     data.test = _limit(data.test, config.limit_test)
@@ -106,16 +108,24 @@ def train_loader(data: Data, config: Config, rank: int, world_size: int, epoch: 
 
 
 def test_loader(data: Data, config: Config, rank: int, world_size: int) -> Loader:
-    """This rank's shard of the test images; each image is in exactly one shard."""
+    """This rank's shard of the test images; each image is in exactly one shard, and all have as many batches."""
     shard = torch.arange(rank, len(data.test), world_size)
-    return _loader(data.test, shard, config.batch_size // world_size, config)
+    batch_size = config.batch_size // world_size
+    num_batches = -(-len(range(0, len(data.test), world_size)) // batch_size)
+    return _loader(data.test, shard, batch_size, config, num_batches)
 
 
-def _loader(dataset: TensorDataset, order: Tensor, batch_size: int, config: Config) -> Loader:
+def _loader(
+    dataset: TensorDataset, order: Tensor, batch_size: int, config: Config, num_batches: int | None = None
+) -> Loader:
+    parts = list(order.split(batch_size))
+    if config.parallel == "fsdp" and num_batches is not None:
+        # In a forward pass, the processes wait for each other: the last batch may be empty.
+        parts += [order[:0]] * (num_batches - len(parts))
     if config.data_on_device:
-        return DeviceLoader(dataset, order, batch_size)
+        return DeviceLoader(dataset, parts)
     # The dataset is indexed once for a whole batch instead of once for each image.
-    batches = [batch.tolist() for batch in order.split(batch_size)]
+    batches = [batch.tolist() for batch in parts]
     pin_memory = torch.cuda.is_available()
     return DataLoader(
         dataset,
@@ -136,9 +146,10 @@ def _leave_signals_to_trainer(_: int) -> None:
 class DeviceLoader:
     """Batches selected on the device that the data set is on: the host copies one order of images for all of them."""
 
-    def __init__(self, dataset: TensorDataset, order: Tensor, batch_size: int) -> None:
+    def __init__(self, dataset: TensorDataset, batches: Sequence[Tensor]) -> None:
         self.tensors = dataset.tensors
-        self.batches = order.to(self.tensors[0].device).split(batch_size)
+        order = torch.cat(tuple(batches)).to(self.tensors[0].device)
+        self.batches = order.split([len(batch) for batch in batches])
 
     def __len__(self) -> int:
         return len(self.batches)

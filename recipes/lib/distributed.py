@@ -1,8 +1,11 @@
 """The processes of a run: their ranks, and the communication between them."""
 
 import os
+import time
+import uuid
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,8 @@ class Processes:
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0
+    """The rank among the processes of the same node."""
 
     @property
     def is_main(self) -> bool:
@@ -41,22 +46,56 @@ class Processes:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The values of all processes by rank, on every process."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
 
 def init_process_group() -> Processes:
     """Join the processes that torchrun started; without torchrun, be the only process."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Processes(0, 1, device)
     store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps one store over all its restarts: in it are the addresses of processes that are gone. Several
-        # nodes count their restarts each for itself.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    store = dist.PrefixStore(agree_on_name(store, rank, world_size), store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size)
-    return Processes(dist.get_rank(), dist.get_world_size(), device)
+    return Processes(dist.get_rank(), dist.get_world_size(), device, local_rank)
+
+
+def agree_on_name(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name that the processes of this start have in common, and those of no start before it.
+
+    torchrun keeps one store over all its restarts: in it are the addresses of processes that are gone, and what they
+    have asked here. Its own count of restarts is no such name: several nodes count each for itself. So each process
+    asks under an id of its own, rank 0 answers that id, and goes on when the process has taken the name of this start.
+
+    Raises:
+        DistStoreError: a process has not come within the store's timeout.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"name for/{own}").decode()
+        store.set(f"took/{name}/{rank}", "")
+        return name
+    end = time.monotonic() + store.timeout.total_seconds()
+    for other in range(1, world_size):
+        asks, taken = f"asks/{other}", f"took/{own}/{other}"
+        # What is asked at first may come from a process that is gone.
+        while not store.check([taken]):
+            if time.monotonic() > end:
+                raise dist.DistStoreError(f"rank {other} has not come within {store.timeout}")
+            if store.check([asks]):
+                store.set(f"name for/{store.get(asks).decode()}", own)
+            time.sleep(0.005)
+    return own
 
 
 def destroy_process_group() -> None:
@@ -65,7 +104,7 @@ def destroy_process_group() -> None:
 
 
 def data_parallel(model: nn.Module, processes: Processes) -> nn.Module:
-    """The model with gradients averaged over the processes.
+    """The model with gradients averaged over the processes, each of which holds all of it.
 
     Buffers are not synchronized: those of the norm scaling are equal on all ranks by construction, and those of batch
     normalization follow by `broadcast_batch_norm`.

@@ -29,6 +29,11 @@ def waits_for_device(norm: str, solver: str = "block") -> bool:
     return CONSTRAINTS[norm].norm_type is SpectralNormByDecomposition or (norm == "spectral" and solver == "svd")
 
 
+def needs_whole(norm: str, solver: str = "block") -> bool:
+    """Whether a scaling step needs whole matrices, of which shards will not do."""
+    return norm in CONSTRAINTS and CONSTRAINTS[norm](solver=SOLVERS[solver]).needs_whole
+
+
 @dataclass(frozen=True)
 class Config:
     """Train one model under several norm constraints, one after another, and compare the runs."""
@@ -76,6 +81,9 @@ class Config:
     """Factor on the learning rate at each milestone."""
     spectra: tuple[float, ...] = (0.0, 0.1, 0.3, 0.6, 1.0)
     """Fractions of the epochs after which the singular values and ranks of every weight are logged; 0 is the init."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes train: ddp: each holds the whole model. fsdp: each holds a shard of every parameter
+    (fully_shard), and the scaling step works on shards."""
     seed: int = 0
     """Seed of the init, of the order of the images and of their augmentation."""
     limit_train: int | None = None

@@ -1,7 +1,6 @@
 """What the main process writes about a run while it trains: JSON files in the run's folder, and W&B."""
 
 import json
-import os
 import statistics
 import time
 import warnings
@@ -34,14 +33,13 @@ class WandbRun:
         if config.wandb == "disabled":
             return
         with self._switched_off_by_errors():
-            # Its own process may start slowly on a busy machine; the default is 30 seconds.
-            os.environ.setdefault("WANDB__SERVICE_WAIT", "300")
             import wandb
 
             # Without `resume`, the same id replaces an interrupted run; its earlier epochs are logged again.
             self.run = wandb.init(
                 project=config.wandb_project,
-                dir=folder,
+                # Not relative: the process that writes the files may be that of a parent, which has another directory.
+                dir=folder.resolve(),
                 id=run_id,
                 name=folder.name,
                 group=f"{config.preset}-{condition}" if condition else config.preset,
@@ -82,11 +80,17 @@ class WandbRun:
 
 
 class RunLog:
-    """Writes config.json, metrics.jsonl, spectra.jsonl and summary.json, and sends the same numbers to W&B."""
+    """Writes config.json, metrics.jsonl, spectra.jsonl and summary.json, and sends the same numbers to W&B.
+
+    The main process does so. The others may have to take part in measuring, where parameters are sharded.
+    """
 
     def __init__(self, config: Config, norm: str, folder: Path, progress: Progress, processes: Processes) -> None:
         self.folder, self.progress, self.world_size = folder, progress, processes.world_size
         self.snapshot_epochs = {round(fraction * config.epochs) for fraction in config.spectra}
+        self.writes = processes.is_main
+        if not self.writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         sign(folder)
         run = {"norm": norm, "processes": processes.world_size, "device": str(processes.device)}
@@ -113,6 +117,8 @@ class RunLog:
     def log_metrics(self, metrics: dict[str, Any]) -> None:
         """Log the metrics of an epoch."""
         self.progress.history.append(metrics)
+        if not self.writes:
+            return
         append_json_line(self.folder / "metrics.jsonl", metrics)
         self.wandb_run.log(metrics)
 
@@ -123,6 +129,8 @@ class RunLog:
             return
         spectra = {"epoch": epoch} | snapshot(model, image_shape, excluded_pattern(model))
         self.progress.snapshots.append(spectra)
+        if not self.writes:
+            return
         append_json_line(self.folder / "spectra.jsonl", spectra)
         self.wandb_run.log({key: value for key, value in spectra.items() if not isinstance(value, list)})
 
@@ -131,6 +139,8 @@ class RunLog:
         history = self.progress.history
         metrics = scaling.metrics() if scaling is not None else {}
         targets = {key.removeprefix("target/"): value for key, value in metrics.items() if key.startswith("target/")}
+        if not self.writes:
+            return
         times = {key: statistics.median(line[key] for line in history) for key in ("time/step_ms", "time/scaling_ms")}
         last = {key: value for key, value in history[-1].items() if not key.startswith("time/")}
         origin = provenance() | {"processes": self.world_size, "command": command()}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lib.lanczos import bidiagonalize, largest_singular_values
 from specscale import NormScaler, singular_values
+from specscale.shards import whole
 from specscale.weights import Weight, select
 
 
@@ -50,7 +51,7 @@ def excesses(scaling: NormScaler, spectral_norms: Mapping[str, Tensor]) -> dict[
 
 
 def _bidiagonals_of_weights(weights: list[Weight]) -> Tensor:
-    parts = (weight.view.matrices(weight.parameter).double() for weight in weights)
+    parts = (weight.view.matrices(whole(weight.parameter)).double() for weight in weights)
     tall = torch.cat([part if part.shape[-2] >= part.shape[-1] else part.mT for part in parts])
     return bidiagonalize(
         tall.matmul, tall.mT.matmul, len(tall), tall.shape[-1], tall.device, num_steps=48, num_starts=4
@@ -140,7 +141,7 @@ def operator_norms(convolutions: Mapping[str, nn.Conv2d], input_shapes: Mapping[
 def _bidiagonals_of_convolutions(items: list[tuple[nn.Conv2d, torch.Size]]) -> Tensor:
     """Of convolutions that differ in nothing but their weights."""
     count, (first, input_shape) = len(items), items[0]
-    weight = torch.cat([convolution.weight.double() for convolution, _ in items])
+    weight = torch.cat([whole(convolution.weight).double() for convolution, _ in items])
     # Side by side, they are one convolution in more groups.
     channels = count * first.in_channels, count * first.out_channels
     settings = (first.kernel_size, first.stride, first.padding, first.dilation, count * first.groups)

@@ -16,6 +16,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lib.distributed import Processes, destroy_process_group
 from lib.files import write_atomically
@@ -160,7 +161,9 @@ def require_finite(model: nn.Module, when: str) -> None:
         NonFiniteWeightError: naming the layers.
     """
     named = list(model.named_parameters())
-    finite = torch.stack([parameter.isfinite().all() for _, parameter in named]).tolist()
+    # Of a sharded one, what this process holds: the others look at theirs.
+    values = (parameter.to_local() if isinstance(parameter, DTensor) else parameter for _, parameter in named)
+    finite = torch.stack([value.isfinite().all() for value in values]).tolist()
     # A scaled weight's own name is inside of its layer's.
     bad = [name.split(".parametrizations.")[0] for (name, _), fine in zip(named, finite, strict=True) if not fine]
     bad = [name.removesuffix(".weight").removesuffix(".bias") for name in bad]

@@ -1,0 +1,361 @@
+"""What ranks do with checkpoints of sharded models: each function runs on every one of them."""
+
+import copy
+import itertools
+import math
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.checkpoint.state_dict import StateDictOptions
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from specscale import apply_norm_scaling, orthogonal_init_, plain_state_dict, schedules
+from specscale.shards import is_sharded, whole
+
+NORMS = ("spectral", "frobenius", "schedule")
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+EVERYWHERE = StateDictOptions(full_state_dict=True)
+FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+# torch's own: one process is a group too, and what it says of its formats.
+IGNORED = (
+    r".*torch\.distributed.* is unavailable or uninitialized",
+    "TypedStorage is deprecated",
+    "Please use DTensor",
+)
+
+
+def ignore_torchs_own():
+    for text in IGNORED:
+        warnings.filterwarnings("ignore", message=text)
+
+
+def net(seed=0):
+    """A tall weight and a wide one that the block solves, and one that it solves from the Gram matrix."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(40, 150), nn.Tanh(), nn.Linear(150, 40), nn.Tanh(), nn.Linear(40, 10))
+
+
+def scale(model, norm, **options):
+    if norm == "schedule":
+        return apply_norm_scaling(model, "spectral", schedule=schedules.Linear(0.5, 50), **options)
+    return apply_norm_scaling(model, norm, **options)
+
+
+def shard(model, mesh):
+    for layer in (model[0], model[2], model[4], model):
+        fully_shard(layer, mesh=mesh)
+
+
+def build(norm, kind="fsdp", *, seed=0, attach=True):
+    """A scaled model, whole or sharded: 'whole', 'fsdp', 'hsdp' or 'tp', a parallel plan under fully_shard."""
+    model, size = net(seed), dist.get_world_size()
+    if kind == "fsdp":
+        mesh = init_device_mesh("cpu", (size,))
+    elif kind != "whole":
+        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("outer", "inner"))
+    if kind == "tp":
+        parallelize_module(model, mesh["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        mesh = mesh["outer"]
+    scaling = scale(model, norm)
+    if kind != "whole":
+        shard(model, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    if attach:
+        scaling.attach(optimizer)
+    return model, scaling, optimizer
+
+
+def train(model, optimizer, steps, *, parts=None):
+    """Train on global batches, of which each data-parallel part takes its own; the losses of whole batches."""
+    parts = parts or dist.get_world_size()
+    part = dist.get_rank() * parts // dist.get_world_size()
+    losses = []
+    for step in steps:
+        x = torch.randn(24, 40, generator=torch.Generator().manual_seed(step)).chunk(parts)[part]
+        optimizer.zero_grad()
+        loss = (model(x) - x[:, :10].sin()).square().mean()
+        loss.backward()
+        optimizer.step()
+        total = loss.detach() / dist.get_world_size()
+        dist.all_reduce(total)
+        losses.append(total.item())
+    return losses
+
+
+def values_of(model):
+    """What is in the model's state dict, whole."""
+    return {name: whole(value.detach()).clone() for name, value in model.state_dict().items()}
+
+
+def is_equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def known(scaling):
+    """The metrics that a checkpoint brings back."""
+    metrics = scaling.metrics()
+    assert all(map(math.isfinite, metrics.values()))
+    return {name: value for name, value in metrics.items() if not name.startswith("drift/")}
+
+
+def worst_off_target(scaling):
+    """How far, relative, the true norms of the whole weights are from their targets."""
+    worst = []
+    for weight in scaling.weights:
+        matrices = weight.scaling.view.matrices(whole(weight.parameter.detach())).double()
+        is_frobenius = weight.scaling.constraint.name == "frobenius"
+        held = torch.linalg.matrix_norm(matrices)[:, None] if is_frobenius else torch.linalg.svdvals(matrices)
+        off = (held / weight.scaling.target.double()[:, None] - 1).abs().min(dim=1).values
+        worst.append(off.max().item())
+    return max(worst)
+
+
+def state_of(model, optimizer):
+    return dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer), strict=True))
+
+
+def put(model, optimizer, state, **options):
+    states.set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], **options
+    )
+
+
+def load(model, optimizer, folder, planner=None):
+    """As torch's pages have it."""
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=folder, planner=planner)
+    put(model, optimizer, state)
+
+
+def short(folder):
+    """One save and one load into another model."""
+    ignore_torchs_own()
+    model, scaling, optimizer = build("spectral")
+    train(model, optimizer, range(2))
+    before = values_of(model)
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder)
+    assert is_equal(before, values_of(model))
+    other, other_scaling, made = build("spectral", seed=1)
+    load(other, made, folder)
+    assert is_equal(before, values_of(other))
+    assert known(other_scaling) == known(scaling)
+    losses = [train(*one, range(2, 5)) for one in ((model, optimizer), (other, made))]
+    return {"losses": losses, "off": worst_off_target(other_scaling)}
+
+
+def save_and_go_on(folder, kind, parts=None):
+    """Train, save, and go on: what a resumed run is to equal."""
+    ignore_torchs_own()
+    losses = {}
+    for norm in NORMS:
+        model, _, optimizer = build(norm, kind)
+        train(model, optimizer, range(5), parts=parts)
+        dcp.save(state_of(model, optimizer), checkpoint_id=folder / norm)
+        losses[norm] = train(model, optimizer, range(5, 25), parts=parts)
+    return losses
+
+
+def load_and_go_on(folder, kind, planner=None, parts=None):
+    """Build another model, load, and go on; attached before or after."""
+    ignore_torchs_own()
+    found = {}
+    for norm in NORMS:
+        for attached in (False, True):
+            model, scaling, optimizer = build(norm, kind, seed=1, attach=attached)
+            load(model, optimizer, folder / norm, planner)
+            loaded = known(scaling)
+            if not attached:
+                scaling.attach(optimizer)
+            now = known(scaling)
+            for name in loaded:
+                if name.startswith("norm/"):
+                    assert math.isclose(loaded[name], now[name], rel_tol=1e-4), (norm, name)
+            losses = train(model, optimizer, range(5, 25), parts=parts)
+            found[norm, attached] = {"losses": losses, "off": worst_off_target(scaling)}
+    return found
+
+
+def orders():
+    """torch's calls that get and set states, in every order and at every moment: none moves a weight."""
+    ignore_torchs_own()
+    tried = 0
+    for norm in ("spectral", "frobenius"):
+        model, scaling, optimizer = build(norm)
+        train(model, optimizer, range(2))
+        optimizer.zero_grad()
+        saved = copy.deepcopy(state_of(model, optimizer))
+        values, metrics = values_of(model), known(scaling)
+        expected = train(model, optimizer, range(2, 4))
+        calls = {
+            "set model": lambda model, made, saved: states.set_model_state_dict(model, saved["model"]),
+            "set optimizer": lambda model, made, saved: states.set_optimizer_state_dict(
+                model, made, saved["optimizer"]
+            ),
+            "set both": lambda model, made, saved: put(model, made, saved),
+            "get model": lambda model, made, saved: states.get_model_state_dict(model),
+            "get optimizer": lambda model, made, saved: states.get_optimizer_state_dict(model, made),
+            "get both": lambda model, made, saved: states.get_state_dict(model, made),
+        }
+        sequences = [
+            *itertools.permutations(["get optimizer", "set model", "set optimizer"]),
+            ("get model", "set optimizer", "get both", "set model"),
+            ("get both", "set both", "get both"),
+            ("set both",),
+        ]
+        for sequence, when in itertools.product(sequences, ("loaded, attached", "attached", "attached, stepped")):
+            other, other_scaling, made = build(norm, seed=1, attach=when != "loaded, attached")
+            if when == "attached, stepped":
+                train(other, made, range(7, 8))
+                made.zero_grad()
+            for name in sequence:
+                before = values_of(other)
+                calls[name](other, made, copy.deepcopy(saved))
+                is_new = name in ("set model", "set both")
+                assert is_equal(values_of(other), values if is_new else before), (norm, sequence, when, name)
+            if when == "loaded, attached":
+                other_scaling.attach(made)
+            assert is_equal(values_of(other), values), (norm, sequence, when)
+            assert known(other_scaling) == metrics, (norm, sequence, when)
+            assert train(other, made, range(2, 4)) == expected, (norm, sequence, when)
+            tried += 1
+    return tried
+
+
+def options(folder):
+    """Whole states, of the first rank or of all; flat names of an optimizer's state; a save beside the training."""
+    ignore_torchs_own()
+    model, scaling, optimizer = build("spectral")
+    train(model, optimizer, range(2))
+    values, metrics = values_of(model), known(scaling)
+    optimizer.zero_grad()
+    first = dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer, options=FULL), strict=True))
+    assert is_equal(values_of(model), values)
+    box = [first]
+    dist.broadcast_object_list(box)
+    assert is_equal(box[0]["model"], values)
+    assert bool(first["model"]) == (dist.get_rank() == 0)
+    flat = state_of(model, optimizer) | {"optimizer": states.get_optimizer_state_dict(model, optimizer, options=FLAT)}
+    flat = copy.deepcopy(flat)
+    saving = dcp.async_save(state_of(model, optimizer), checkpoint_id=folder)
+    expected = train(model, optimizer, range(2, 4))
+    saving.result()
+    for name in ("everywhere", "from first", "flat", "async"):
+        for attached in (False, True):
+            other, other_scaling, made = build("spectral", seed=1, attach=attached)
+            if name == "everywhere":
+                put(other, made, copy.deepcopy(box[0]), options=EVERYWHERE)
+            elif name == "from first":
+                put(other, made, copy.deepcopy(first), options=FROM_FIRST)
+            elif name == "flat":
+                put(other, made, copy.deepcopy(flat), options=FLAT)
+            else:
+                load(other, made, folder)
+            assert is_equal(values_of(other), values), (name, attached)
+            assert known(other_scaling) == metrics, (name, attached)
+            if not attached:
+                other_scaling.attach(made)
+            assert train(other, made, range(2, 4)) == expected, (name, attached)
+
+
+def plain(folder):
+    """Plain states that come out of a sharded model, and a plain model's that goes in."""
+    ignore_torchs_own()
+    model, scaling, optimizer = build("spectral")
+    train(model, optimizer, range(2))
+    sharded = scaling.plain_state_dict()
+    assert list(sharded) == list(net().state_dict())
+    assert all(map(is_sharded, sharded.values()))
+    full = states.get_model_state_dict(model, options=FULL)
+    if dist.get_rank() == 0:
+        torch.save(full, folder / "full.pt")
+        alone = net(seed=2)
+        alone.load_state_dict(plain_state_dict(torch.load(folder / "full.pt")), strict=True)
+        whole_model, _, _ = build("spectral", "whole", seed=1)
+        whole_model.load_state_dict(torch.load(folder / "full.pt"))
+    for name, value in sharded.items():
+        total = whole(value.detach())
+        if dist.get_rank() == 0:
+            assert torch.equal(alone.state_dict()[name], total)
+    pretrained = net(seed=3).state_dict()
+    norms = {name: torch.linalg.matrix_norm(v.double(), 2) for name, v in pretrained.items() if v.ndim == 2}
+    found = {}
+    for way in ("everywhere", "from first"):
+        for attached in (False, True):
+            model, scaling, optimizer = build("spectral", attach=attached)
+            targets = {name: one for name, one in scaling.metrics().items() if "target/" in name} if attached else {}
+            if way == "everywhere":
+                states.set_model_state_dict(model, dict(pretrained), options=EVERYWHERE)
+            else:
+                # The first rank's names must be those of the scaled model.
+                own = dict(pretrained)
+                for weight in scaling.weights:
+                    own[f"{weight.layer}.parametrizations.weight.original"] = own.pop(f"{weight.layer}.weight")
+                own = own if dist.get_rank() == 0 else {}
+                states.set_model_state_dict(model, own, options=FROM_FIRST)
+            loaded = {name: whole(value.detach()) for name, value in scaling.plain_state_dict().items()}
+            assert is_equal(loaded, {name: pretrained[name] for name in loaded})
+            if not attached:
+                scaling.attach(optimizer)
+            scaling.project() if way == "never" else scaling.retarget()
+            metrics = known(scaling)
+            for weight in scaling.weights:
+                expected = norms[f"{weight.layer}.weight"].item()
+                for kind in ("target", "norm"):
+                    assert math.isclose(metrics[f"{kind}/{weight.name}"], expected, rel_tol=2e-4), (way, attached)
+            assert all(metrics[name] != value for name, value in targets.items())
+            train(model, optimizer, range(2))
+            found[way, attached] = worst_off_target(scaling)
+    return found
+
+
+def from_meta(folder):
+    """A model that is built on the meta device, sharded, and loaded."""
+    ignore_torchs_own()
+    model, _, optimizer = build("spectral")
+    train(model, optimizer, range(2))
+    optimizer.zero_grad()
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder)
+    values = values_of(model)
+    expected = train(model, optimizer, range(2, 4))
+    for attached in (False, True):
+        with torch.device("meta"):
+            other = net()
+        scaling = scale(other, "spectral", target=3.0)
+        shard(other, init_device_mesh("cpu", (dist.get_world_size(),)))
+        other.to_empty(device="cpu")
+        made = torch.optim.AdamW(other.parameters(), lr=3e-3)
+        if attached:
+            orthogonal_init_(other)
+            scaling.attach(made)
+        load(other, made, folder)
+        assert is_equal(values_of(other), values), attached
+        if not attached:
+            scaling.attach(made)
+        assert train(other, made, range(2, 4)) == expected, attached
+
+
+def meshes(folder, kind):
+    """Save and load under a mesh of two dimensions: every bit comes back."""
+    ignore_torchs_own()
+    # Under a tensor parallel plan, two ranks have the same data.
+    parts = dist.get_world_size() // 2 if kind == "tp" else None
+    for norm in ("spectral", "frobenius"):
+        model, _, optimizer = build(norm, kind)
+        train(model, optimizer, range(2), parts=parts)
+        optimizer.zero_grad()
+        dcp.save(state_of(model, optimizer), checkpoint_id=folder / norm)
+        values = values_of(model)
+        expected = train(model, optimizer, range(2, 4), parts=parts)
+        other, scaling, made = build(norm, kind, seed=1)
+        load(other, made, folder / norm)
+        assert is_equal(values_of(other), values), norm
+        assert train(other, made, range(2, 4), parts=parts) == expected, norm
+        assert worst_off_target(scaling) < 1e-3
