@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-TIMEOUT = 300
+TIMEOUT = 900
 """Seconds after which a start is given up: a check that hangs must not hang the tests."""
 
 
