@@ -302,14 +302,15 @@ def float64_stays_with_the_whole(kind, build, norm, steps=50, tolerance=1e-8, **
     if norm == "cap":
         # How much it lowers is estimated from residuals, of which rounding is the root.
         tolerance = 1e-6
-    worst = {}
+    worst, moved = {}, []
     for one, two, start in zip(scaling.weights, sharding.weights, starts, strict=True):
         mine, theirs = one.parameter.detach(), whole(two.parameter.detach())
-        assert (mine - start).norm() > 1e-3 * start.norm(), "it has been trained"
+        moved.append((mine - start).norm() / start.norm())
         key = one.name + ("" if _same_side(two) else " (other side)")
         worst[key] = (mine - theirs).norm().item() / mine.norm().item()
     report(f"float64 {kind} {norm}", worst)
     assert_equal_on_all(other)
+    assert max(moved) > 0.01, "they have been trained"
     assert max(worst.values()) <= tolerance, worst
 
 
