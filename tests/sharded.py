@@ -211,7 +211,7 @@ def copy_over(source, target):
         write(other, whole(own.detach()))
     buffers = dict(target.named_buffers())
     for name, own in source.named_buffers():
-        if own.shape == buffers[name].shape:
+        if name in buffers and own.shape == buffers[name].shape:
             buffers[name].copy_(own)
 
 
