@@ -27,7 +27,7 @@ CONSTRAINTS = {name: name for name in ("spectral", "frobenius", "rows", "columns
 class RowWise(nn.Sequential):
     """One layer, which tensor parallelism splits along its inputs."""
 
-    plan: ClassVar = {"0": RowwiseParallel()}
+    plan: ClassVar = {"0": RowwiseParallel(input_layouts=Replicate())}
 
     def __init__(self, dtype=torch.float32):
         super().__init__(nn.Linear(64, 150, dtype=dtype))
