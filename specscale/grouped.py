@@ -43,7 +43,7 @@ from specscale.block import Block, basis_of
 from specscale.constraints import Cap, Constraint, Frobenius, Normalize, Spectral
 from specscale.kernels import SIDE, SMALL_SIZE
 from specscale.norms import SpectralNormBySolver
-from specscale.shards import Groups, local, parts_of
+from specscale.shards import Groups, local, numbers_of, parts_of
 from specscale.shards import layout_of as layout_of_shards
 from specscale.views import SplitWeight
 from specscale.weights import Weight
@@ -139,7 +139,7 @@ def placed_of(weight: Weight) -> list[Placed] | None:
     found: dict[int, Placed] = {}
     for part in parts_of(parameter, weight.view).parts:
         layout = layout_of(part.split)
-        numbers = range(weight.view.count)[part.matrices] if isinstance(part.matrices, slice) else part.matrices
+        numbers = numbers_of(part.matrices, weight.view.count)
         if layout is None or not found.keys().isdisjoint(numbers):
             return None
         _, m, n = part.split.shape
