@@ -39,11 +39,11 @@ from einops import EinopsError
 from torch import Tensor
 
 from specscale import kernels
-from specscale.block import Block
+from specscale.block import Block, basis_of
 from specscale.constraints import Cap, Constraint, Frobenius, Normalize, Spectral
 from specscale.kernels import SIDE, SMALL_SIZE
 from specscale.norms import SpectralNormBySolver
-from specscale.shards import Groups, local, parts_of
+from specscale.shards import Groups, local, numbers_of, parts_of
 from specscale.shards import layout_of as layout_of_shards
 from specscale.views import SplitWeight
 from specscale.weights import Weight
@@ -139,7 +139,7 @@ def placed_of(weight: Weight) -> list[Placed] | None:
     found: dict[int, Placed] = {}
     for part in parts_of(parameter, weight.view).parts:
         layout = layout_of(part.split)
-        numbers = range(weight.view.count)[part.matrices] if isinstance(part.matrices, slice) else part.matrices
+        numbers = numbers_of(part.matrices, weight.view.count)
         if layout is None or not found.keys().isdisjoint(numbers):
             return None
         _, m, n = part.split.shape
@@ -167,9 +167,10 @@ def fits(weight: Weight) -> bool:
         and isinstance(constraint.norm.solver, Block)
         and constraint.norm.solver.width == 16
     )
-    basis = scaling.solver_state().get("basis")
+    state = scaling.solver_state()
+    basis = basis_of(state) if "basis" in state else None
     try:
-        side = min(weight.view.matrix_shape(parameter)) if shards is None else shards.block_side
+        side = (None if shards is None else shards.other_side) or min(weight.view.matrix_shape(parameter))
         placed = placed_of(weight)
     except EinopsError:
         return False
@@ -297,7 +298,8 @@ class GroupedStep:
             sizes = {kernels.PARTIAL_SQUARES: 1 + len(weight_tiles)}
             if self.is_spectral:
                 state = scaling.solver_state()
-                values[kernels.BASIS] = self._unit_vectors.data_ptr() if is_exact else state["basis"][k].data_ptr()
+                basis = self._unit_vectors if is_exact else basis_of(state)[k]
+                values[kernels.BASIS] = basis.data_ptr()
                 if not is_exact:
                     values[kernels.INDEX], values[kernels.AGE] = k, state["age"][k:].data_ptr()
                 sizes = {

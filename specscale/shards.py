@@ -115,10 +115,8 @@ class Layout:
     """How a weight's matrices `(k, m, n)` lie in the shards of all processes, as this one sees it."""
 
     view: MatrixView
-    tensor_shape: tuple[int, ...]
-    count: int
     shape: tuple[int, int]
-    """`(m, n)`."""
+    """`(m, n)` of a matrix."""
     pieces: tuple[Piece, ...]
     """What this process holds."""
     block_on_rows: bool
@@ -190,8 +188,6 @@ def _layout(
     coordinate = mesh.get_coordinate()
     return Layout(
         view,
-        shape,
-        view.count,
         (m, n),
         pieces,
         block_on_rows,
@@ -217,13 +213,7 @@ def _pieces(
 
     def slot_of(side: Index, numbers: Index) -> slice:
         # Where processes add up their images, all must have the same places for the same rows, with pieces or without.
-        own = (
-            range(view.count)
-            if shares_images
-            else range(view.count)[numbers]
-            if isinstance(numbers, slice)
-            else numbers
-        )
+        own = numbers_of(ALL if shares_images else numbers, view.count)
         if (own[0], str(side)) not in slots:
             start = max(used[number] for number in own)
             for number in own:
@@ -340,6 +330,11 @@ def _index(ranges: list[tuple[int, int]], lengths: list[int]) -> Index:
     return numbers
 
 
+def numbers_of(index: Index, length: int) -> Sequence[int]:
+    """The numbers that an index into so many takes."""
+    return range(length)[index] if isinstance(index, slice) else index
+
+
 def _length(index: Index) -> int:
     return index.stop - index.start if isinstance(index, slice) else len(index)
 
@@ -407,7 +402,7 @@ class ShardedMatrices:
     @property
     def shape(self) -> tuple[int, int, int]:
         m, n = self.layout.shape
-        return (self.layout.count, n, m) if self.is_transposed else (self.layout.count, m, n)
+        return (self.layout.view.count, *((n, m) if self.is_transposed else (m, n)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -481,8 +476,7 @@ class ShardedMatrices:
             return self._only
         found = self.tensor.new_zeros(self.shape[0], self.layout.num_local, self.shape[2], dtype=self.dtype)
         for matrices, slot, _, own, values in self._pieces:
-            if isinstance(own, list):
-                raise AssertionError("the columns are split")
+            assert not isinstance(own, list)
             found[matrices, slot, own] = values
         return found
 

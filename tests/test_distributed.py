@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from specscale import apply_norm_scaling, is_norm_scaled, orthogonal_init_, spectral_norms
 from specscale.constraints import Cap
 
-TEXT = " ".join((Path(__file__).parent.parent / "docs" / "errors_devices.md").read_text().split())
+TEXT = " ".join((Path(__file__).parent.parent / "docs" / "errors_processes.md").read_text().split())
 
 
 @pytest.fixture(autouse=True)
