@@ -64,7 +64,7 @@ SLOW = {
     | counted("tpfsdp", 2, build=ColumnWise)
     | equal("tpfsdp", RowWise)
     | equal("tpfsdp", ColumnWise)
-    | counted("tpfsdp", 12),
+    | counted("tpfsdp", 5),
 }
 
 
