@@ -242,7 +242,7 @@ class _Iterate:
     def __init__(self, matrices: Matrices, state: State) -> None:
         self.matrices, self.state = matrices, state
         # The weight may have another dtype than it had when the state was made.
-        self.V = _basis_of(state).to(matrices.dtype)
+        self.V = basis_of(state).to(matrices.dtype)
         self.Y: Tensor
         """The images: of a sharded matrix, those of its local rows."""
         self.squares: Tensor
@@ -318,7 +318,7 @@ class _Iterate:
         )
         # Where rounding has won, which it must not, the next step starts from a block that is one.
         keep = (self.is_finite & self.ritz.value.isfinite())[:, None, None]
-        basis = torch.where(keep, self.V, _basis_of(self.state))
+        basis = torch.where(keep, self.V, basis_of(self.state))
         # A vector that is not finite must not reach a weight that is skipped: zero times NaN is NaN.
         length = self.first_length.clamp_min(torch.finfo(self.Y.dtype).tiny)
         left = torch.where(keep[..., 0], self.Y[..., 0] / length[:, None], 0)
@@ -333,7 +333,8 @@ class _Iterate:
         return Solution(triple, {"other_basis" if "other_basis" in self.state else "basis": basis, "age": age})
 
 
-def _basis_of(state: State) -> Tensor:
+def basis_of(state: State) -> Tensor:
+    """The block in a state that has one."""
     return state["other_basis"] if "other_basis" in state else state["basis"]
 
 

@@ -19,6 +19,10 @@ A matrix whose error is small enough is left out of the step's further iteration
 most 32 columns is its own Gram matrix in the frame of unit vectors, in the first iteration's launches. A Frobenius step
 is two launches: sums of squares, and the weight itself.
 
+Sharded weights (`specscale.shards`) of the same processes are a step of their own. Its kernels read each sum over tiles
+from a second table, `totals`, in which it is one part: the sum over all processes. Two kernels more an iteration add up
+the parts of this process, each before an all-reduce.
+
 This module is imported only where there are CUDA weights, since it needs Triton.
 """
 
@@ -29,15 +33,18 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import triton.language as tl
 from einops import EinopsError
 from torch import Tensor
 
 from specscale import kernels
-from specscale.block import Block
+from specscale.block import Block, basis_of
 from specscale.constraints import Cap, Constraint, Frobenius, Normalize, Spectral
 from specscale.kernels import SIDE, SMALL_SIZE
 from specscale.norms import SpectralNormBySolver
+from specscale.shards import Groups, local, numbers_of, parts_of
+from specscale.shards import layout_of as layout_of_shards
 from specscale.views import SplitWeight
 from specscale.weights import Weight
 
@@ -113,9 +120,44 @@ def _pointers(split: SplitWeight) -> list[int]:
     return [tensor.data_ptr() + tensor.element_size() * sum(offsets) for offsets in itertools.product(*steps)]
 
 
+class Placed(NamedTuple):
+    """Where this process has rows of a matrix: of all of them, if it is not sharded."""
+
+    pointer: int
+    layout: Layout
+    num_rows: int
+    num_columns: int
+
+
+NOWHERE = Layout(Axis(1, 0, 1), Axis(1, 0, 1), 1, 1)
+"""The layout of a matrix of which this process has nothing."""
+
+
+def placed_of(weight: Weight) -> list[Placed] | None:
+    """Where each matrix of the weight is; None where the kernels do not read it so."""
+    parameter = weight.parameter
+    found: dict[int, Placed] = {}
+    for part in parts_of(parameter, weight.view).parts:
+        layout = layout_of(part.split)
+        numbers = numbers_of(part.matrices, weight.view.count)
+        if layout is None or not found.keys().isdisjoint(numbers):
+            return None
+        _, m, n = part.split.shape
+        for number, pointer in zip(numbers, _pointers(part.split), strict=True):
+            found[number] = Placed(pointer, layout, m, n)
+    m, n = weight.view.matrix_shape(parameter)
+    shards = layout_of_shards(parameter, weight.view)
+    empty = Placed(0, NOWHERE, *((m, 0) if shards is not None and shards.block_on_rows else (0, n)))
+    return [found.get(number, empty) for number in range(weight.view.count)]
+
+
 def fits(weight: Weight) -> bool:
     """Whether a kernel takes the weight's step."""
     parameter, scaling = weight.parameter, weight.scaling
+    shards = layout_of_shards(parameter, weight.view)
+    # Where images are sums too, the kernels would have to be cut once more.
+    if shards is not None and shards.image_sums:
+        return False
     constraint = scaling.constraint
     # Not rows and columns: as matrices, they are so thin that a program has next to nothing to do, and so many that the
     # table of an MLP of 5 x 2000 takes the host 2.4 seconds. Torch's operations take them all at once.
@@ -125,17 +167,19 @@ def fits(weight: Weight) -> bool:
         and isinstance(constraint.norm.solver, Block)
         and constraint.norm.solver.width == 16
     )
-    basis = scaling.solver_state().get("basis")
+    state = scaling.solver_state()
+    basis = basis_of(state) if "basis" in state else None
     try:
-        shape, layout = weight.view.matrix_shape(parameter), layout_of(weight.view.split(parameter.detach()))
+        side = (None if shards is None else shards.other_side) or min(weight.view.matrix_shape(parameter))
+        placed = placed_of(weight)
     except EinopsError:
         return False
     return (
         is_known
         and parameter.dtype in _TYPES
         # A tensor without memory of its own is a subclass that wraps others.
-        and parameter.data_ptr() != 0
-        and layout is not None
+        and (local(parameter).data_ptr() != 0 or shards is not None)
+        and placed is not None
         # Buffers may have been replaced, and a weight may have another shape than its state. There torch explains.
         and all(
             buffer.device == parameter.device
@@ -144,7 +188,8 @@ def fits(weight: Weight) -> bool:
             and len(buffer) == weight.view.count
             for buffer in scaling.buffers()
         )
-        and (basis is None or basis.shape[1:] == (min(shape), 16))
+        and (type(constraint) is Frobenius or basis is not None or side <= 32)
+        and (basis is None or basis.shape[1:] == (side, 16))
         and (basis is None or basis.data_ptr() % 16 == 0)
     )
 
@@ -174,6 +219,9 @@ class GroupedStep:
         self.map = _map(weights[0].scaling.constraint)
         self.is_spectral = self.map is not None
         self.num_matrices = sum(weight.view.count for weight in weights)
+        shards = layout_of_shards(parameter, weights[0].view)
+        self.sums = () if shards is None else shards.sums
+        """The processes that hold other parts of the weights."""
         # The default dtype and the default device are the user's.
         own: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
         self.stats = torch.zeros(3, self.num_matrices, **own)
@@ -190,6 +238,7 @@ class GroupedStep:
         for number, field in self._in_scratch:
             self._rows[number][field] = self._scratch.data_ptr() + 4 * self._rows[number][field]
         self.table = _to_device(self._rows, torch.int64, self.device)
+        self.totals = self._add_totals() if self.sums else self.table
         self.tiles = {name: _to_device(tiles, torch.int32, self.device) for name, tiles in self._tiles.items()}
         self._prepared: dict[int | None, list[Callable[[Tensor], None]]] = {}
         """The launches of a step, by its number of iterations."""
@@ -197,27 +246,26 @@ class GroupedStep:
     def _add(self, weight_number: int, weight: Weight) -> None:
         """A row of the table, and tiles, for each matrix of a weight."""
         scaling = weight.scaling
-        split = weight.view.split(weight.parameter.detach())
-        layout = layout_of(split)
-        assert layout is not None
+        placed = placed_of(weight)
+        assert placed is not None
+        shards = layout_of_shards(weight.parameter, weight.view)
         outputs, inputs = weight.view.matrix_shape(weight.parameter)
-        by_row, by_column = layout.rows, layout.columns
-        order = (layout.order_length, layout.order_stride)
-        is_tall = outputs >= inputs
-        m, n = (outputs, inputs) if is_tall else (inputs, outputs)
-        along_i, along_j = (by_row, by_column) if is_tall else (by_column, by_row)
-        if not is_tall:
-            order = (outputs, 1)
-        is_exact = n <= 32
-        if is_exact:
-            # Unit vectors, in any order.
-            order = (1, 1)
-        for k, pointer in enumerate(_pointers(split)):
+        is_tall = outputs >= inputs if shards is None else not shards.block_on_rows
+        for k, (pointer, layout, num_rows, num_columns) in enumerate(placed):
+            by_row, by_column = layout.rows, layout.columns
+            m, n = (num_rows, num_columns) if is_tall else (num_columns, num_rows)
+            along_i, along_j = (by_row, by_column) if is_tall else (by_column, by_row)
+            order = (layout.order_length, layout.order_stride) if is_tall else (num_rows, 1)
+            is_exact = n <= 32
+            if is_exact:
+                # Unit vectors, in any order.
+                order = (1, 1)
             number = len(self._rows)
             num_i, num_j, num_chunks = -(-m // TILE), -(-n // TILE), -(-m // CHUNK)
             mode = _mode(pointer, m, n, along_i, along_j, self.vector)
             p, q = (n, m) if mode == kernels.ROWS_CONTIGUOUS.value else (m, n)
-            weight_tiles = [[a, b] for a in range(-(-p // SIDE)) for b in range(-(-q // SIDE))]
+            # A matrix of which this process has nothing is reported by a program that writes nothing else.
+            weight_tiles = [[a, b] for a in range(-(-p // SIDE)) for b in range(-(-q // SIDE))] or [[0, 0]]
             row = [0] * kernels.FIELDS.value
             values = {
                 kernels.WEIGHT: pointer,
@@ -250,7 +298,8 @@ class GroupedStep:
             sizes = {kernels.PARTIAL_SQUARES: 1 + len(weight_tiles)}
             if self.is_spectral:
                 state = scaling.solver_state()
-                values[kernels.BASIS] = self._unit_vectors.data_ptr() if is_exact else state["basis"][k].data_ptr()
+                basis = self._unit_vectors if is_exact else basis_of(state)[k]
+                values[kernels.BASIS] = basis.data_ptr()
                 if not is_exact:
                     values[kernels.INDEX], values[kernels.AGE] = k, state["age"][k:].data_ptr()
                 sizes = {
@@ -277,6 +326,32 @@ class GroupedStep:
                 self._tiles["chunks"] += [[number, t, c] for t in range(num_j) for c in range(num_chunks)]
             self._tiles["weight"] += [[number, a, b, i] for i, (a, b) in enumerate(weight_tiles)]
 
+    def _add_totals(self) -> Tensor:
+        """A table in which every sum is the one part that `self._all`, to be added up over processes, holds of it."""
+        sizes = [
+            {kernels.GRAM_Y: kernels.GRAM_Y_SIZE, kernels.PRODUCTS: 16 * row[kernels.N_.value]}
+            if self.is_spectral
+            else {kernels.PARTIAL_SQUARES: 2}
+            for row in self._rows
+        ]
+        places: list[tuple[int, Any, int]] = []
+        self._num_grams = end = 0
+        # All Gram matrices first: an all-reduce has them alone, or the products alone.
+        for field in (kernels.GRAM_Y, kernels.PRODUCTS, kernels.PARTIAL_SQUARES):
+            for number, own in enumerate(sizes):
+                if field in own:
+                    places.append((number, field, end))
+                    end += own[field]
+            self._num_grams = self._num_grams or end
+        self._all = torch.zeros(end, dtype=torch.float32, device=self.device)
+        totals = [list(row) for row in self._rows]
+        for number, field, start in places:
+            totals[number][field.value] = self._all.data_ptr() + 4 * start
+        for row in totals:
+            row[kernels.NUM_I.value] = row[kernels.NUM_TILES.value] = 1
+            row[kernels.NUM_CHUNKS.value] = 1
+        return _to_device(totals, torch.int64, self.device)
+
     def take(self, num_iterations: int | None, skip: Tensor | None) -> None:
         """Take the step, each matrix in as many iterations as it needs, and in `num_iterations` at most.
 
@@ -288,18 +363,25 @@ class GroupedStep:
         # Triton launches on the current device.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             if num_iterations not in self._prepared:
-                self._prepared[num_iterations] = [_prepare(*launch) for launch in self.launches(num_iterations)]
+                self._prepared[num_iterations] = [
+                    _prepare(*launch) if isinstance(launch, Launch) else launch.take
+                    for launch in self.launches(num_iterations)
+                ]
             for launch in self._prepared[num_iterations]:
                 launch(off)
-        torch.autograd.graph.increment_version([weight.parameter for weight in self.weights])
+        torch.autograd.graph.increment_version([local(weight.parameter) for weight in self.weights])
 
-    def launches(self, num_iterations: int | None) -> Iterator["Launch"]:
+    def launches(self, num_iterations: int | None) -> Iterator["Launch | AllReduce"]:
         """The launches of a step, in order."""
         typed: dict[str, Any] = {"DTYPE": self.dtype, "VECTOR": self.vector}
         on_weight = self.tiles["weight"]
         if not self.is_spectral:
             yield Launch(kernels.squares, len(on_weight), (self.table, on_weight), typed)
-            yield Launch(kernels.rescale, len(on_weight), (self.table, on_weight, SKIP), typed)
+            if self.sums:
+                is_first = all(dist.get_rank(group) == 0 for group in self.sums)
+                yield Launch(kernels.sum_squares, self.num_matrices, (self.table, self.totals), {"IS_FIRST": is_first})
+                yield AllReduce(self._all, self.sums)
+            yield Launch(kernels.rescale, len(on_weight), (self.totals, on_weight, SKIP), typed)
             return
         assert num_iterations is not None
         rows, columns, chunks = self.tiles["rows"], self.tiles["columns"], self.tiles["chunks"]
@@ -314,10 +396,17 @@ class GroupedStep:
             is_last = number == num_iterations - 1
             if len(chunks):
                 yield Launch(kernels.products, len(chunks), (self.table, chunks), products | first | {"CHUNK": CHUNK})
-            yield Launch(kernels.residuals, len(columns), (self.table, columns), first | {"TILE": TILE})
+            if self.sums:
+                tables = (self.table, self.totals)
+                yield Launch(kernels.sum_products, len(columns), (*tables, columns), first | {"TILE": TILE})
+                yield AllReduce(self._all if number == 0 else self._all[self._num_grams :], self.sums)
+            yield Launch(kernels.residuals, len(columns), (self.totals, columns), first | {"TILE": TILE})
             yield Launch(kernels.orthogonalize, self.num_matrices, (self.table,), first)
             yield Launch(kernels.images_of_rest, len(rows), (self.table, rows), products | first)
-            args = (self.table, SKIP, norm.solver.tolerance)
+            if self.sums:
+                yield Launch(kernels.sum_grams, self.num_matrices, (self.table, self.totals), first)
+                yield AllReduce(self._all[: self._num_grams], self.sums)
+            args = (self.totals, SKIP, norm.solver.tolerance)
             constants = first | {"LAST": is_last, "MAP": self.map}
             yield Launch(kernels.rayleigh_ritz, self.num_matrices, args, constants)
             if not is_last:
@@ -338,6 +427,17 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
     constants: dict[str, Any]
     """Arguments that are compiled in, and options of the compiler."""
+
+
+class AllReduce(NamedTuple):
+    """A sum over processes, in place."""
+
+    tensor: Tensor
+    groups: Groups
+
+    def take(self, _: Tensor) -> None:
+        for group in self.groups:
+            dist.all_reduce(self.tensor, group=group)
 
 
 OPTIONS = {"enable_fp_fusion": True}

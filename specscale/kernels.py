@@ -330,6 +330,36 @@ def residuals(table, column_tiles, FIRST: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def sum_products(table, totals, column_tiles, FIRST: tl.constexpr, TILE: tl.constexpr):
+    """The sums of this process's parts of `A^T Y`, and at first of `Y^T Y`, where those of all processes are added."""
+    pid = tl.program_id(0)
+    number = tl.load(column_tiles + 2 * pid)
+    row, total = table + number * FIELDS, totals + number * FIELDS
+    if FIRST or tl.load(_floats(tl.load(row + SMALL)) + IS_DONE) == 0:
+        t = tl.load(column_tiles + 2 * pid + 1)
+        if FIRST and t == 0:
+            squares = _sum_of_parts(_floats(tl.load(row + GRAM_Y)), tl.load(row + NUM_I), 16, _GRAM_Y_SIZE)
+            _store_gram(_floats(tl.load(total + GRAM_Y)), 16, squares)
+        if tl.load(row + IS_EXACT) == 0:
+            j = t * TILE + tl.arange(0, TILE)
+            n = tl.load(row + N_)
+            product = tl.zeros((TILE, 16), tl.float32)
+            for chunk in range(0, tl.load(row + NUM_CHUNKS)):
+                product += _columns(tl.load(row + PRODUCTS) + chunk * n * 64, j, n)
+            _store_columns(tl.load(total + PRODUCTS), j, n, product)
+
+
+@triton.jit
+def sum_grams(table, totals, FIRST: tl.constexpr):
+    """The sums of this process's parts of `[Y, T]^T T`, where those of all processes are added."""
+    row, total = table + tl.program_id(0) * FIELDS, totals + tl.program_id(0) * FIELDS
+    if FIRST or tl.load(_floats(tl.load(row + SMALL)) + IS_DONE) == 0:
+        right = _sum_of_parts(_floats(tl.load(row + GRAM_Y)), tl.load(row + NUM_I), 32, _GRAM_Y_SIZE)
+        d, c = tl.arange(0, 32), tl.arange(0, 16)
+        tl.store(_floats(tl.load(total + GRAM_Y)) + d[:, None] * 16 + c[None, :], right)
+
+
+@triton.jit
 def _eliminated(square, shift):
     """`L^-1` of the Cholesky factor `L` of `square + shift`, `(16, 16)`, and the squares of `L`'s diagonal.
 
@@ -836,6 +866,20 @@ def squares(table, update_tiles, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     tl.store(partial + 1 + number, tl.sum(tl.sum(total, axis=1), axis=0))
     if number == 0:
         tl.store(partial, scale)
+
+
+@triton.jit
+def sum_squares(table, totals, IS_FIRST: tl.constexpr):
+    """The sum of this process's parts of `||A||_F^2`, where those of all processes are added, and once their scale."""
+    row, total = table + tl.program_id(0) * FIELDS, totals + tl.program_id(0) * FIELDS
+    partial, sums = _float(tl.load(row + PARTIAL_SQUARES)), _float(tl.load(total + PARTIAL_SQUARES))
+    count = tl.load(row + NUM_TILES).to(tl.int32)
+    k = tl.arange(0, 1024)
+    squares = tl.zeros((1024,), tl.float32)
+    for start in range(0, count, 1024):
+        squares += tl.load(partial + 1 + start + k, mask=start + k < count, other=0.0)
+    tl.store(sums + 1, tl.sum(squares, axis=0))
+    tl.store(sums, tl.load(partial) if IS_FIRST else 0.0)
 
 
 @triton.jit(do_not_specialize_on_alignment=["skip"])

@@ -118,22 +118,17 @@ class FrobeniusNorm(Norm):
         num_iterations: int | None = None,
     ) -> Measurement:
         norms: list[Tensor] = []
-        groups: list[Groups] = []
-        squared: list[bool] = []
+        squares: dict[int, Groups] = {}
         # One weight after another, since each may be a copy.
         for one in matrices:
             dtype = one.dtype
             if isinstance(one, ShardedMatrices):
+                squares[len(norms)] = one.sums
                 norms.append(one.square_sums(widest_dtype(one.tensor.device)))
-                groups.append(one.sums)
             else:
                 norms.append(self._norms(one))
-                groups.append(())
-            # Without groups too, where one process has all of a mesh.
-            squared.append(isinstance(one, ShardedMatrices))
-        if any(squared):
-            totals = zip(summed(norms, groups), squared, strict=True)
-            norms = [total.sqrt() if is_square else total for total, is_square in totals]
+        for number, total in zip(squares, summed([norms[i] for i in squares], list(squares.values())), strict=True):
+            norms[number] = total.sqrt()
         return _exactly(concat(norms).to(dtype), [None] * len(norms))
 
     def _norms(self, matrices: Tensor) -> Tensor:

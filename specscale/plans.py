@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specscale.errors import Refusal
-from specscale.shards import is_sharded
+from specscale.shards import layout_of
 from specscale.weights import Weight
 
 Fingerprint = tuple[tuple[Hashable, ...], ...]
@@ -42,7 +42,9 @@ class Plan:
         groups: dict[Hashable, list[Weight]] = defaultdict(list)
         for weight in weights:
             if by_kernels and goes_by_kernels(weight):
-                groups[weight.scaling.constraint, weight.parameter.dtype, weight.parameter.device].append(weight)
+                parameter, layout = weight.parameter, layout_of(weight.parameter, weight.view)
+                sums = () if layout is None else layout.sums
+                groups[weight.scaling.constraint, parameter.dtype, parameter.device, sums].append(weight)
             else:
                 self.rest.append(weight)
         if groups and is_capturing():
@@ -107,7 +109,8 @@ def fingerprint(weights: list[Weight]) -> Fingerprint:
     A plan holds its scalings, so that an id is not used twice.
     """
     scalings = [weight.scaling for weight in weights]
-    tensors = [weight.parameter for weight in weights]
+    # Of a DTensor, what it wraps has the address.
+    tensors = [getattr(weight.parameter, "_local_tensor", weight.parameter) for weight in weights]
     for scaling in scalings:
         tensors += scaling._buffers.values()  # type: ignore[arg-type]
     # All tensors at once: at every step, this is the most of the host's work.
@@ -116,7 +119,7 @@ def fingerprint(weights: list[Weight]) -> Fingerprint:
 
 def goes_by_kernels(weight: Weight) -> bool:
     """Whether kernels take the weight's step."""
-    grouped = None if is_sharded(weight.parameter) else kernels_for(weight.parameter)
+    grouped = kernels_for(weight.parameter)
     return grouped is not None and bool(grouped.fits(weight))
 
 

@@ -115,10 +115,8 @@ class Layout:
     """How a weight's matrices `(k, m, n)` lie in the shards of all processes, as this one sees it."""
 
     view: MatrixView
-    tensor_shape: tuple[int, ...]
-    count: int
     shape: tuple[int, int]
-    """`(m, n)`."""
+    """`(m, n)` of a matrix."""
     pieces: tuple[Piece, ...]
     """What this process holds."""
     block_on_rows: bool
@@ -154,7 +152,9 @@ def layout_of(tensor: Tensor, view: MatrixView) -> Layout | None:
     mesh, placements = tensor.device_mesh, placements_of(tensor)  # type: ignore[attr-defined]
     if not any(one.is_shard() or _is_strided(one) or one.is_partial() for one in placements):
         return None
-    layout = _layout(tuple(tensor.shape), mesh, placements, view)
+    is_member = mesh.get_coordinate() is not None
+    groups = tuple(mesh.get_group(dim) for dim in range(mesh.ndim)) if is_member else ()
+    layout = _layout(tuple(tensor.shape), mesh, placements, view, groups)
     found = tuple(local(tensor).shape)
     if found != (expected := tuple(one.stop - one.start for one in layout.place)):
         raise Refusal(
@@ -165,7 +165,10 @@ def layout_of(tensor: Tensor, view: MatrixView) -> Layout | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], view: MatrixView) -> Layout:
+def _layout(
+    shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], view: MatrixView, groups: Groups = ()
+) -> Layout:
+    """`groups`, those of the mesh, tell it from an equal one whose groups have been destroyed."""
     place = _place(shape, mesh, placements)
     sizes = view.sizes(torch.empty(shape, device="meta"))
     m, n = (math.prod(sizes[name] for name in names) for names in (view.row_names, view.column_names))
@@ -185,8 +188,6 @@ def _layout(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...], view
     coordinate = mesh.get_coordinate()
     return Layout(
         view,
-        shape,
-        view.count,
         (m, n),
         pieces,
         block_on_rows,
@@ -212,13 +213,7 @@ def _pieces(
 
     def slot_of(side: Index, numbers: Index) -> slice:
         # Where processes add up their images, all must have the same places for the same rows, with pieces or without.
-        own = (
-            range(view.count)
-            if shares_images
-            else range(view.count)[numbers]
-            if isinstance(numbers, slice)
-            else numbers
-        )
+        own = numbers_of(ALL if shares_images else numbers, view.count)
         if (own[0], str(side)) not in slots:
             start = max(used[number] for number in own)
             for number in own:
@@ -335,6 +330,11 @@ def _index(ranges: list[tuple[int, int]], lengths: list[int]) -> Index:
     return numbers
 
 
+def numbers_of(index: Index, length: int) -> Sequence[int]:
+    """The numbers that an index into so many takes."""
+    return range(length)[index] if isinstance(index, slice) else index
+
+
 def _length(index: Index) -> int:
     return index.stop - index.start if isinstance(index, slice) else len(index)
 
@@ -402,7 +402,7 @@ class ShardedMatrices:
     @property
     def shape(self) -> tuple[int, int, int]:
         m, n = self.layout.shape
-        return (self.layout.count, n, m) if self.is_transposed else (self.layout.count, m, n)
+        return (self.layout.view.count, *((n, m) if self.is_transposed else (m, n)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -476,8 +476,7 @@ class ShardedMatrices:
             return self._only
         found = self.tensor.new_zeros(self.shape[0], self.layout.num_local, self.shape[2], dtype=self.dtype)
         for matrices, slot, _, own, values in self._pieces:
-            if isinstance(own, list):
-                raise AssertionError("the columns are split")
+            assert not isinstance(own, list)
             found[matrices, slot, own] = values
         return found
 

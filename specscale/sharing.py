@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from specscale.errors import Refusal
-from specscale.linalg import no_grad_full_precision, widest_dtype
+from specscale.linalg import widest_dtype
 from specscale.norms import Measurement
 from specscale.shards import is_sharded
 from specscale.weights import Weight
@@ -81,7 +81,6 @@ class Sharing:
         if self.num_ranks > 1:
             self._refuse_others(weights)
 
-    @no_grad_full_precision
     def _refuse_others(self, weights: list[Weight]) -> None:
         """Refuse weights or targets that are not those of all processes: what travels would be of another weight."""
         own = {weight.name: _described(weight) for weight in weights}

@@ -222,7 +222,7 @@ def measure_weights(
         return constraint.norm.measure(matrices, states, num_iterations=count)
 
     batches = list(_batches(weights))
-    found = map(measure, batches) if sharing is None else sharing.measure(batches, measure)
+    found = [measure(batch) for batch in batches] if sharing is None else sharing.measure(batches, measure)
     return [Batch(batch, measurement) for batch, measurement in zip(batches, found, strict=True)]
 
 

@@ -1,17 +1,77 @@
-"""Runs a function in real processes that are the ranks of a group."""
+"""Checks that several processes run together, each a process of its own as under torchrun, over gloo.
 
+One start runs many checks, one after another, since a start takes seconds.
+"""
+
+import multiprocessing
+import os
+import tempfile
 import time
+import traceback
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
-from torch import distributed, multiprocessing
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
+
+TIMEOUT = 300
+"""Seconds after which a start is given up: a check that hangs must not hang the tests."""
+
+
+def outcomes(world, checks):
+    """What became of each check, functions by name, on `world` processes: None, or the first error's text.
+
+    After an error the processes are out of step, and the checks that follow are not run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "specscale"])
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [context.Process(target=_work, args=(rank, world, checks, folder)) for rank in range(world)]
+        for one in ranks:
+            one.start()
+        end = time.monotonic() + TIMEOUT
+        while any(one.is_alive() for one in ranks) and time.monotonic() < end:
+            time.sleep(0.02)
+            if any(one.exitcode for one in ranks):
+                # The others may wait for it.
+                end = min(end, time.monotonic() + 5)
+        for one in ranks:
+            if one.is_alive():
+                one.kill()
+            one.join()
+        errors = sorted(Path(folder).glob("error.*"), key=lambda path: path.stat().st_mtime_ns)
+        done = set.intersection(*({path.name[2:] for path in Path(folder).glob(f"{r}.*")} for r in range(world)))
+        found = dict.fromkeys(checks)
+        for name in checks:
+            if name not in done:
+                found[name] = errors[0].read_text() if errors else "a process hung or ended"
+        return found
+
+
+def _work(rank, world, checks, folder):
+    torch.set_num_threads(1)
+    # What pytest asks of this package in its own process.
+    warnings.filterwarnings("error", module=r"specscale|sharded")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    for name, check in checks.items():
+        try:
+            torch.manual_seed(0)
+            check()
+        except BaseException:
+            Path(folder, f"error.{rank}").write_text(f"{name}, rank {rank} of {world}:\n{traceback.format_exc()}")
+            os._exit(1)
+        Path(folder, f"{rank}.{name}").touch()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def on_ranks(function, num_ranks, folder, *args, timeout=300):
     """What `function(*args)` returns on each rank of a group over gloo; an error where a rank raises or hangs."""
-    context = multiprocessing.start_processes(
-        _run, (function, num_ranks, folder, args), nprocs=num_ranks, join=False, start_method="spawn"
+    context = start_processes(
+        _run_one, (function, num_ranks, folder, args), nprocs=num_ranks, join=False, start_method="spawn"
     )
     deadline = time.monotonic() + timeout
     try:
@@ -24,10 +84,10 @@ def on_ranks(function, num_ranks, folder, *args, timeout=300):
     return [torch.load(folder / f"{rank}.pt") for rank in range(num_ranks)]
 
 
-def _run(rank, function, num_ranks, folder, args):
+def _run_one(rank, function, num_ranks, folder, args):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    distributed.init_process_group(
+    dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
@@ -35,4 +95,4 @@ def _run(rank, function, num_ranks, folder, args):
         timeout=timedelta(seconds=120),
     )
     torch.save(function(*args), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    dist.destroy_process_group()

@@ -1,16 +1,21 @@
 """A model that is wrapped or sharded for several processes: in what order, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from held import off_target
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from specscale import apply_norm_scaling, is_norm_scaled, spectral_norms
+from specscale import apply_norm_scaling, is_norm_scaled, orthogonal_init_, spectral_norms
+from specscale.constraints import Cap
+
+TEXT = " ".join((Path(__file__).parent.parent / "docs" / "errors_processes.md").read_text().split())
 
 
 @pytest.fixture(autouse=True)
@@ -49,32 +54,125 @@ def test_a_wrapped_model_is_refused():
     assert list(spectral_norms(wrapped)) == ["module.0", "module.2"]
 
 
-def test_sharded_weights_are_refused():
-    def shard(module, name):
-        mesh = init_device_mesh("cpu", (1,))
-        setattr(module, name, nn.Parameter(distribute_tensor(getattr(module, name), mesh)))
+def scaled(norm="spectral", **options):
+    return (model := net()), apply_norm_scaling(model, norm, **options)
 
-    model = net()
-    shard(model[2], "weight")
-    with pytest.raises(ValueError, match=r"apply_norm_scaling: the weight of '2' is sharded \(a DTensor,"):
-        apply_norm_scaling(model)
-    scaling = apply_norm_scaling(model := net())
-    shard(model[0].parametrizations.weight, "original")
-    with pytest.raises(ValueError, match=r"attach: the weight of '0' is sharded \(a DTensor, as of fully_shard\)"):
-        scaling.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+def fully_sharded(norm="spectral", **options):
+    model, scaling = scaled(norm, **options)
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,))), scaling
+
+
+def parallel():
+    return parallelize_module(net(), init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
+
+
+def flat(use_orig_params):
+    model, scaling = scaled()
+    cpu = torch.device("cpu")
+    wrapped = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=cpu)
+    scaling.attach(torch.optim.Adam(wrapped.parameters()))
+
+
+def attach_fully_sharded(*args, **options):
+    model, scaling = fully_sharded(*args, **options)
+    scaling.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    return model, scaling
+
+
+def step_while_gathered():
+    model, scaling = attach_fully_sharded()
+    model(torch.ones(2, 8))
+    scaling.step()
+
+
+def report_before_attach():
+    with torch.device("meta"):
+        model, scaling = fully_sharded(target="channels")
+    orthogonal_init_(model.to_empty(device="cpu"))
+    scaling.metrics()
+
+
+REFUSED = {
+    "scaled under DistributedDataParallel": lambda: apply_norm_scaling(DistributedDataParallel(net())),
+    "scaled under FullyShardedDataParallel": lambda: apply_norm_scaling(
+        FullyShardedDataParallel(net(), use_orig_params=True, device_id=torch.device("cpu"))
+    ),
+    "within FullyShardedDataParallel": lambda: apply_norm_scaling(
+        nn.Sequential(FullyShardedDataParallel(net(), use_orig_params=True, device_id=torch.device("cpu")))
+    ),
+    "attached to flat shards": lambda: flat(True),
+    "attached to a flat parameter": lambda: flat(False),
+    "scaled under fully_shard": lambda: apply_norm_scaling(fully_shard(net(), mesh=init_device_mesh("cpu", (1,)))),
+    "parallelized after scaling": lambda: parallelize_module(
+        scaled()[0], init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()}
+    ),
+    "clipped under tensor parallelism": lambda: apply_norm_scaling(parallel(), "clipped"),
+    "orthogonal under fully_shard": lambda: attach_fully_sharded("orthogonal"),
+    "an exact cap under fully_shard": lambda: attach_fully_sharded(Cap(exact=True)),
+    "svd under fully_shard": lambda: attach_fully_sharded(solver="svd"),
+    "power under fully_shard": lambda: attach_fully_sharded(solver="power"),
+    "plain under fully_shard": lambda: attach_fully_sharded()[1].plain().__enter__(),
+    "removed under fully_shard": lambda: attach_fully_sharded()[1].remove(),
+    "a step while gathered": step_while_gathered,
+    "a report before attach": report_before_attach,
+}
+
+
+SAME = {
+    "attach: the weight of '0' is sharded, and 'orthogonal' needs": (
+        "attach: the weight of '0' is sharded, and 'spectral' with SVD needs"
+    ),
+    "attach: the weight of '0' is sharded, and 'cap' needs": (
+        "attach: the weight of '0' is sharded, and 'spectral' with SVD needs"
+    ),
+    "with Power": "with SVD",
+    "remove: the model": "plain: the model",
+}
 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
-def test_flat_shards_are_refused_before_an_optimizer_has_stepped():
-    for use_orig_params, kind in ((True, "a part"), (False, "a view")):
-        scaling = apply_norm_scaling(model := net())
-        sharded = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-        with pytest.raises(ValueError, match=rf"the weight of '0' is sharded \({kind} of a flat.*Distributed"):
-            scaling.attach(torch.optim.Adam(sharded.parameters()))
-    inner = FullyShardedDataParallel(net(), use_orig_params=True, device_id=torch.device("cpu"))
-    for model in (inner, nn.Sequential(inner)):
-        with pytest.raises(ValueError, match=r"the model is under FullyShardedDataParallel.*DistributedDataParallel"):
+@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_says_so_as_the_docs_quote_it(call):
+    with pytest.raises((ValueError, KeyError)) as found:
+        call()
+    text = " ".join(f"{type(found.value).__name__}: {found.value}".split())
+    # One text is quoted for all that it is said of.
+    for own, quoted in SAME.items():
+        text = text.replace(own, quoted)
+    assert text in TEXT, text
+
+
+def test_a_refused_model_is_as_it_was():
+    for model in (DistributedDataParallel(net()), fully_shard(net(), mesh=init_device_mesh("cpu", (1,)))):
+        before = list(model.state_dict())
+        with pytest.raises(ValueError, match="apply_norm_scaling: the model is under"):
             apply_norm_scaling(model)
+        assert not is_norm_scaled(model)
+        assert list(model.state_dict()) == before
+
+
+def test_a_compiled_step_of_sharded_weights_is_refused():
+    _, scaling = attach_fully_sharded()
+    before = [weight.parameter.to_local().clone() for weight in scaling.weights]
+    with pytest.raises(Exception, match="step: a step over sharded weights cannot be compiled; take it outside"):
+        torch.compile(scaling.step, backend="eager", fullgraph=True)()
+    for one, weight in zip(before, scaling.weights, strict=True):
+        assert torch.equal(one, weight.parameter.to_local())
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_one_process_can_shard_too(norm):
+    model, scaling = fully_sharded(norm)
+    scaling.attach(optimizer := torch.optim.Adam(model.parameters(), lr=1e-2))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        for weight in scaling.weights:
+            matrix = weight.parameter.to_local().detach().double()
+            found = torch.linalg.matrix_norm(matrix) if norm == "frobenius" else torch.linalg.svdvals(matrix)
+            assert (found / weight.scaling.target.double() - 1).abs().min() < 1e-5
 
 
 def test_a_weight_that_is_flattened_after_attach_says_so():

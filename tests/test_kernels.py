@@ -11,6 +11,9 @@ import pytest
 import torch
 from held import off_target
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.scaling_checks import refuse_to_wait
@@ -843,14 +846,29 @@ def test_where_triton_cannot_launch_a_warning_says_so(monkeypatch):
 # What the kernels compile to.
 
 
-def launched_variants(dtype, monkeypatch, counts):
-    """Every kernel with every set of constants that a step launches it with."""
+@pytest.fixture
+def mesh():
+    """Two processes, of which this is one; the other is not there."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    torch.distributed.destroy_process_group()
+
+
+def launched_variants(dtype, monkeypatch, counts, mesh):
+    """Every kernel with every set of constants that a step launches it with, of whole weights and of sharded ones."""
     monkeypatch.setattr("specscale.apply.solve_anew_", lambda scaling, weight: None)
     found = set()
     for norm in ("spectral", "cap", "normalize", Normalize(one_sided=True), "frobenius"):
-        weights = apply_norm_scaling(nn.Linear(40, 50, dtype=dtype), norm, target=1.0, init=None).weights
-        step = grouped.GroupedStep(weights)
-        found |= {(one.kernel, tuple(one.constants.items())) for count in counts for one in step.launches(count)}
+        for is_sharded in (False, True):
+            layer = nn.Linear(40, 50, dtype=dtype)
+            if is_sharded:
+                layer.weight = nn.Parameter(DTensor.from_local(layer.weight.detach()[:25], mesh, [Shard(0)]))
+            weights = apply_norm_scaling(layer, norm, target=1.0, init=None).weights
+            step = grouped.GroupedStep(weights)
+            launches = [one for count in counts for one in step.launches(count)]
+            assert any(isinstance(one, grouped.AllReduce) for one in launches) == is_sharded
+            kernels_of = [one for one in launches if isinstance(one, grouped.Launch)]
+            found |= {(one.kernel, tuple(one.constants.items())) for one in kernels_of}
     return found
 
 
@@ -864,7 +882,7 @@ def source_and_options(kernel, options):
             return "constexpr"
         if name.startswith("num_"):
             return "i32"
-        return {"table": "*i64", "skip": "*fp32", "tolerance": "fp32"}.get(name, "*i32")
+        return {"table": "*i64", "totals": "*i64", "skip": "*fp32", "tolerance": "fp32"}.get(name, "*i32")
 
     return ASTSource(kernel, {name: type_of(name) for name in names}, constants), options
 
@@ -900,15 +918,15 @@ def check_compiled(kernel, options, capability):
     return code
 
 
-def test_every_kernel_is_launched_and_no_other(monkeypatch):
-    variants = launched_variants(torch.float32, monkeypatch, (1, 2, 3))
+def test_every_kernel_is_launched_and_no_other(monkeypatch, mesh):
+    variants = launched_variants(torch.float32, monkeypatch, (1, 2, 3), mesh)
     assert {kernel.__name__ for kernel, _ in variants} == PUBLIC
-    assert len(PUBLIC) == 10
+    assert len(PUBLIC) == 13
 
 
 @pytest.mark.parametrize("name", ["products", "update"])
-def test_a_weight_is_read_and_written_16_bytes_at_a_time(name, monkeypatch):
-    for kernel, options in launched_variants(torch.float32, monkeypatch, (1,)):
+def test_a_weight_is_read_and_written_16_bytes_at_a_time(name, monkeypatch, mesh):
+    for kernel, options in launched_variants(torch.float32, monkeypatch, (1,), mesh):
         if kernel.__name__ == name:
             code = check_compiled(kernel, options, 90)
             if name == "products":
@@ -922,7 +940,7 @@ def test_a_weight_is_read_and_written_16_bytes_at_a_time(name, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_kernel_compiles_for_every_card(capability, dtype, monkeypatch):
-    for kernel, options in launched_variants(dtype, monkeypatch, (1, 2, 3)):
+def test_every_kernel_compiles_for_every_card(capability, dtype, monkeypatch, mesh):
+    for kernel, options in launched_variants(dtype, monkeypatch, (1, 2, 3), mesh):
         if dtype == torch.float32 or "DTYPE" in dict(options):
             check_compiled(kernel, options, capability)

@@ -97,11 +97,8 @@ def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
     assert (folder / "comparison.md").read_text() == table
     assert {p.name for p in folder.glob("*.png")} == pictures
 
-    # A refusal is said once by all ranks together.
-    code, output = run([*TORCHRUN, TRAIN, "digits"], tmp_path)
-    assert code == 1
-    assert len(re.findall(r"none-seed0 holds a finished run; --resume goes on, --overwrite trains again", output)) == 1
-    assert output.count("train: ") == 1
+    problem = find_problem(replace(digits(), out=tmp_path / "runs"), world_size=2)
+    assert problem == f"{folder}/none-seed0 holds a finished run; --resume goes on, --overwrite trains again"
 
 
 def test_wandb_writes_to_the_runs_folder_from_another_working_directory(tmp_path, monkeypatch):
@@ -292,6 +289,14 @@ def test_the_command_says_that_wandb_is_missing(tmp_path):
 )
 def test_options_that_cannot_work_are_refused(options, text):
     assert re.match(text, find_problem(options, world_size=2))
+
+
+@pytest.mark.slow
+def test_a_refusal_is_said_once_by_all_ranks_together(tmp_path):
+    code, output = run([*TORCHRUN, TRAIN, "mlp-5x2000"], tmp_path)
+    assert code == 1
+    assert output.count("train: data holds no cifar-100-python") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_resuming_with_other_options_is_refused_and_seeds_are_compared(tmp_path, capsys):

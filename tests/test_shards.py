@@ -1,17 +1,22 @@
 """Where the parts of a sharded weight's matrices lie: all processes of a mesh, one after another in this one."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_views import views_and_shapes
-from torch.distributed.tensor import Replicate, Shard
+from threads import Ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import _utils as torch_places
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from specscale import MatrixView, shards
+from specscale import Block, MatrixView, shards
 from specscale.constraints import CONSTRAINTS
 from specscale.errors import Refusal
 from specscale.linalg import gram
@@ -105,16 +110,15 @@ def cases(draw):
             placements[0] = _StridedShard(dims[1], split_factor=sizes[1])
         elif kind != "both":
             placements[kind == "first"] = Replicate()
+    # An axis that is rows and columns must not be split.
+    split = [set(view.groups[one.dim]) for one in placements if not one.is_replicate()]
+    assume(not any(own & set(view.row_names) and own & set(view.column_names) for own in split))
     return view, shape, sizes, tuple(placements)
 
 
 def simulated(case, seed=0):
     view, shape, sizes, placements = case
     weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    split = [
-        set(view.groups[p.dim]) for p, size in zip(placements, sizes, strict=True) if not p.is_replicate() and size > 1
-    ]
-    assume(not any(own & set(view.row_names) and own & set(view.column_names) for own in split))
     return Simulated(weight, view, sizes, placements)
 
 
@@ -230,3 +234,114 @@ def test_what_has_no_place_is_refused(placements, coordinate, text):
 def test_an_axis_of_rows_and_columns_is_refused():
     with pytest.raises(Refusal, match=r"along an axis that MatrixView.* reads as rows and as columns"):
         shards._layout((12, 5), Mesh((2,), (0,)), (Shard(0),), MatrixView("(o h) i", lengths={"h": 3}))
+
+
+def solved(every, sizes, monkeypatch, steps=1):
+    """What each of the processes finds in its weight by `steps` solves with the default solver, and the reductions."""
+    ranks = Ranks(sizes, dims_of)
+    monkeypatch.setattr("torch.distributed.all_reduce", ranks.all_reduce)
+    solver = Block()
+    keys = torch.arange(every.view.count)
+
+    def solve(at):
+        one = every.matrices[at].with_scale(None)
+        m, n = every.layouts[at].shape
+        state = solver.init_state(keys, (m, n), torch.float64, every.layouts[at].block_side)
+        for _ in range(steps):
+            (solution,) = solver.solve([one], [state])
+            state = solution.state
+        return solution
+
+    return ranks.run(solve, every.coordinates), ranks
+
+
+MANY = [
+    ((64, 48), (8,), (Shard(0),)),
+    ((48, 100), (8,), (Shard(0),)),
+    ((33, 40), (8,), (Shard(0),)),
+    ((20, 90), (8,), (Shard(0),)),
+    ((96, 80), (2, 4), (Shard(1), Shard(0))),
+    ((90, 80), (4, 2), (_StridedShard(0, split_factor=2), Shard(0))),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ((130, 40), (64,), (Shard(0),)),
+            ((20, 90), (64,), (Shard(0),)),
+            ((96, 80), (8, 8), (Shard(1), Shard(0))),
+            ((96, 80), (8, 8), (_StridedShard(0, split_factor=8), Shard(0))),
+            ((80, 96), (4, 16), (Replicate(), Shard(0))),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("shape", "sizes", "placements"), MANY)
+def test_many_processes_find_the_singular_triple_of_the_whole(shape, sizes, placements, monkeypatch):
+    every = simulated((MatrixView("o i"), shape, sizes, placements))
+    found, _ = solved(every, sizes, monkeypatch)
+    U, S, Vh = torch.linalg.svd(every.weight)
+    first = found[every.first]
+    assert first.triple.value.item() == pytest.approx(S[0].item(), rel=1e-4)
+    rows = torch.zeros(shape[0], dtype=torch.float64)
+    columns = torch.zeros(shape[1], dtype=torch.float64)
+    for at, solution in found.items():
+        layout = every.layouts[at]
+        assert torch.equal(solution.triple.value, first.triple.value)
+        assert all(torch.equal(one, first.state[name]) for name, one in solution.state.items())
+        for piece in layout.pieces:
+            left, right = solution.triple.left[0], solution.triple.right[0]
+            rows[piece.rows] = left[piece.rows] if layout.block_on_rows else left[piece.slot]
+            columns[piece.columns] = right[piece.slot] if layout.block_on_rows else right[piece.columns]
+    assert abs(rows @ U[:, 0]) > 1 - 1e-3
+    assert abs(columns @ Vh[0]) > 1 - 1e-3
+    assert rows @ every.weight @ columns == pytest.approx(S[0].item(), rel=1e-3)
+
+
+def test_a_value_that_is_not_finite_is_known_to_all_processes(monkeypatch):
+    for placements, sizes in (((Shard(0),), (8,)), ((Shard(1), Shard(0)), (4, 2))):
+        every = simulated((MatrixView("o i"), (64, 48), sizes, placements))
+        last = every.coordinates[-1]
+        every.locals[last][-1, -1] = torch.nan
+        found, _ = solved(every, sizes, monkeypatch)
+        for solution in found.values():
+            assert solution.triple.value.isnan().all()
+            assert solution.triple.left.isfinite().all()
+            assert all(one.isfinite().all() for one in solution.state.values())
+
+
+def test_a_group_that_has_been_destroyed_is_forgotten():
+    found = []
+    for _ in range(2):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        mesh = init_device_mesh("cpu", (2,))
+        weight = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)], src_data_rank=None)
+        found.append(shards.layout_of(weight, MatrixView("o i")))
+        assert found[-1].sums == (mesh.get_group(),)
+        dist.destroy_process_group()
+    assert found[0].sums != found[1].sums
+
+
+@pytest.mark.parametrize(("world", "rows"), [(8, 80), pytest.param(64, 128, marks=pytest.mark.slow)])
+def test_many_processes_by_torchs_own_simulation(world, rows):
+    """Where all shards are of one shape: torch runs one piece of code on the tensors of all processes."""
+    local_tensor = pytest.importorskip("torch.distributed._local_tensor")
+    weight = torch.randn(rows, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        layout = shards._layout((rows, 40), Mesh((world,), (0,)), (Shard(0),), MatrixView("o i"))
+        layout = replace(layout, sums=(dist.group.WORLD,))
+        solver = Block()
+        state = solver.init_state(torch.zeros(1, dtype=torch.int64), (rows, 40), torch.float64, 40)
+        norm = torch.linalg.matrix_norm(weight).reshape(1)
+        with local_tensor.LocalTensorMode(world):
+            own = local_tensor.LocalTensor({rank: part.clone() for rank, part in enumerate(weight.chunk(world))})
+            matrices = ShardedMatrices(layout, own).with_scale(norm)
+            (solution,) = solver.solve([matrices], [state], num_iterations=3)
+            values = [solution.triple.value._local_tensors[rank] for rank in range(world)]
+            left = torch.cat([solution.triple.left._local_tensors[rank] for rank in range(world)], dim=1)
+    finally:
+        dist.destroy_process_group()
+    U, S, _ = torch.linalg.svd(weight)
+    assert all(torch.equal(value, values[0]) for value in values)
+    assert values[0].item() == pytest.approx(S[0].item(), rel=1e-4)
+    assert abs(left[0] @ U[:, 0]) > 1 - 1e-3

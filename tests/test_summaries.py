@@ -90,14 +90,19 @@ def test_a_record_is_small_and_whole():
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     norms = ("none", "frobenius", "spectral", "clipped")
-    config = replace(digits(), norms=norms, epochs=2, width=80, out=out, wandb="disabled")
+    config = replace(digits(), norms=norms, epochs=2, width=80, out=out, wandb="disabled", compare=False)
     train(config)
     train(replace(config, norms=("spectral",), targets="published", spectra=()))
     return out
 
 
-def test_everything_is_drawn_and_recorded(trained):
-    said = compare_all(trained)
+@pytest.fixture(scope="module")
+def said(trained):
+    """The tables of the runs, which are drawn."""
+    return compare_all(trained)
+
+
+def test_everything_is_drawn_and_recorded(trained, said):
     folder = trained / "digits"
     pictures = ["accuracy", "curves", "excess", "iterations", "loss", "ranks", "spectra", "spectral_norms"]
     assert sorted(path.stem for path in folder.glob("*.png")) == pictures
@@ -129,7 +134,7 @@ def test_the_worst_norm_over_its_target_is_that_of_the_constrained_norm(trained)
             assert line[f"excess/{name}"] == pytest.approx(line[f"spectral_norm/{name}"] / target - 1, abs=1e-9)
 
 
-def test_the_report_is_one_file_and_a_wandb_spec(trained, monkeypatch, capsys):
+def test_the_report_is_one_file_and_a_wandb_spec(trained, said, monkeypatch, capsys):
     from wandb_workspaces.reports.v2 import Report
 
     saved = []

@@ -293,6 +293,7 @@ def epochs_in(said):
     return [int(epoch) for epoch in re.findall(r"epoch (\d+)/", said.read_text())]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_comes_back_by_itself_and_sigterm_saves_on_all(tmp_path):
     folder, said = tmp_path / "runs" / "digits" / "spectral-seed0", tmp_path / "said"
     # An older run that is to be overwritten: by the first start, not by the second.

@@ -29,7 +29,6 @@ TRAINED = [
 ]
 BUILT = [
     "dla46x_c",
-    "regnetx_002",
     "starnet_s050",
     "test_coatnet",
     "test_vit_relpos",

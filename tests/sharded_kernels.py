@@ -1,0 +1,78 @@
+"""Steps of sharded weights by kernels, in Triton's interpreter, beside those of torch operations, on one rank."""
+
+import torch
+from interpreted import interpreted_grouped
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from specscale import LayerRule, MatrixView, apply_norm_scaling, step
+from specscale.block import Block
+from specscale.plans import Plan
+from specscale.shards import layout_of, local, whole
+
+
+class Fused(nn.Module):
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3 * outputs, inputs))
+
+
+RULES = [LayerRule(Fused, {"weight": MatrixView("(k o) i", count=3)})]
+
+
+def scaled(norm):
+    """Layers with separated singular values, sharded over all ranks: tall, wide, narrow, uneven, and of few rows."""
+    sizes = ((150, 64), (64, 150), (90, 20), (33, 90), (1, 24))
+    model = nn.ModuleList([nn.Linear(n, m) for m, n in sizes] + [nn.Conv2d(8, 48, 3), Fused(40, 70)])
+    handle = apply_norm_scaling(model, norm, target=1.0, rules=RULES, solver=Block(tolerance=1e-30))
+    generator = torch.Generator().manual_seed(0)
+    for weight in handle.weights:
+        m, n = weight.view.matrix_shape(weight.parameter)
+        u, v = (torch.randn(weight.view.count, side, min(m, n), generator=generator) for side in (m, n))
+        values = 0.94 ** torch.arange(min(m, n))
+        with torch.no_grad():
+            weight.view.write_(weight.parameter, (torch.linalg.qr(u).Q * values) @ torch.linalg.qr(v).Q.mT)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    handle.project()
+    return handle
+
+
+@torch.no_grad()
+def drift_(handle, seed):
+    for number, weight in enumerate(handle.weights):
+        shape = tuple(weight.parameter.shape)
+        change = torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + number))
+        place = layout_of(weight.parameter, weight.view).place
+        local(weight.parameter).add_(0.1 * change[place] / max(shape) ** 0.5)
+
+
+@torch.no_grad()
+def compare(norm, count, num_steps):
+    """For each weight: the largest difference of the weights and of the norms, and whether kernels took it."""
+    by_torch, by_kernels = scaled(norm), scaled(norm)
+    counts = {weight.scaling.constraint: count for handle in (by_torch, by_kernels) for weight in handle.weights}
+    found = {}
+    with interpreted_grouped() as grouped:
+        fits = [weight for weight in by_kernels.weights if grouped.fits(weight)]
+        rest = [weight for weight in by_kernels.weights if weight not in fits]
+        taken = grouped.GroupedStep(fits)
+        num_reduced = sum(isinstance(launch, grouped.AllReduce) for launch in taken.launches(count))
+        for number in range(num_steps):
+            for handle in (by_torch, by_kernels):
+                drift_(handle, number)
+            step.scale(Plan(by_torch.weights, by_kernels=False), counts, None)
+            # What is read before it is written reaches a result.
+            taken._scratch.fill_(float("nan"))
+            taken.take(count, None)
+            if rest:
+                step.scale(Plan(rest, by_kernels=False), counts, None)
+    for one, other in zip(by_torch.weights, by_kernels.weights, strict=True):
+        expected, own = whole(one.parameter.detach()), whole(other.parameter.detach())
+        difference = ((own - expected).abs().max() / expected.abs().max()).item()
+        norms = ((other.scaling.norm - one.scaling.norm) / one.scaling.norm).abs().max().item()
+        found[one.name] = difference, norms, other in fits
+    buffers = [buffer for weight in by_kernels.weights for buffer in weight.scaling.buffers()]
+    return found, num_reduced, torch.cat([buffer.flatten() for buffer in buffers])
