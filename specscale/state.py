@@ -224,6 +224,23 @@ class NormScaling(nn.Module):
             # What is loaded by assignment takes the buffers that are saved to another device.
             self.register_buffer("norm_before", self.norm.clone(), persistent=False)
 
+    def take_as_loaded_(self, weight: Tensor | None, *, is_unsolved: bool = False) -> None:
+        """Say that the buffers describe this weight, since both have been loaded; where their norms are known.
+
+        None where the weight is not at hand.
+        """
+        if weight is not None:
+            self.mark_current(weight)
+        # Not finite, it has not been solved yet, be it of this model or of the one that was saved.
+        self.is_unsolved = is_unsolved or self.norm.is_meta or bool(self.norm.isnan().any())
+        self.forget_step_()
+
+    @property
+    def owned(self) -> nn.Parameter | None:
+        """The weight, where this is registered on one; None in a copy."""
+        chain = None if self._owner is None else self._owner()
+        return None if chain is None else chain._parameters.get("original")
+
     def solver_state(self) -> dict[str, Tensor]:
         """The solver's buffers, by name."""
         return {name: self.get_buffer(name) for name in self._solver_buffers}
@@ -281,9 +298,7 @@ class NormScaling(nn.Module):
         if self._recorded is None or self._owner is None:
             # In a copy, an id that has been used again cannot be told from its own.
             return None if self._recorded is None else self._recorded[0]
-        chain = self._owner()
-        is_there = chain is not None and id(chain._parameters.get("original")) == self._recorded[0]
-        return self._recorded[0] if is_there else None
+        return self._recorded[0] if id(self.owned) == self._recorded[0] else None
 
     def is_stale(self, weight: Tensor) -> bool:
         """Whether the weight is known to have been written to since `mark_current`."""

@@ -245,15 +245,17 @@ def _complete_schedule(saved: dict[str, Any], scaling: NormScaling) -> None:
 def solve_what_was_missing(module: nn.Module, _: Any) -> None:
     for tensor, scaling in scalings_of(module):
         parameter = original(module, tensor)
-        scaling.mark_current(parameter)
         # A sharded one at the next step, which all processes take.
         waits = scaling.needs_solve and is_sharded(parameter)
         if scaling.needs_solve and not waits and not parameter.is_meta:
             solve_anew_(scaling, parameter)
         scaling.needs_solve = False
-        # Not finite, it has not been solved yet, be it of this model or of the one that was saved.
-        scaling.is_unsolved = waits or scaling.norm.is_meta or bool(scaling.norm.isnan().any())
-        scaling.forget_step_()
+        scaling.take_as_loaded_(parameter, is_unsolved=waits)
+
+
+def take_as_loaded(scaling: NormScaling, _: Any) -> None:
+    """Where a loader takes each module alone, such as Lightning's for sharded models, the layer is not asked."""
+    scaling.take_as_loaded_(scaling.owned)
 
 
 @public_call()

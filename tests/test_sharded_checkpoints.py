@@ -80,6 +80,11 @@ def test_plain_states_come_out_and_go_in(ranks, saved):
 
 
 @pytest.mark.slow
+def test_the_full_state_of_a_whole_model_goes_into_a_sharded_one(ranks):
+    ranks(runs.of_a_whole_model, 2)
+
+
+@pytest.mark.slow
 def test_a_model_from_the_meta_device_is_loaded_on_shards(ranks, saved):
     ranks(runs.from_meta, 2, saved)
 
