@@ -121,10 +121,11 @@ class NormScaling(nn.Module):
             self.register_buffer(buffer, value.new_zeros(view.count, *value.shape[1:]))
         self.is_unsolved = True
 
-    def follow_(self, weight: Tensor) -> None:
+    def follow_(self, weight: Tensor) -> bool:
         """Follow a weight that has left the meta device by itself, or that has been sharded; what is held stays held.
 
         The solver's block of a sharded weight may lie on another side than it did: the weight is then solved anew.
+        Returns whether the buffers are others now.
         """
         self.placements = placements_of(weight)
         if self.norm.device != weight.device or not self._is_on_its_side(weight):
@@ -134,11 +135,13 @@ class NormScaling(nn.Module):
                 self.get_buffer(name).copy_(value)
             for name in MEASURED:
                 self.get_buffer(name).fill_(torch.nan)
+            return True
+        return False
 
-    def follow_sharding_(self, weight: Tensor) -> None:
-        """Follow a weight that has been sharded since it was last looked at."""
-        if is_sharded(weight) and placements_of(weight) != self.placements and not self.is_gathered(weight):
-            self.follow_(weight)
+    def follow_sharding_(self, weight: Tensor) -> bool:
+        """Follow a weight that has been sharded since it was last looked at; returns what `follow_` does."""
+        is_new = is_sharded(weight) and placements_of(weight) != self.placements and not self.is_gathered(weight)
+        return is_new and self.follow_(weight)
 
     def _is_on_its_side(self, weight: Tensor) -> bool:
         """Whether the solver's state is the one that it needs for a sharded weight."""

@@ -37,7 +37,8 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         ValueError: the checkpoint's targets are of another norm.
     """
     for tensor, scaling in scalings_of(module):
-        scaling.follow_sharding_(original(module, tensor))
+        # torch's `set_model_state_dict` has asked for the buffers before, and not given all processes the new ones.
+        is_behind = scaling.follow_sharding_(original(module, tensor))
         weight, home = _keys(module, tensor, scaling, prefix)
         is_plain = prefix + tensor in state_dict
         if is_plain:
@@ -57,7 +58,7 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         _complete_schedule(saved, scaling)
         # These need no solver; without one of the others, all of them are solved anew from the weight.
         kept = set(scaling.held_buffers)
-        if _shapes(own, kept) != _shapes(saved, kept) or _is_of_another_side(saved):
+        if is_behind or _shapes(own, kept) != _shapes(saved, kept) or _is_of_another_side(saved):
             scaling.needs_solve = True
             norms = {n for n in MEASURED if n in own and n in saved and saved[n].shape == own[n].shape}
             saved = _unsolved(own, scaling) | {name: saved[name] for name in kept | norms if name in saved}
