@@ -301,8 +301,8 @@ def float64_stays_with_the_whole(kind, build, norm, steps=50, tolerance=1e-8, **
         for weight in sharding.weights:
             assert_held(weight)
     if norm == "cap":
-        # How much it lowers is estimated from residuals, of which rounding is the root.
-        tolerance = 1e-6
+        # How much it lowers is estimated from the block's own residuals, which differ from one block to another.
+        tolerance = 1e-5
     worst, moved = {}, []
     for one, two, start in zip(scaling.weights, sharding.weights, starts, strict=True):
         mine, theirs = one.parameter.detach(), whole(two.parameter.detach())
