@@ -6,7 +6,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from specscale.state import REGISTERED, NormScaling, others_on_top, parametrizations_of, scaling_of, scalings_of
-from specscale.state_dicts import complete_state_dict, follow_sharding, refuse_pickling, solve_what_was_missing
+from specscale.state_dicts import (
+    complete_state_dict,
+    follow_sharding,
+    refuse_pickling,
+    solve_what_was_missing,
+    take_as_loaded,
+)
 
 
 def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
@@ -20,6 +26,7 @@ def register(module: nn.Module, tensor: str, scaling: NormScaling) -> None:
         module.register_state_dict_pre_hook(follow_sharding),
         module.register_load_state_dict_pre_hook(complete_state_dict),
         module.register_load_state_dict_post_hook(solve_what_was_missing),
+        scaling.register_load_state_dict_post_hook(take_as_loaded),
     )
 
 

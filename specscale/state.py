@@ -121,10 +121,11 @@ class NormScaling(nn.Module):
             self.register_buffer(buffer, value.new_zeros(view.count, *value.shape[1:]))
         self.is_unsolved = True
 
-    def follow_(self, weight: Tensor) -> None:
+    def follow_(self, weight: Tensor) -> bool:
         """Follow a weight that has left the meta device by itself, or that has been sharded; what is held stays held.
 
         The solver's block of a sharded weight may lie on another side than it did: the weight is then solved anew.
+        Returns whether the buffers are others now.
         """
         self.placements = placements_of(weight)
         if self.norm.device != weight.device or not self._is_on_its_side(weight):
@@ -134,11 +135,13 @@ class NormScaling(nn.Module):
                 self.get_buffer(name).copy_(value)
             for name in MEASURED:
                 self.get_buffer(name).fill_(torch.nan)
+            return True
+        return False
 
-    def follow_sharding_(self, weight: Tensor) -> None:
-        """Follow a weight that has been sharded since it was last looked at."""
-        if is_sharded(weight) and placements_of(weight) != self.placements and not self.is_gathered(weight):
-            self.follow_(weight)
+    def follow_sharding_(self, weight: Tensor) -> bool:
+        """Follow a weight that has been sharded since it was last looked at; returns what `follow_` does."""
+        is_new = is_sharded(weight) and placements_of(weight) != self.placements and not self.is_gathered(weight)
+        return is_new and self.follow_(weight)
 
     def _is_on_its_side(self, weight: Tensor) -> bool:
         """Whether the solver's state is the one that it needs for a sharded weight."""
@@ -224,6 +227,23 @@ class NormScaling(nn.Module):
             # What is loaded by assignment takes the buffers that are saved to another device.
             self.register_buffer("norm_before", self.norm.clone(), persistent=False)
 
+    def take_as_loaded_(self, weight: Tensor | None, *, is_unsolved: bool = False) -> None:
+        """Say that the buffers describe this weight, since both have been loaded; where their norms are known.
+
+        None where the weight is not at hand.
+        """
+        if weight is not None:
+            self.mark_current(weight)
+        # Not finite, it has not been solved yet, be it of this model or of the one that was saved.
+        self.is_unsolved = is_unsolved or self.norm.is_meta or bool(self.norm.isnan().any())
+        self.forget_step_()
+
+    @property
+    def owned(self) -> nn.Parameter | None:
+        """The weight, where this is registered on one; None in a copy."""
+        chain = None if self._owner is None else self._owner()
+        return None if chain is None else chain._parameters.get("original")
+
     def solver_state(self) -> dict[str, Tensor]:
         """The solver's buffers, by name."""
         return {name: self.get_buffer(name) for name in self._solver_buffers}
@@ -281,9 +301,7 @@ class NormScaling(nn.Module):
         if self._recorded is None or self._owner is None:
             # In a copy, an id that has been used again cannot be told from its own.
             return None if self._recorded is None else self._recorded[0]
-        chain = self._owner()
-        is_there = chain is not None and id(chain._parameters.get("original")) == self._recorded[0]
-        return self._recorded[0] if is_there else None
+        return self._recorded[0] if id(self.owned) == self._recorded[0] else None
 
     def is_stale(self, weight: Tensor) -> bool:
         """Whether the weight is known to have been written to since `mark_current`."""

@@ -37,7 +37,8 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         ValueError: the checkpoint's targets are of another norm.
     """
     for tensor, scaling in scalings_of(module):
-        scaling.follow_sharding_(original(module, tensor))
+        # torch's `set_model_state_dict` has asked for the buffers before, and not given all processes the new ones.
+        is_behind = scaling.follow_sharding_(original(module, tensor))
         weight, home = _keys(module, tensor, scaling, prefix)
         is_plain = prefix + tensor in state_dict
         if is_plain:
@@ -57,7 +58,7 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
         _complete_schedule(saved, scaling)
         # These need no solver; without one of the others, all of them are solved anew from the weight.
         kept = set(scaling.held_buffers)
-        if _shapes(own, kept) != _shapes(saved, kept) or _is_of_another_side(saved):
+        if is_behind or _shapes(own, kept) != _shapes(saved, kept) or _is_of_another_side(saved):
             scaling.needs_solve = True
             norms = {n for n in MEASURED if n in own and n in saved and saved[n].shape == own[n].shape}
             saved = _unsolved(own, scaling) | {name: saved[name] for name in kept | norms if name in saved}
@@ -245,15 +246,17 @@ def _complete_schedule(saved: dict[str, Any], scaling: NormScaling) -> None:
 def solve_what_was_missing(module: nn.Module, _: Any) -> None:
     for tensor, scaling in scalings_of(module):
         parameter = original(module, tensor)
-        scaling.mark_current(parameter)
         # A sharded one at the next step, which all processes take.
         waits = scaling.needs_solve and is_sharded(parameter)
         if scaling.needs_solve and not waits and not parameter.is_meta:
             solve_anew_(scaling, parameter)
         scaling.needs_solve = False
-        # Not finite, it has not been solved yet, be it of this model or of the one that was saved.
-        scaling.is_unsolved = waits or scaling.norm.is_meta or bool(scaling.norm.isnan().any())
-        scaling.forget_step_()
+        scaling.take_as_loaded_(parameter, is_unsolved=waits)
+
+
+def take_as_loaded(scaling: NormScaling, _: Any) -> None:
+    """Where a loader takes each module alone, such as Lightning's for sharded models, the layer is not asked."""
+    scaling.take_as_loaded_(scaling.owned)
 
 
 @public_call()
