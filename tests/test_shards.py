@@ -164,7 +164,7 @@ def test_the_sums_over_all_processes_are_those_of_the_whole(case):
     dense = dense.mT if layout.block_on_rows else dense
     k, _, n = dense.shape
     assert {one.shape for one in sharded.values()} == {tuple(dense.shape)}
-    assert layout.block_side == n
+    assert n == (layout.other_side or min(layout.shape))
     V = torch.randn(k, n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     sums, image_sums = dims_of(layout.sums), dims_of(layout.image_sums)
     Y = every.summed({at: one.matmat(V) for at, one in sharded.items()}, image_sums)
@@ -246,7 +246,7 @@ def solved(every, sizes, monkeypatch, steps=1):
     def solve(at):
         one = every.matrices[at].with_scale(None)
         m, n = every.layouts[at].shape
-        state = solver.init_state(keys, (m, n), torch.float64, every.layouts[at].block_side)
+        state = solver.init_state(keys, (m, n), torch.float64, every.layouts[at].other_side)
         for _ in range(steps):
             (solution,) = solver.solve([one], [state])
             state = solution.state
@@ -331,7 +331,7 @@ def test_many_processes_by_torchs_own_simulation(world, rows):
         layout = shards._layout((rows, 40), Mesh((world,), (0,)), (Shard(0),), MatrixView("o i"))
         layout = replace(layout, sums=(dist.group.WORLD,))
         solver = Block()
-        state = solver.init_state(torch.zeros(1, dtype=torch.int64), (rows, 40), torch.float64, 40)
+        state = solver.init_state(torch.zeros(1, dtype=torch.int64), (rows, 40), torch.float64)
         norm = torch.linalg.matrix_norm(weight).reshape(1)
         with local_tensor.LocalTensorMode(world):
             own = local_tensor.LocalTensor({rank: part.clone() for rank, part in enumerate(weight.chunk(world))})
