@@ -54,7 +54,7 @@ class Norm(ABC):
     @property
     def reads_shards(self) -> bool:
         """Whether it measures matrices of which each process holds a part."""
-        return True
+        return False
 
     def scratch_elements(self, m: int, n: int) -> int:
         """Elements that a measurement of one matrix `(m, n)` keeps beside it until all are measured."""
@@ -105,6 +105,10 @@ class FrobeniusNorm(Norm):
     """`||W||_F`."""
 
     name = "frobenius"
+
+    @property
+    def reads_shards(self) -> bool:
+        return True
 
     def of_orthogonal(self, gain: float, m: int, n: int) -> float:
         return gain * math.sqrt(min(m, n))

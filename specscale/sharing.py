@@ -111,9 +111,10 @@ class Sharing:
     def _exchange(
         self, batches: list[list[Weight]], ranks: list[int | None], found: dict[int, Measurement]
     ) -> dict[int, Measurement]:
-        """The measurements of all batches that a rank has measured, those of this one too, by number.
+        """The measurements of all batches that have a rank, by number.
 
-        Also of its own ones a rank takes what has travelled, so that all continue from tensors that lie alike.
+        A rank takes its own ones as they have travelled too, so that all ranks go on from tensors that lie alike in
+        memory.
         """
         forms = {number: self._form(batches[number]) for number, rank in enumerate(ranks) if rank is not None}
         numbers = [[number for number in forms if ranks[number] == rank] for rank in range(self.num_ranks)]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-TIMEOUT = 300
+TIMEOUT = 900
 """Seconds after which a start is given up: a check that hangs must not hang the tests."""
 
 
@@ -41,13 +41,18 @@ def outcomes(world, checks):
             if one.is_alive():
                 one.kill()
             one.join()
-        errors = sorted(Path(folder).glob("error.*"), key=lambda path: path.stat().st_mtime_ns)
+        errors = [path.read_text() for path in sorted(Path(folder).glob("error.*"), key=_time)]
         done = set.intersection(*({path.name[2:] for path in Path(folder).glob(f"{r}.*")} for r in range(world)))
+        missing = [name for name in checks if name not in done]
         found = dict.fromkeys(checks)
-        for name in checks:
-            if name not in done:
-                found[name] = errors[0].read_text() if errors else "a process hung or ended"
+        if missing:
+            found |= dict.fromkeys(missing, f"not run, since {missing[0]!r} failed")
+            found[missing[0]] = errors[0] if errors else "a process hung or ended"
         return found
+
+
+def _time(path):
+    return path.stat().st_mtime_ns
 
 
 def _work(rank, world, checks, folder):

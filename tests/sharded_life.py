@@ -59,15 +59,18 @@ def gradients_accumulated_without_sync():
 def a_grad_scaler():
     model, scaling, optimizer = trained()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for step in range(3):
+    for step in range(4):
         optimizer.zero_grad()
         x = inputs(model, step)
         loss = model(x).square().mean() * (torch.inf if step == 1 else 1)
         scaler.scale(loss).backward()
+        if step == 2 and dist.get_rank() == 0:
+            # In the shard of one process alone: all have to hear of it.
+            local(scaling.weights[0].parameter.grad)[0, 0] = torch.inf
         before = weights_of(model)
         scaler.step(optimizer)
         scaler.update()
-        assert all(map(torch.equal, before, weights_of(model))) == (step == 1)
+        assert all(map(torch.equal, before, weights_of(model))) == (step in (1, 2))
         for weight in scaling.weights:
             assert_held(weight)
     assert_equal_on_all(model)

@@ -6,6 +6,8 @@ import pytest
 from ranks import outcomes
 from sharded import (
     CONSTRAINTS,
+    ColumnWise,
+    RowWise,
     check,
     collectives,
     columns_of,
@@ -33,9 +35,11 @@ def in_float64(kind, names=CONSTRAINTS, **options):
     }
 
 
-def counted(kind, per_iteration, names=("spectral", "frobenius", "cap")):
+def counted(kind, per_iteration, names=("spectral", "frobenius", "cap"), build=mlp):
     return {
-        f"{kind}, collectives, {name}": check(collectives, kind, mlp, CONSTRAINTS[name], per_iteration)
+        f"{kind}, {build.__name__}, collectives, {name}": check(
+            collectives, kind, build, CONSTRAINTS[name], per_iteration
+        )
         for name in names
     }
 
@@ -50,11 +54,17 @@ SLOW = {
     (2, "fsdp"): equal("fsdp", mlp, steps=10) | in_float64("fsdp") | counted("fsdp", 2),
     (2, "other layers"): equal("fsdp", other_layers),
     (2, "columns"): equal("fsdp", mlp, placement=columns_of),
-    (2, "tp"): equal("tp", mlp) | in_float64("tp") | counted("tp", 4),
+    (2, "tp"): equal("tp", mlp) | in_float64("tp") | counted("tp", 2),
     (4, "fsdp"): equal("fsdp", mlp) | in_float64("fsdp") | counted("fsdp", 2) | LIVES,
     (4, "other layers"): equal("fsdp", other_layers),
     (4, "hsdp"): equal("hsdp", mlp) | in_float64("hsdp") | counted("hsdp", 2) | equal("hsdp", other_layers),
-    (4, "tp and fsdp"): equal("tpfsdp", mlp) | in_float64("tpfsdp") | counted("tpfsdp", 12),
+    (4, "tp and fsdp"): equal("tpfsdp", mlp)
+    | in_float64("tpfsdp")
+    | counted("tpfsdp", 4, build=RowWise)
+    | counted("tpfsdp", 2, build=ColumnWise)
+    | equal("tpfsdp", RowWise)
+    | equal("tpfsdp", ColumnWise)
+    | counted("tpfsdp", 12),
 }
 
 
