@@ -185,7 +185,10 @@ class MatrixView:
     def matrix_shape(self, weight: Tensor) -> tuple[int, int]:
         """`(m, n)` of one matrix."""
         sizes = self.sizes(weight)
-        return math.prod(sizes[name] for name in self.row_names), math.prod(sizes[name] for name in self.column_names)
+        # Lists, since torch's compiler traces no product of a generator.
+        return math.prod([sizes[name] for name in self.row_names]), math.prod(
+            [sizes[name] for name in self.column_names]
+        )
 
     def write_(self, weight: Tensor, matrices: Tensor) -> None:
         """Write a batch of matrices `(k, m, n)` into the tensor."""
@@ -239,7 +242,7 @@ class MatrixView:
             raise EinopsError(f"{self} names {len(self.groups)} axes, and the tensor has {weight.ndim}")
         sizes = dict(self._known)
         for group, length in zip(self.groups, weight.shape, strict=True):
-            given = math.prod(sizes[name] for name in group if name in sizes)
+            given = math.prod([sizes[name] for name in group if name in sizes])
             open_names = [name for name in group if name not in sizes]
             if length % given or (not open_names and length != given):
                 raise EinopsError(f"{self} does not fit the shape {tuple(weight.shape)}")

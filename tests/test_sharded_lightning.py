@@ -15,4 +15,3 @@ def test_lightning_trains_and_resumes_a_sharded_model(norm, tmp_path):
         assert found["local shapes"] == {"net.0": (75, 40), "net.2": (20, 150), "net.4": (5, 40)}
         assert len(found["off"]) == (2 + 1 + 1) * STEPS
         assert max(found["off"]) < 1e-3
-        print(max(found["off"]))
