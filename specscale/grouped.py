@@ -152,7 +152,7 @@ def placed_of(weight: Weight) -> list[Placed] | None:
 
 
 def _is_in_one_piece(weight: Weight) -> bool:
-    """Whether no process can have several pieces of one matrix: all must decide alike, whatever they have themselves."""
+    """Whether no process can have several pieces of one matrix: all must decide alike."""
     view = weight.view
     for placement in placements_of(weight.parameter):
         if not placement.is_replicate():
