@@ -208,6 +208,10 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
         # The main process writes and saves, when its own clock says so; the others help it where they have shards.
         if processes.is_main or is_sharded:
             log = RunLog(config, norm, folder, progress, processes)
+    if is_sharded:
+        stop.check()
+    with stop.share(OSError):
+        if log is not None:
             log.log_spectra(0, model, data.image_shape)
     timer = CheckpointTimer(config.checkpoint_minutes, config.epochs)
     checkpoints = Checkpoints(folder, stateful, progress, timer, writes=processes.is_main, are_sharded=is_sharded)
@@ -229,12 +233,20 @@ def train(config: Config, norm: str, data: Data, processes: Processes, stop: Sto
                 require_finite(model, f"epoch {epoch}")
             stop.check()
             test_metrics = evaluate(config, model, preprocessing, processes)
+            is_logged = False
             if log is not None:
                 with stop.share(OSError):
                     times = {"time/epoch_s": time.perf_counter() - started, **costs.take()}
                     recorded = log.record(epoch, model, scaling, data.image_shape)
                     metrics = {"epoch": epoch, **train_metrics, **test_metrics, "lr": lr, **recorded, **times}
                     log.log_metrics(metrics)
+                    is_logged = True
+            if is_sharded:
+                # All take part in a checkpoint, or none: one that could not write its log would be waited for.
+                stop.check()
+            # No checkpoint of an epoch that is not in the log.
+            if is_logged:
+                with stop.share(OSError):
                     checkpoints.epoch_ended(epoch)
                     if processes.is_main:
                         print(epoch_message(config, norm, metrics), flush=True)

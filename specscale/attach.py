@@ -178,8 +178,9 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
     taken = {w.scaling for w in held_by_others} | {id(w.parameter) for w in held_by_others}
     if any(weight.scaling in taken or id(weight.parameter) in taken for weight in owned):
         raise Refusal(f"this {kind} is attached already; a second hook would scale twice")
-    if sharded := [weight for weight in owned if is_sharded(weight.parameter)]:
-        # In all processes together, while they are: a report may be made by one.
+    if sharded := [weight for weight in weights if is_sharded(weight.parameter) and not weight.parameter.is_meta]:
+        # In all processes together, while they are, those of other optimizers and frozen ones too: a report, which one
+        # process may make alone, cannot.
         solve_first_(sharded)
     hook = StepHook(held, step)
     _ATTACHED.add(optimizer)

@@ -43,7 +43,7 @@ from specscale.block import Block, basis_of
 from specscale.constraints import Cap, Constraint, Frobenius, Normalize, Spectral
 from specscale.kernels import SIDE, SMALL_SIZE
 from specscale.norms import SpectralNormBySolver
-from specscale.shards import Groups, local, numbers_of, parts_of
+from specscale.shards import Groups, local, numbers_of, parts_of, placements_of
 from specscale.shards import layout_of as layout_of_shards
 from specscale.views import SplitWeight
 from specscale.weights import Weight
@@ -151,12 +151,23 @@ def placed_of(weight: Weight) -> list[Placed] | None:
     return [found.get(number, empty) for number in range(weight.view.count)]
 
 
+def _is_in_one_piece(weight: Weight) -> bool:
+    """Whether no process can have several pieces of one matrix: all must decide alike."""
+    view = weight.view
+    for placement in placements_of(weight.parameter):
+        if not placement.is_replicate():
+            names = view.groups[placement.dim]
+            if len(list(itertools.dropwhile(lambda name: name in view.batch_names, names))) > 1:
+                return False
+    return True
+
+
 def fits(weight: Weight) -> bool:
     """Whether a kernel takes the weight's step."""
     parameter, scaling = weight.parameter, weight.scaling
     shards = layout_of_shards(parameter, weight.view)
     # Where images are sums too, the kernels would have to be cut once more.
-    if shards is not None and shards.image_sums:
+    if shards is not None and (shards.image_sums or not _is_in_one_piece(weight)):
         return False
     constraint = scaling.constraint
     # Not rows and columns: as matrices, they are so thin that a program has next to nothing to do, and so many that the

@@ -16,7 +16,7 @@ from specscale.held import INSIDE_PLAIN, HeldWeights, Place, is_source, places_o
 from specscale.layers import EMBEDDINGS, LayerRule, RuleBook
 from specscale.linalg import at_least_float32, no_grad_full_precision, product
 from specscale.parametrization import unregister
-from specscale.shards import is_sharded, local
+from specscale.shards import is_sharded, layout_of, local, summed
 from specscale.state import PLAIN_LAYERS, NormScaling, original, scaling_of, version_of
 from specscale.state_dicts import LoadCheck, end_unused_checks, refuse_others_on_top
 from specscale.step import solve_anew_
@@ -312,7 +312,7 @@ def _renew(taken: _Taken, find: _Find, model: nn.Module) -> None:
     is_same_matrix = parameter.shape == taken.shape and find.view == scaling.view
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     fits_state = is_same_matrix and scaling.norm.dtype == dtype and scaling.norm.device == parameter.device
-    if fits_state and parameter is taken.parameter and torch.equal(_checksum(parameter), taken.checksum):
+    if fits_state and parameter is taken.parameter and _is_unchanged(taken):
         scaling.keep_current(parameter, taken.version)
         return
     held = {name: scaling.get_buffer(name) for name in scaling.held_buffers}
@@ -333,6 +333,14 @@ def _renew(taken: _Taken, find: _Find, model: nn.Module) -> None:
         # What is relative to a norm is so to the one that the weight has at this step of the schedule.
         scaling.set_target_(numbers, is_base=not depends_on_norms(find.target))
     scaling.mark_current(parameter)
+
+
+def _is_unchanged(taken: _Taken) -> bool:
+    """Whether the weight has the values that it had: of a sharded one, in all processes, which solve it together."""
+    is_changed = ~(_checksum(taken.parameter) == taken.checksum).all()
+    layout = layout_of(taken.parameter, taken.weight.scaling.view)
+    (count,) = summed([is_changed.float().reshape(1)], [() if layout is None else layout.sums])
+    return not bool(count)
 
 
 @no_grad_full_precision

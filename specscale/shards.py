@@ -46,6 +46,14 @@ def placements_of(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.placements) if is_sharded(tensor) else ()  # type: ignore[attr-defined]
 
 
+def num_shards_of(tensor: Tensor) -> int:
+    """Over how many processes the tensor is split; 1 where it is whole."""
+    if not is_sharded(tensor):
+        return 1
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    return math.prod(mesh.size(dim) for dim, one in enumerate(placements_of(tensor)) if not one.is_replicate())
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor, outside of autograd: in the same memory."""
     own: Tensor = tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

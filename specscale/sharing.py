@@ -7,7 +7,7 @@ for bit, and every process writes every weight as it would without.
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,16 @@ def owners(costs: Sequence[int], num_ranks: int) -> list[int | None]:
     return chosen
 
 
+def refuse_sharded(weights: Iterable[Weight]) -> None:
+    """Refuse weights that are solved by all processes together: one alone would wait for the others."""
+    for weight in weights:
+        if is_sharded(weight.parameter):
+            raise Refusal(
+                f"the weight of {weight.name!r} is sharded, so that every process has work of its own; "
+                "share is for DistributedDataParallel, where every process holds whole weights"
+            )
+
+
 class Sharing:
     """Shares the measuring of batches among the processes of a group, by one collective a step.
 
@@ -68,12 +78,7 @@ class Sharing:
             raise Refusal("this process is not in the process group; call share in the processes that are")
         if not (group is None or isinstance(group, dist.ProcessGroup)):
             raise Refusal(f"expected a torch.distributed.ProcessGroup, found {type(group).__name__}", TypeError)
-        for weight in weights:
-            if is_sharded(weight.parameter):
-                raise Refusal(
-                    f"the weight of {weight.name!r} is sharded, so that every process has work of its own; "
-                    "share is for DistributedDataParallel, where every process holds whole weights"
-                )
+        refuse_sharded(weights)
         self._group: dist.ProcessGroup | None = group
         self._rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
@@ -98,6 +103,8 @@ class Sharing:
 
     def measure(self, batches: list[list[Weight]], measure: Measure) -> list[Measurement]:
         """What `measure` finds in each batch, here or in another process. Every process must call this alike."""
+        # They may have been sharded since.
+        refuse_sharded(itertools.chain.from_iterable(batches))
         ranks = owners([operations(batch) for batch in batches], self.num_ranks)
         found = {
             number: measure(batch)

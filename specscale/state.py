@@ -16,7 +16,7 @@ from specscale.constraints import Constraint
 from specscale.errors import Refusal
 from specscale.linalg import at_least_float32, in_float64
 from specscale.schedules import AnySchedule, Schedule, own_factor
-from specscale.shards import ShardedMatrices, is_sharded, layout_of, local, placements_of, whole
+from specscale.shards import ShardedMatrices, is_sharded, layout_of, local, num_shards_of, placements_of, whole
 from specscale.views import MatrixView
 
 MEASURED = ("norm", "norm_before", "residual", "error")
@@ -98,6 +98,8 @@ class NormScaling(nn.Module):
         `norm` is NaN. A checkpoint of a weight that was sharded in another way brings the norms without the state."""
         self.placements: tuple[Any, ...] = ()
         """How the weight was sharded when it was last looked at: torch's placements; empty where it was whole."""
+        self.num_shards = 1
+        """Over how many processes it was split then."""
         self._owner: weakref.ref[nn.Module] | None = None
         """torch's list of the tensor's parametrizations; None in a copy, and where it is not registered."""
         self._recorded: tuple[int, int] | None = None
@@ -127,7 +129,7 @@ class NormScaling(nn.Module):
         The solver's block of a sharded weight may lie on another side than it did: the weight is then solved anew.
         Returns whether the buffers are others now.
         """
-        self.placements = placements_of(weight)
+        self.placements, self.num_shards = placements_of(weight), num_shards_of(weight)
         if self.norm.device != weight.device or not self._is_on_its_side(weight):
             held = {name: self.get_buffer(name) for name in self.held_buffers}
             self.reset_(self.view, weight)
@@ -153,7 +155,10 @@ class NormScaling(nn.Module):
 
     def is_gathered(self, weight: Tensor) -> bool:
         """Whether the weight is sharded, and whole or less sharded for a forward pass now: a write would be lost."""
-        return len(placements_of(weight)) < len(self.placements)
+        if not self.placements:
+            return False
+        # With `reshard_after_forward=2`, say, it is in fewer shards, of a mesh of more dimensions.
+        return len(placements_of(weight)) < len(self.placements) or num_shards_of(weight) < self.num_shards
 
     @property
     def target_name(self) -> str:

@@ -238,6 +238,58 @@ def a_layer_sharded_on_its_own_and_the_rest():
     assert_equal_on_all(model)
 
 
+def weights_that_no_optimizer_has():
+    model = mlp()
+    scaling = apply_norm_scaling(model, "spectral")
+    # Wide: its block changes sides, and has to be solved anew.
+    model[2].parametrizations.weight.original.requires_grad_(False)
+    fully_shard(model, mesh=mesh_of("fsdp"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, foreach=False)
+    scaling.attach(optimizer)
+    assert scaling.metrics()["norm/2"] == pytest.approx(scaling.metrics()["target/2"], rel=1e-3)
+
+
+def sharded_after_they_were_shared():
+    scaling = apply_norm_scaling(model := mlp(), {"0": "spectral", "*": "normalize"}).share()
+    fully_shard(model, mesh=mesh_of("fsdp"))
+    scaling.attach(optimizer := sgd(model))
+    with pytest.raises(
+        ValueError, match="step: the weight of '0' is sharded, so that every process has work of its own"
+    ):
+        train(model, optimizer, 0)
+
+
+def a_change_in_plain_that_one_rank_has():
+    scaling = sharded("tp", model := mlp())
+    with scaling.plain(), torch.no_grad():
+        if dist.get_rank() == 0:
+            local(model[0].weight)[0].zero_()
+    for weight in scaling.weights:
+        assert weight.scaling.norm.item() == pytest.approx(spectrum(weight).max().item(), rel=1e-4)
+    assert_equal_on_all(model)
+
+
+def fewer_shards_after_a_forward_pass():
+    if dist.get_world_size() < 4:
+        return
+    scaling = apply_norm_scaling(model := mlp(), "spectral")
+    mesh = mesh_of("fsdp")
+    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=2)
+    fully_shard(model, mesh=mesh)
+    scaling.attach(optimizer := sgd(model))
+    train(model, optimizer, 0)
+    with torch.no_grad():
+        model(inputs(model, 0))
+    with pytest.raises(ValueError, match="the weight of '0' is gathered"):
+        scaling.step()
+    scaling.metrics()
+    train(model, optimizer, 1)
+    for weight in scaling.weights:
+        assert_held(weight)
+
+
 LIFE = [
     a_mixed_precision_policy,
     gradients_accumulated_without_sync,
@@ -251,4 +303,8 @@ LIFE = [
     a_forward_pass_without_a_backward_pass,
     several_kinds_of_weights_under_several_norms,
     a_layer_sharded_on_its_own_and_the_rest,
+    weights_that_no_optimizer_has,
+    sharded_after_they_were_shared,
+    a_change_in_plain_that_one_rank_has,
+    fewer_shards_after_a_forward_pass,
 ]

@@ -1,13 +1,17 @@
 """The kernels' step on sharded weights, in Triton's interpreter and in real processes, against torch operations."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ranks import on_ranks
+from torch.distributed.tensor import Shard
 
 pytest.importorskip("triton")
 
 from sharded_kernels import compare
 
+from specscale import MatrixView, grouped
 from specscale.constraints import Normalize
 
 
@@ -28,3 +32,19 @@ def test_steps_of_shards_by_kernels_are_those_of_torch(norm, count, num_ranks, t
     assert num_reduced == (1 if count is None else 2 * count)
     for _, _, others in results[1:]:
         assert torch.equal(others, buffers)
+
+
+@pytest.mark.parametrize(
+    ("view", "is_in_one_piece"),
+    [
+        (MatrixView("o i"), True),
+        (MatrixView("(k o) i", count=3), True),
+        # Of a matrix whose rows lie apart, some processes would have one piece, and others several.
+        (MatrixView("(o k) i", count=3), False),
+        (MatrixView("(o1 k o2) i", count=3, lengths={"o1": 4}), False),
+    ],
+    ids=str,
+)
+def test_all_processes_decide_alike_whether_kernels_take_a_weight(view, is_in_one_piece, monkeypatch):
+    monkeypatch.setattr(grouped, "placements_of", lambda _: (Shard(0),))
+    assert grouped._is_in_one_piece(SimpleNamespace(view=view, parameter=None)) == is_in_one_piece
