@@ -164,7 +164,9 @@ def attach(optimizer: torch.optim.Optimizer, held: HeldWeights, step: ScalingSte
     owned = owned_by(optimizer, weights)
     if not owned:
         is_frozen = not any(weight.parameter.requires_grad for weight in weights)
-        advice = "all of them are frozen" if is_frozen else "build it from this model's parameters"
+        is_any_sharded = any(is_sharded(weight.parameter) for weight in weights)
+        when = ", after fully_shard, which puts others in their place" if is_any_sharded else ""
+        advice = "all of them are frozen" if is_frozen else f"build it from this model's parameters{when}"
         raise Refusal(f"{kind} owns none of the scaled weights; {advice}")
     if on_meta := [weight.name for weight in owned if weight.parameter.is_meta]:
         raise Refusal(
@@ -211,9 +213,11 @@ def warn_of_unowned(held: HeldWeights, call: str, stacklevel: int) -> None:
     weights = [weight for weight in held.current() if weight.parameter.requires_grad]
     unowned = [weight.name for weight in weights if id(weight.parameter) not in owned]
     if unowned:
+        is_any_sharded = any(is_sharded(weight.parameter) for weight in weights)
+        which = " (one that was built after fully_shard)" if is_any_sharded else ""
         warnings.warn(
             f"{call}: {len(unowned)} of {len(weights)} weights are in no attached optimizer, and no step scales them: "
-            f"{some_of(unowned)}. Attach the optimizer that trains them, or freeze or exclude what is not trained",
+            f"{some_of(unowned)}. Attach the optimizer that trains them{which}, or freeze or exclude what is not trained",
             stacklevel=stacklevel,
         )
 

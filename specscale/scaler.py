@@ -121,8 +121,8 @@ class NormScaler:
             TypeError: `optimizer` is no torch optimizer.
             ValueError: it would never call a step hook, owns none of the weights, or has them on the meta device, is
                 attached already, its state is in the order of other parameters (of the plain model, for one), or the
-                weights have been sharded. From then on, `optimizer.load_state_dict` refuses a state in another order
-                too.
+                weights are parts of flat parameters (FSDP1), or sharded under a constraint that needs them whole. From
+                then on, `optimizer.load_state_dict` refuses a state in another order too.
         """
         self._present()
         self._handles += attach(optimizer, self._held, self._step)

@@ -200,7 +200,7 @@ def a_forward_pass_without_a_backward_pass():
     with torch.no_grad():
         model(inputs(model, 0))
     for call in (scaling.step, scaling.project):
-        with pytest.raises(ValueError, match=r"the weight of '0' is gathered.*call model\.reshard\(\) first"):
+        with pytest.raises(ValueError, match=r"the weight of '0' is gathered.*call reshard\(\) of every FSDPModule"):
             call()
     model.reshard()
     scaling.step()
