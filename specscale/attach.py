@@ -217,7 +217,8 @@ def warn_of_unowned(held: HeldWeights, call: str, stacklevel: int) -> None:
         which = " (one that was built after fully_shard)" if is_any_sharded else ""
         warnings.warn(
             f"{call}: {len(unowned)} of {len(weights)} weights are in no attached optimizer, and no step scales them: "
-            f"{some_of(unowned)}. Attach the optimizer that trains them{which}, or freeze or exclude what is not trained",
+            f"{some_of(unowned)}. Attach the optimizer that trains them{which}, or freeze or exclude what is not "
+            "trained",
             stacklevel=stacklevel,
         )
 

@@ -440,8 +440,8 @@ def refuse_gathered(weights: Iterable[Weight]) -> None:
     for weight in weights:
         if weight.scaling.is_gathered(weight.parameter):
             raise Refusal(
-                f"the weight of {weight.name!r} is gathered, as fully_shard may leave it after a forward pass without a "
-                "backward pass; call reshard() of every FSDPModule in model.modules() first"
+                f"the weight of {weight.name!r} is gathered, as fully_shard may leave it after a forward pass without "
+                "a backward pass; call reshard() of every FSDPModule in model.modules() first"
             )
 
 

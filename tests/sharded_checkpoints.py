@@ -279,8 +279,13 @@ def options(folder):
             else:
                 load(other, made, folder)
             found = values_of(other)
-            # Without a call for the state dict before, the block of the wide weight has no place in the model yet.
-            anew = set() if attached or name == "async" else {f"2.{HOME}{own}" for own in SOLVED_ANEW}
+            # Without a call for the state dict before, the buffers are not those of a sharded model yet.
+            waits = not attached and name != "async"
+            anew = (
+                {f"{layer}.{HOME}{own}" for layer in (0, 2) for own in (*SOLVED_ANEW, "residual", "error")}
+                if waits
+                else set()
+            )
             moved = [own for own in values if own not in anew and not torch.equal(found[own], values[own])]
             assert not moved, (name, attached, moved)
             if not attached:
