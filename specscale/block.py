@@ -402,7 +402,10 @@ def _residuals(blocks: list[_Iterate], problems: "_SmallProblems | None") -> lis
         totals = summed(parts, groups)
     for block, own in zip(fresh, totals[len(blocks) : len(parts)], strict=True):
         block.set_squares(own)
-    return [block.residuals(own) for block, own in zip(blocks, totals, strict=False)]
+    products = totals[: len(blocks)]
+    del parts, totals
+    # Each is let go as its residual is made.
+    return [block.residuals(products.pop(0)) for block in blocks]
 
 
 def _iterate(blocks: list[_Iterate], is_cautious: bool, problems: "_SmallProblems | None" = None) -> Tensor:
@@ -412,7 +415,7 @@ def _iterate(blocks: list[_Iterate], is_cautious: bool, problems: "_SmallProblem
     """
     counts = [len(block.V) for block in blocks]
     residuals = _residuals(blocks, problems)
-    bases = [torch.cat([block.V, R], dim=-1) for block, R in zip(blocks, residuals, strict=True)]
+    bases = [torch.cat([block.V, residuals.pop(0)], dim=-1) for block in blocks]
     is_finite = concat([block.is_finite for block in blocks])[:, None, None]
     squares = concat([block.squares for block in blocks])
     gram_s = concat([gram(basis) for basis in bases])
@@ -421,9 +424,9 @@ def _iterate(blocks: list[_Iterate], is_cautious: bool, problems: "_SmallProblem
     squares = torch.where(is_finite, squares, 0)
     frame = orthogonalize(gram_s, squares)
     images = []
-    of_rest = _images(blocks, residuals)
-    for block, own, M, K in zip(blocks, of_rest, frame.M.split(counts), frame.K.split(counts), strict=True):
-        T = add_product(product(own * block.unscale, M), block.Y, K, alpha=-1)
+    of_rest = _images(blocks, [basis[..., basis.shape[-1] // 2 :] for basis in bases])
+    for block, M, K in zip(blocks, frame.M.split(counts), frame.K.split(counts), strict=True):
+        T = add_product(product(of_rest.pop(0) * block.unscale, M), block.Y, K, alpha=-1)
         images.append(torch.cat([block.Y, T], dim=-1))
     grams = [block.matrices.once(gram(image)) for block, image in zip(blocks, images, strict=True)]
     gram_w = torch.where(is_finite, concat(summed(grams, [block.matrices.sums for block in blocks])), 0)

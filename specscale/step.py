@@ -63,10 +63,10 @@ class ScalingStep:
         """
         if not weights:
             return
-        refuse_gathered(weights)
-        if torch.compiler.is_compiling() and any(is_sharded(weight.parameter) for weight in weights):
+        if torch.compiler.is_compiling() and [weight for weight in weights if is_sharded(weight.parameter)]:
             # A compiler cannot trace a `Refusal`.
             raise RuntimeError("step: a step over sharded weights cannot be compiled; take it outside of torch.compile")
+        refuse_gathered(weights)
         solve_first_(weights)
         sharing = self._sharing if counts else None
         # Through the module, so that a test can run an accelerator's step on a CPU.
