@@ -34,6 +34,7 @@ def assert_as_uninterrupted(found, expected, tolerance):
         assert one["off"] < 1e-3, (norm, attached)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_comes_back_bit_for_bit(ranks, saved):
     for found in ranks(runs.short, 2, saved):
         assert found["losses"][0] == found["losses"][1]

@@ -321,7 +321,8 @@ def test_a_group_that_has_been_destroyed_is_forgotten():
     assert found[0].sums != found[1].sums
 
 
-@pytest.mark.parametrize(("world", "rows"), [(8, 80), pytest.param(64, 128, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "rows"), [(8, 80), (64, 128)])
 def test_many_processes_by_torchs_own_simulation(world, rows):
     """Where all shards are of one shape: torch runs one piece of code on the tensors of all processes."""
     local_tensor = pytest.importorskip("torch.distributed._local_tensor")
