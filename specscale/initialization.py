@@ -32,15 +32,14 @@ def orthogonal(shape: torch.Size, like: Tensor, generator: torch.Generator | Non
 @no_grad_full_precision
 def orthogonal_like(weight: Weight, gain: float, generator: torch.Generator | None) -> Tensor:
     """A tensor like the weight, memory format included, whose matrices are `gain` times orthogonal ones."""
-    if not is_sharded(weight.parameter):
-        value = torch.empty_like(weight.parameter)
-        shape = weight.view.matrices(value).shape
-        weight.view.write_(value, gain * orthogonal(shape, value, generator))
-        return value
-    whole = torch.empty(weight.parameter.shape, dtype=weight.parameter.dtype, device=local(weight.parameter).device)
-    shape = weight.view.matrices(whole).shape
-    weight.view.write_(whole, gain * orthogonal(shape, whole, generator))
-    return as_shard(whole, weight.parameter)
+    like = weight.parameter
+    if is_sharded(like):
+        value = torch.empty(like.shape, dtype=like.dtype, device=local(like).device)
+    else:
+        value = torch.empty_like(like)
+    shape = weight.view.matrices(value).shape
+    weight.view.write_(value, gain * orthogonal(shape, value, generator))
+    return as_shard(value, like) if is_sharded(like) else value
 
 
 @public_call()

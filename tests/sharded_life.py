@@ -13,6 +13,15 @@ from specscale import NonFiniteWeightError, apply_norm_scaling, orthogonal_init_
 from specscale.shards import local, whole
 
 
+def train_and_assert_held(model, optimizer, scaling):
+    """Three steps, after each of which every weight is held, and at the end the same on all ranks."""
+    for step in range(3):
+        train(model, optimizer, step)
+        for weight in scaling.weights:
+            assert_held(weight)
+    assert_equal_on_all(model)
+
+
 def trained(norm="spectral", steps=2):
     scaling = sharded("fsdp", model := mlp(), norm)
     optimizer = sgd(model)
@@ -128,11 +137,7 @@ def a_model_made_on_the_meta_device():
         assert torch.allclose(values, torch.full_like(values, gain), rtol=1e-5)
         assert weight.scaling.target.item() == pytest.approx(gain)
     scaling.attach(optimizer := sgd(model, 0.01))
-    for step in range(3):
-        train(model, optimizer, step)
-        for weight in scaling.weights:
-            assert_held(weight)
-    assert_equal_on_all(model)
+    train_and_assert_held(model, optimizer, scaling)
 
 
 def calls_of_the_handle():
@@ -213,11 +218,7 @@ def several_kinds_of_weights_under_several_norms():
     norms = {"0": "cap", "2": "rows", "4": "normalize", "*": "frobenius"}
     scaling = sharded("fsdp", model := mlp(), norms)
     scaling.attach(optimizer := sgd(model, 0.1))
-    for step in range(3):
-        train(model, optimizer, step)
-        for weight in scaling.weights:
-            assert_held(weight)
-    assert_equal_on_all(model)
+    train_and_assert_held(model, optimizer, scaling)
 
 
 def a_layer_sharded_on_its_own_and_the_rest():
