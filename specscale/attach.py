@@ -73,8 +73,9 @@ class StepHook:
         is_compiling = torch.compiler.is_compiling()
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         self._owned.clear()
-        refuse_gathered(self.held.current())
-        for weight in self.held.current():
+        weights = self.held.current()
+        refuse_gathered(weights)
+        for weight in weights:
             parameter = weight.parameter
             if (group := groups.get(id(parameter))) is not None:
                 version = 0 if is_compiling else version_of(parameter)

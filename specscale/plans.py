@@ -5,7 +5,7 @@ import importlib
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specscale.errors import Refusal
 from specscale.shards import layout_of
+from specscale.state import NormScaling
 from specscale.weights import Weight
 
 Fingerprint = tuple[tuple[Hashable, ...], ...]
@@ -33,6 +34,8 @@ class Plan:
     def __init__(self, weights: list[Weight], *, by_kernels: bool = True) -> None:
         self.weights = weights
         self.scalings = {weight.scaling for weight in weights}
+        self._buffers = _buffers_of(self.scalings)
+        """Held for their ids: see `fingerprint`."""
         self.groups: list[Any] = []
         """The `grouped.GroupedStep` of the weights of each constraint, dtype and device that kernels fit."""
         self.rest: list[Weight] = []
@@ -106,15 +109,24 @@ def is_capturing() -> bool:
 def fingerprint(weights: list[Weight]) -> Fingerprint:
     """All that a plan depends on: a stale address would be written to after its memory has been freed.
 
-    A plan holds its scalings, so that an id is not used twice.
+    A plan holds its scalings and their buffers, so that an id is not used twice.
     """
     scalings = [weight.scaling for weight in weights]
     # Of a DTensor, what it wraps has the address.
-    tensors = [getattr(weight.parameter, "_local_tensor", weight.parameter) for weight in weights]
-    for scaling in scalings:
-        tensors += scaling._buffers.values()  # type: ignore[arg-type]
+    parameters = [getattr(parameter, "_local_tensor", parameter) for parameter in (one.parameter for one in weights)]
+    buffers = _buffers_of(scalings)
     # All tensors at once: at every step, this is the most of the host's work.
-    return (tuple(map(id, scalings)), *(tuple(map(look, tensors)) for look in _LOOKS))
+    return (
+        tuple(map(id, scalings)),
+        *(tuple(map(look, parameters)) for look in _LOOKS),
+        # A buffer that is the same object, in the same place, is as it was.
+        tuple(map(id, buffers)),
+        tuple(map(Tensor.data_ptr, buffers)),
+    )
+
+
+def _buffers_of(scalings: Iterable[NormScaling]) -> list[Tensor]:
+    return [buffer for scaling in scalings for buffer in scaling._buffers.values()]  # type: ignore[misc]
 
 
 def goes_by_kernels(weight: Weight) -> bool:

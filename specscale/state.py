@@ -380,9 +380,11 @@ def scalings_of(module: nn.Module) -> Iterator[tuple[str, NormScaling]]:
 def scaling_of(module: nn.Module, tensor: str) -> NormScaling | None:
     """The scaling of a layer's tensor, or None where it has none."""
     parametrizations = parametrizations_of(module, tensor)
-    if parametrizations is None:
-        return None
-    return next((one for one in parametrizations._modules.values() if isinstance(one, NormScaling)), None)
+    # A loop takes half the time of a generator.
+    for one in () if parametrizations is None else parametrizations._modules.values():
+        if isinstance(one, NormScaling):
+            return one
+    return None
 
 
 def others_on_top(module: nn.Module, tensor: str) -> list[nn.Module]:
@@ -392,16 +394,13 @@ def others_on_top(module: nn.Module, tensor: str) -> list[nn.Module]:
 
 def original(module: nn.Module, tensor: str) -> nn.Parameter:
     """The parameter behind a parametrized tensor."""
-    parametrizations = parametrizations_of(module, tensor)
-    assert parametrizations is not None
-    parameter = parametrizations._parameters.get("original")
-    return parametrizations.original if parameter is None else parameter  # type: ignore[return-value]
+    # Looked up as attributes, they take ten times as long, several times for each weight at each step.
+    chain = module._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
+    parameter = chain._parameters.get("original")  # type: ignore[union-attr]
+    return chain.original if parameter is None else parameter  # type: ignore[return-value, union-attr]
 
 
 def parametrizations_of(module: nn.Module, tensor: str) -> nn.Module | None:
-    """torch's list of a tensor's parametrizations; None where it has none.
-
-    Looked up as a module's attribute, it takes ten times as long, several times for each weight at each step.
-    """
+    """torch's list of a tensor's parametrizations; None where it has none."""
     own = module._modules.get("parametrizations")
     return own._modules.get(tensor) if isinstance(own, nn.ModuleDict) else None

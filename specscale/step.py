@@ -96,9 +96,11 @@ class ScalingStep:
         self, weights: list[Weight], skip: Tensor | None, counts: bool, sharing: Sharing | None
     ) -> None:
         is_compiling = torch.compiler.is_compiling()
+        # What a compiler or a graph of the caller's records is not what runs: the host reads nothing of it.
+        is_recorded = is_compiling or is_capturing()
         # The step before has ended, unless the host is a whole step ahead. Its error is raised once, so that training
         # can go on from good weights.
-        if not is_compiling and self._pending is not None:
+        if not is_recorded and self._pending is not None:
             pending, self._pending = self._pending, None
             if bad := self._read(pending):
                 raise non_finite(bad, f"the last step did not scale it. {ADVICE}")
@@ -110,13 +112,13 @@ class ScalingStep:
         # Before any capture of ours: what a plan allocates and copies must not become part of a graph.
         plan = Plan(weights, by_kernels=False) if is_compiling else self._plans.of(weights)
         # No collective becomes part of what is compiled or captured.
-        if sharing is not None and (is_compiling or is_capturing() or not operations(plan.rest)):
+        if sharing is not None and (is_recorded or not operations(plan.rest)):
             sharing = None
         if self._graphs is None or sharing is not None:
             results = scale(plan, planned, skip, sharing)
         else:
             results = self._graphs.take(scale, plan, planned, skip)
-        if not is_compiling:
+        if not is_recorded:
             self._pending = PendingStats(results)
         for weight in weights:
             weight.scaling.mark_current(None if is_compiling else weight.parameter)
@@ -241,31 +243,31 @@ def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
     are one batch: what they sum over processes travels together.
     """
     weights = list(weights)
-    sharded = [weight for weight in weights if is_sharded(weight.parameter)]
-    weights = [weight for weight in weights if not is_sharded(weight.parameter)] if sharded else weights
-    together: dict[object, list[Weight]] = {}
-    for weight in sharded:
-        key = (weight.scaling.constraint, weight.parameter.dtype, weight.parameter.device)
-        together.setdefault(key, []).append(weight)
-    yield from together.values()
-    largest = max([0, *[weight.parameter.numel() for weight in weights]])
+    whole = [weight.parameter.numel() for weight in weights if not is_sharded(weight.parameter)]
+    largest = max(whole, default=0)
     open_batches: dict[object, tuple[list[Weight], int, int]] = {}
     for weight in weights:
         constraint, parameter = weight.scaling.constraint, weight.parameter
-        shape = weight.scaling.matrix_shape(parameter)
-        scratch = weight.view.count * constraint.norm.scratch_elements(*shape)
-        if scratch and (parameter.dtype.itemsize < 4 or not parameter.is_contiguous()):
-            # It is read as a copy, which is held until the batch is measured.
-            scratch += parameter.numel()
-        # Elsewhere, a batch takes nearly as long as several.
-        cost = weight.view.count * constraint.norm.operations(*shape) if linalg.can_sync(parameter) else 0
-        key = (constraint, parameter.dtype, parameter.device)
+        scratch, cost = (0, 0) if is_sharded(parameter) else _scratch_and_cost(weight)
+        key = (constraint, parameter.dtype, parameter.device, is_sharded(parameter))
         batch, total, total_cost = open_batches.get(key, ([], 0, 0))
         if batch and (total + scratch > largest or total_cost + cost > MOST_OPERATIONS):
             yield batch
             batch, total, total_cost = [], 0, 0
         open_batches[key] = [*batch, weight], total + scratch, total_cost + cost
     yield from (batch for batch, *_ in open_batches.values())
+
+
+def _scratch_and_cost(weight: Weight) -> tuple[int, int]:
+    """The elements of memory and, on a CPU, the operations that it takes to measure a weight in a batch."""
+    parameter, norm = weight.parameter, weight.scaling.constraint.norm
+    shape = weight.scaling.matrix_shape(parameter)
+    scratch = weight.view.count * norm.scratch_elements(*shape)
+    if scratch and (parameter.dtype.itemsize < 4 or not parameter.is_contiguous()):
+        # It is read as a copy, which is held until the batch is measured.
+        scratch += parameter.numel()
+    # Elsewhere, a batch takes nearly as long as several.
+    return scratch, weight.view.count * norm.operations(*shape) if linalg.can_sync(parameter) else 0
 
 
 def project_weights_(batches: list[Batch], skips: Iterable[Tensor | None] = repeat(None)) -> None:

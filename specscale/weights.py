@@ -405,9 +405,10 @@ def _layers_of(weights: Iterable[Weight], model: nn.Module) -> dict[Weight, list
 def refuse_without_values(weights: Iterable[Weight], *, on_meta: bool = False) -> None:
     """Refuse weights that have no values yet: lazy ones, and those on the meta device, unless they may be there."""
     for weight in weights:
-        if isinstance(weight.parameter, nn.parameter.UninitializedParameter):
+        parameter = weight.parameter
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise Refusal(f"the weight of {weight.name!r} has no shape yet; call the lazy model once first")
-        if weight.parameter.is_meta and not on_meta:
+        if parameter.is_meta and not on_meta:
             raise without_numbers(weight, "give the model memory (to_empty) and values first")
 
 
@@ -425,8 +426,9 @@ def is_flat_part(tensor: Tensor) -> bool:
 def refuse_flat(weights: Iterable[Weight]) -> None:
     """Refuse weights that are parts of a flat parameter."""
     for weight in weights:
-        kind = "a part of" if is_flat_part(weight.parameter) else None
-        if kind is None and weight.is_scaled and not isinstance(weight.parameter, nn.Parameter):
+        parameter = weight.parameter
+        kind = "a part of" if is_flat_part(parameter) else None
+        if kind is None and not isinstance(parameter, nn.Parameter) and weight.is_scaled:
             kind = "a view of"
         if kind is not None:
             raise Refusal(
@@ -438,7 +440,8 @@ def refuse_flat(weights: Iterable[Weight]) -> None:
 def refuse_gathered(weights: Iterable[Weight]) -> None:
     """Refuse to write sharded weights while `fully_shard` has them gathered: the shards would not be written."""
     for weight in weights:
-        if weight.scaling.is_gathered(weight.parameter):
+        # Of a weight that was not sharded, its parameter need not be looked at.
+        if weight.scaling.placements and weight.scaling.is_gathered(weight.parameter):
             raise Refusal(
                 f"the weight of {weight.name!r} is gathered, as fully_shard may leave it after a forward pass without "
                 "a backward pass; call reshard() of every FSDPModule in model.modules() first"

@@ -1,12 +1,23 @@
-"""Steps of sharded weights by kernels, in Triton's interpreter, beside those of torch operations, on one rank."""
+"""Steps of sharded weights by kernels, on a GPU or in Triton's interpreter, beside those of torch operations.
+
+What one rank does of it.
+"""
+
+import contextlib
+import warnings
 
 import torch
+import torch.distributed as dist
 from interpreted import interpreted_grouped
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lib.launches import launches
+from lib.scaling_checks import refuse_to_wait
 from specscale import LayerRule, MatrixView, apply_norm_scaling, step
+from specscale import grouped as compiled
 from specscale.block import Block
 from specscale.plans import Plan
 from specscale.shards import layout_of, local, whole
@@ -21,10 +32,11 @@ class Fused(nn.Module):
 RULES = [LayerRule(Fused, {"weight": MatrixView("(k o) i", count=3)})]
 
 
-def scaled(norm):
+def scaled(norm, device="cpu"):
     """Layers with separated singular values, sharded over all ranks: tall, wide, narrow, uneven, and of few rows."""
     sizes = ((150, 64), (64, 150), (90, 20), (33, 90), (1, 24))
     model = nn.ModuleList([nn.Linear(n, m) for m, n in sizes] + [nn.Conv2d(8, 48, 3), Fused(40, 70)])
+    model.to(device)
     handle = apply_norm_scaling(model, norm, target=1.0, rules=RULES, solver=Block(tolerance=1e-30))
     generator = torch.Generator().manual_seed(0)
     for weight in handle.weights:
@@ -32,8 +44,9 @@ def scaled(norm):
         u, v = (torch.randn(weight.view.count, side, min(m, n), generator=generator) for side in (m, n))
         values = 0.94 ** torch.arange(min(m, n))
         with torch.no_grad():
-            weight.view.write_(weight.parameter, (torch.linalg.qr(u).Q * values) @ torch.linalg.qr(v).Q.mT)
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+            matrices = (torch.linalg.qr(u).Q * values) @ torch.linalg.qr(v).Q.mT
+            weight.view.write_(weight.parameter, matrices.to(device))
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     for layer in model:
         fully_shard(layer, mesh=mesh)
     handle.project()
@@ -46,16 +59,17 @@ def drift_(handle, seed):
         shape = tuple(weight.parameter.shape)
         change = torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + number))
         place = layout_of(weight.parameter, weight.view).place
-        local(weight.parameter).add_(0.1 * change[place] / max(shape) ** 0.5)
+        own = local(weight.parameter)
+        own.add_((0.1 * change[place] / max(shape) ** 0.5).to(own.device))
 
 
 @torch.no_grad()
-def compare(norm, count, num_steps):
+def compare(norm, count, num_steps, device="cpu"):
     """For each weight: the largest difference of the weights and of the norms, and whether kernels took it."""
-    by_torch, by_kernels = scaled(norm), scaled(norm)
+    by_torch, by_kernels = scaled(norm, device), scaled(norm, device)
     counts = {weight.scaling.constraint: count for handle in (by_torch, by_kernels) for weight in handle.weights}
     found = {}
-    with interpreted_grouped() as grouped:
+    with interpreted_grouped() if device == "cpu" else contextlib.nullcontext(compiled) as grouped:
         fits = [weight for weight in by_kernels.weights if grouped.fits(weight)]
         rest = [weight for weight in by_kernels.weights if weight not in fits]
         taken = grouped.GroupedStep(fits)
@@ -75,4 +89,23 @@ def compare(norm, count, num_steps):
         norms = ((other.scaling.norm - one.scaling.norm) / one.scaling.norm).abs().max().item()
         found[one.name] = difference, norms, other in fits
     buffers = [buffer for weight in by_kernels.weights for buffer in weight.scaling.buffers()]
-    return found, num_reduced, torch.cat([buffer.flatten() for buffer in buffers])
+    return found, num_reduced, torch.cat([buffer.flatten() for buffer in buffers]).cpu()
+
+
+def launched(norm, world_size=4):
+    """What a step launches on the first of many ranks whose collectives do nothing, and the weights without kernels.
+
+    A step in which the host waits for the device raises.
+    """
+    warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    handle = scaled(norm, "cuda")
+    for number in range(5):
+        drift_(handle, number)
+        with refuse_to_wait(torch.device("cuda")):
+            handle.step()
+    drift_(handle, 5)
+    found = launches(handle.step, torch.device("cuda"))
+    (plan,) = (plan for _, plan in handle._step._plans._plans)
+    return {one.name: one.count for one in found}, [weight.name for weight in plan.rest]

@@ -16,6 +16,7 @@ from lib.presets import digits
 from lib.survival import Stop
 from specscale import NonFiniteWeightError, NormScaler, apply_norm_scaling
 from specscale.block import Block
+from specscale.pending import PendingCopies
 from train import train_epoch
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
@@ -122,6 +123,25 @@ def test_a_non_finite_weight_is_held_on_the_device_and_named_a_step_later(norm, 
     for _ in range(2):
         scaling.step()
     scaling.metrics()
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_the_host_reads_nothing_of_a_step_in_a_graph_of_the_users(norm, accelerator, monkeypatch):
+    """Neither may it wait meanwhile for the step before, nor later for an event that the graph has recorded."""
+    model = net()
+    scaling = apply_norm_scaling(model, norm)
+    scaling.step()
+    calls = []
+    for name in ("__init__", "read"):
+        own = getattr(PendingCopies, name)
+        monkeypatch.setattr(PendingCopies, name, lambda *args, name=name, own=own: calls.append(name) or own(*args))
+    with monkeypatch.context() as capturing:
+        for module in ("step", "plans", "advance"):
+            capturing.setattr(f"specscale.{module}.is_capturing", lambda: True)
+        scaling.step()
+    assert calls == []
+    scaling.step()
+    assert calls == ["read", "__init__"]
 
 
 def test_two_optimizers_of_two_norms_share_a_handle(accelerator):
