@@ -3,7 +3,9 @@
 import copy
 import itertools
 import math
+import threading
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ SOLVED_ANEW = ("basis", "other_basis", "age")
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 EVERYWHERE = StateDictOptions(full_state_dict=True)
 FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 # torch's own: one process is a group too, and what it says of its formats.
 IGNORED = (
@@ -100,6 +103,12 @@ def values_of(model):
     return {name: whole(value.detach()).clone() for name, value in model.state_dict().items()}
 
 
+def moments_of(model, optimizer):
+    """What is in the optimizer's state, whole, by flat names."""
+    flat = states.get_optimizer_state_dict(model, optimizer, options=FLAT)
+    return {name: whole(value).clone() for name, value in flat.items() if isinstance(value, torch.Tensor)}
+
+
 def is_equal(one, other):
     """Whether every value is the same; the norms of a weight that has not been solved yet are NaN."""
     same = (torch.allclose(value, other[name], rtol=0, atol=0, equal_nan=True) for name, value in one.items())
@@ -129,8 +138,8 @@ def worst_off_target(scaling):
     return max(worst)
 
 
-def state_of(model, optimizer):
-    return dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer), strict=True))
+def state_of(model, optimizer, **options):
+    return dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer, **options), strict=True))
 
 
 def put(model, optimizer, state, **options):
@@ -139,11 +148,11 @@ def put(model, optimizer, state, **options):
     )
 
 
-def load(model, optimizer, folder, planner=None):
+def load(model, optimizer, folder, planner=None, **options):
     """As torch's pages have it."""
-    state = state_of(model, optimizer)
+    state = state_of(model, optimizer, **options)
     dcp.load(state, checkpoint_id=folder, planner=planner)
-    put(model, optimizer, state)
+    put(model, optimizer, state, **options)
 
 
 def short(folder):
@@ -247,34 +256,78 @@ def orders():
     return tried
 
 
+def save_beside(state, folder, training):
+    """What training gives, while a save waits with its writing until training is over."""
+    trained, write = threading.Event(), dcp.FileSystemWriter.write_data
+
+    def write_late(*args):
+        trained.wait()
+        return write(*args)
+
+    with mock.patch.object(dcp.FileSystemWriter, "write_data", write_late):
+        try:
+            # In a group of its own, since the training's sums go through the other one meanwhile.
+            saving = dcp.async_save(state, checkpoint_id=folder, process_group=dist.new_group(backend="gloo"))
+            found = training()
+            assert not saving.done()
+        finally:
+            trained.set()
+        saving.result()
+    return found
+
+
 def options(folder):
-    """Whole states of the first rank, which all of them take."""
+    """Whole states from all ranks and from the first, flat names of the optimizer's, and a save beside training."""
     ignore_torchs_own()
     model, scaling, optimizer = build("spectral")
     train(model, optimizer, range(2))
-    values, metrics = values_of(model), known(scaling)
     optimizer.zero_grad()
-    first = dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer, options=FULL), strict=True))
+    values, moments, metrics = values_of(model), moments_of(model, optimizer), known(scaling)
     # What is on a CPU already is not copied.
-    first = copy.deepcopy(first)
+    first = copy.deepcopy(state_of(model, optimizer, options=FULL))
+    flat = state_of(model, optimizer, options=FLAT)
+    assert not any(isinstance(value, dict) for value in flat["optimizer"].values())
+    dcp.save(flat, checkpoint_id=folder / "flat")
     assert is_equal(values_of(model), values)
     box = [first]
     dist.broadcast_object_list(box)
     assert is_equal(box[0]["model"], values)
-    assert bool(first["model"]) == (dist.get_rank() == 0)
-    expected = train(model, optimizer, range(2, 4))
-    for attached in (False, True):
+    assert bool(first["model"]) == bool(first["optimizer"]) == (dist.get_rank() == 0)
+    state = state_of(model, optimizer) | {"step": 2}
+    expected = save_beside(state, folder / "beside", lambda: train(model, optimizer, range(2, 4)))
+
+    def put_from_first(other, made):
+        # torch's `set_state_dict` leaves the model out on the ranks that have no state of it, and hangs on the first.
+        given = copy.deepcopy(first)
+        states.set_model_state_dict(other, given["model"], options=FROM_FIRST)
+        states.set_optimizer_state_dict(other, made, given["optimizer"], options=FROM_FIRST)
+
+    def load_with_step(other, made):
+        state = state_of(other, made) | {"step": 0}
+        dcp.load(state, checkpoint_id=folder / "beside")
+        put(other, made, state)
+        assert state["step"] == 2
+
+    ways = {
+        "everywhere": lambda other, made: put(other, made, copy.deepcopy(box[0]), options=EVERYWHERE),
+        "from first": put_from_first,
+        "flat": lambda other, made: load(other, made, folder / "flat", options=FLAT),
+        "beside": load_with_step,
+    }
+    for (way, bring_back), attached in itertools.product(ways.items(), (False, True)):
         other, other_scaling, made = build("spectral", seed=1, attach=attached)
-        put(other, made, copy.deepcopy(box[0]), options=EVERYWHERE)
+        bring_back(other, made)
         found = values_of(other)
         # Without a call for the state dict before, the block of the wide weight has no place in the model yet.
-        anew = set() if attached else {f"2.{HOME}{own}" for own in SOLVED_ANEW}
+        is_behind = not attached and way in ("everywhere", "from first")
+        anew = {f"2.{HOME}{own}" for own in SOLVED_ANEW if is_behind}
         moved = [own for own in values if own not in anew and not torch.equal(found[own], values[own])]
-        assert not moved, (attached, moved)
+        assert not moved, (way, attached, moved)
+        assert is_equal(moments_of(other, made), moments), (way, attached)
         if not attached:
             other_scaling.attach(made)
         losses = train(other, made, range(2, 4))
-        assert losses == expected if not anew else close(losses, expected), attached
+        assert losses == expected if not anew else close(losses, expected), (way, attached)
         assert known(other_scaling).keys() == metrics.keys()
 
 

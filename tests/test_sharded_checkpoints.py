@@ -68,7 +68,7 @@ def test_no_order_of_torchs_calls_moves_a_weight(ranks):
 
 
 @pytest.mark.slow
-def test_whole_states_come_back_bit_for_bit(ranks, saved):
+def test_whole_flat_and_asynchronous_states_come_back_bit_for_bit(ranks, saved):
     ranks(runs.options, 2, saved)
 
 
