@@ -4,7 +4,6 @@ What one rank does of it.
 """
 
 import contextlib
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -12,10 +11,7 @@ from interpreted import interpreted_grouped
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lib.launches import launches
-from lib.scaling_checks import refuse_to_wait
 from specscale import LayerRule, MatrixView, apply_norm_scaling, step
 from specscale import grouped as compiled
 from specscale.block import Block
@@ -92,20 +88,6 @@ def compare(norm, count, num_steps, device="cpu"):
     return found, num_reduced, torch.cat([buffer.flatten() for buffer in buffers]).cpu()
 
 
-def launched(norm, world_size=4):
-    """What a step launches on the first of many ranks whose collectives do nothing, and the weights without kernels.
-
-    A step in which the host waits for the device raises.
-    """
-    warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-    dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    handle = scaled(norm, "cuda")
-    for number in range(5):
-        drift_(handle, number)
-        with refuse_to_wait(torch.device("cuda")):
-            handle.step()
-    drift_(handle, 5)
-    found = launches(handle.step, torch.device("cuda"))
-    (plan,) = (plan for _, plan in handle._step._plans._plans)
-    return {one.name: one.count for one in found}, [weight.name for weight in plan.rest]
+def compare_on_gpu(cases, num_steps):
+    """Several comparisons by one start of the ranks, which have the GPU in common: gloo allows that."""
+    return [compare(*case, num_steps, "cuda") for case in cases]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lib import scaling_checks
+from lib import scaling_checks, sharded_checks
 from lib.gpu_benchmark import NEEDS_NEW_WORKER, RAISED, RAN, ROOT, SKIPPED, WAITING, Record
 from lib.provenance import cpu_name, provenance
 from lib.scaling_checks import Setting
@@ -182,10 +182,11 @@ def all_parts() -> dict[str, Part]:
     times = {f"step {name}": Part(functools.partial(time_steps, name=name), p.expected_s) for name, p in PACES.items()}
     first = ("step mlp-5x2000", "step resnet50")
     return {
-        "tests": Part(run_tests, 90),
+        "tests": Part(run_tests, 150),
         "syncs": Part(check(scaling_checks.syncs), 15),
         "replay": Part(check(scaling_checks.replay), 15),
         "repeats": Part(check(scaling_checks.repeats), 15),
+        "shards": Part(check(sharded_checks.shards), 30),
         **{name: times[name] for name in first},
         "errors": Part(check(scaling_checks.errors), 60),
         **{name: part for name, part in times.items() if name not in first},

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lib.workloads import Workload
 from specscale import NormScaler, apply_norm_scaling
@@ -82,8 +83,10 @@ def drift_(scaling: NormScaler, generator: torch.Generator) -> None:
     """Move every weight at random, the same on every call with an equal generator, as no training step is sure to."""
     for weight in scaling.weights:
         parameter = weight.parameter
-        noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
-        parameter.add_(0.02 * parameter.float().std(correction=0) * noise)
+        # Of a sharded weight, what this process holds.
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        noise = torch.randn(own.shape, generator=generator, device=own.device)
+        own.add_(0.02 * own.float().std(correction=0) * noise)
 
 
 @contextmanager
