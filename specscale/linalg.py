@@ -107,7 +107,7 @@ def multiplier(factor: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _product_as_torch_does(a: Tensor, b: Tensor) -> Tensor:
     # Batches of one size need none of the views that `matmul` makes.
-    return torch.bmm(a, b) if a.dim() == b.dim() == 3 and len(a) == len(b) else a @ b
+    return torch.bmm(a, b) if a.dim() == b.dim() == 3 and a.size(0) == b.size(0) else a @ b
 
 
 def _product_in_float64(a: Tensor, b: Tensor) -> Tensor:

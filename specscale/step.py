@@ -236,22 +236,25 @@ much as 2^20 elements of a weight.
 """
 
 
+NEXT_TO_NOTHING = 2**18
+"""Elements of memory that every batch may take: a batch takes as long as its small problems, however many they are."""
+
+
 def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
     """Weights of one constraint, dtype and device, to be measured together.
 
-    As many as take no more memory than the largest weight, and on a CPU no more than `MOST_OPERATIONS`. Sharded ones
-    are one batch: what they sum over processes travels together.
+    As many as take no more memory than the largest weight, or than is next to nothing, and on a CPU no more than
+    `MOST_OPERATIONS`. Sharded ones are one batch: what they sum over processes travels together.
     """
     weights = list(weights)
-    whole = [weight.parameter.numel() for weight in weights if not is_sharded(weight.parameter)]
-    largest = max(whole, default=0)
+    most_scratch = max([NEXT_TO_NOTHING, *(one.parameter.numel() for one in weights if not is_sharded(one.parameter))])
     open_batches: dict[object, tuple[list[Weight], int, int]] = {}
     for weight in weights:
         constraint, parameter = weight.scaling.constraint, weight.parameter
         scratch, cost = (0, 0) if is_sharded(parameter) else _scratch_and_cost(weight)
         key = (constraint, parameter.dtype, parameter.device, is_sharded(parameter))
         batch, total, total_cost = open_batches.get(key, ([], 0, 0))
-        if batch and (total + scratch > largest or total_cost + cost > MOST_OPERATIONS):
+        if batch and (total + scratch > most_scratch or total_cost + cost > MOST_OPERATIONS):
             yield batch
             batch, total, total_cost = [], 0, 0
         open_batches[key] = [*batch, weight], total + scratch, total_cost + cost

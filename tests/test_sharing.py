@@ -6,7 +6,16 @@ import itertools
 import pytest
 import torch
 from ranks import on_ranks
-from shared_training import NORMS, Net, all_trained, as_on_an_accelerator, collectives, everything, train
+from shared_training import (
+    NORMS,
+    Net,
+    all_trained,
+    as_on_an_accelerator,
+    collectives,
+    everything,
+    in_small_batches,
+    train,
+)
 from test_sync_free import Refuse
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,6 +27,12 @@ from specscale.step import _batches, measure_weights
 
 CASES = [("spectral", torch.float32, False), ("mixed", torch.float64, True)]
 """Norm, dtype, and whether to step as on an accelerator."""
+
+
+@pytest.fixture(autouse=True)
+def small_batches():
+    with in_small_batches():
+        yield
 
 
 def assert_same(found, expected):
@@ -180,8 +195,11 @@ def test_a_large_model_is_several_batches_where_they_cost_next_to_nothing(monkey
     def sizes():
         return [len(batch) for batch in _batches(scaling.weights)]
 
-    # By memory: a solver's scratch is more than such a weight.
+    # By memory: a solver's scratch is more than such a weight, and next to nothing.
     assert sizes() == [1, 1, 1, 1, 1, 1]
+    with monkeypatch.context() as usual:
+        usual.setattr(step, "NEXT_TO_NOTHING", 2**18)
+        assert sizes() == [5, 1]
     monkeypatch.setattr("specscale.norms.SpectralNormBySolver.scratch_elements", lambda *args: 1)
     assert sizes() == [5, 1]
     monkeypatch.setattr(step, "MOST_OPERATIONS", 2 * 96 * 40 * 40)
