@@ -25,7 +25,7 @@ from specscale.norms import Measurement
 from specscale.pending import PendingCopies
 from specscale.plans import Plan, Plans, goes_by_kernels, is_capturing
 from specscale.shards import is_sharded, parts_of
-from specscale.sharing import Sharing, operations
+from specscale.sharing import Sharing, nothing_to_share, operations
 from specscale.state import MEASURED, NormScaling
 from specscale.weights import Weight, refuse_gathered, refuse_non_finite
 
@@ -134,7 +134,7 @@ class ScalingStep:
         weights = list(weights)
         blocker = capture_blocker(weight.parameter for weight in weights)
         if blocker is not None:
-            _warn_of_no_graph(blocker, stacklevel=4)
+            _warn_of_no_graph(blocker, stacklevel=5)
         self._graphs = CapturedSteps() if blocker is None else None
         self._warn_of_collectives(weights)
 
@@ -142,7 +142,19 @@ class ScalingStep:
         """Share the measuring of steps among the processes of a group from now on; see `Sharing` for what it raises."""
         sharing = Sharing(group, weights)
         self._sharing = sharing if sharing.num_ranks > 1 else None
+        self._warn_of_nothing_shared(weights)
         self._warn_of_collectives(weights)
+
+    def _warn_of_nothing_shared(self, weights: list[Weight]) -> None:
+        """Say that steps are to be shared of which there is nothing to share, and why."""
+        # Without values, it is not known yet on which device they will be, and what takes their step there.
+        if self._sharing is None or any(weight.parameter.is_meta for weight in weights):
+            return
+        parts: dict[bool, list[Weight]] = {True: [], False: []}
+        for weight in weights:
+            parts[goes_by_kernels(weight)].append(weight)
+        if reason := nothing_to_share(_batches(parts[False]), parts[True]):
+            warnings.warn(f"share: nothing is shared, since {reason}; every process takes the whole step", stacklevel=5)
 
     def _warn_of_collectives(self, weights: list[Weight]) -> None:
         """Say that steps that are to be captured are shared, where they are: those of weights that no kernel takes."""
@@ -150,7 +162,7 @@ class ScalingStep:
             return
         if operations([weight for weight in weights if not goes_by_kernels(weight)]):
             reason = f"{self._sharing.num_ranks} processes share the step, and a graph must hold no collective"
-            _warn_of_no_graph(reason, stacklevel=5)
+            _warn_of_no_graph(reason, stacklevel=6)
 
 
 def next_num_iterations(weights: list[Weight], found: Mapping[NormScaling, "Found"]) -> NumIterations:

@@ -13,8 +13,11 @@ from specscale import apply_norm_scaling
 def test_without_cuda_a_warning_says_why_and_steps_hold():
     model = net()
     scaling = apply_norm_scaling(model, "frobenius", target=0.5)
-    with pytest.warns(UserWarning, match="capture: no CUDA graph, since weights are on cpu; steps run as they are"):
+    with pytest.warns(
+        UserWarning, match="capture: no CUDA graph, since weights are on cpu; steps run as they are"
+    ) as found:
         scaling.capture()
+    assert found[0].filename == __file__
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaling.attach(optimizer)
     for _ in train(model, optimizer, 2):
