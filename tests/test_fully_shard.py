@@ -1,9 +1,12 @@
 """Sharded weights, in several processes: the steps are those of whole weights, and nothing is gathered."""
 
 import functools
+from datetime import timedelta
 
 import pytest
-from ranks import outcomes
+import torch
+import torch.distributed as dist
+from ranks import on_ranks, outcomes
 from sharded import (
     CONSTRAINTS,
     ColumnWise,
@@ -17,6 +20,10 @@ from sharded import (
     steps_are_those_of_the_whole,
 )
 from sharded_life import LIFE
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from specscale import apply_norm_scaling, measure
 
 
 def equal(kind, build, names=CONSTRAINTS, **options):
@@ -92,3 +99,42 @@ def test_on_two_processes(name):
 def test_on_several_processes(world, group, name):
     error = started(world, group)[name]
     assert error is None, error
+
+
+ALONE = {
+    "audit": lambda model, scaling: scaling.audit(),
+    "measure": lambda model, scaling: measure(model),
+    "step": lambda model, scaling: scaling.step(),
+    "metrics": lambda model, scaling: scaling.metrics(),
+    "print": lambda model, scaling: str(scaling),
+}
+
+
+def called_on_one_rank():
+    """What each call raises that the first of the processes makes alone, while the others wait for it elsewhere."""
+    found = {}
+    for name, call in ALONE.items():
+        group = dist.new_group(timeout=timedelta(seconds=3))
+        torch.manual_seed(0)
+        scaling = apply_norm_scaling(model := mlp())
+        # By its name: torch takes meshes of the same ranks for one mesh, and so the first one's group.
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=(name,)))
+        scaling.attach(optimizer := torch.optim.SGD(model.parameters()))
+        found[name] = None
+        if dist.get_rank() == 0:
+            try:
+                call(model, scaling)
+            except RuntimeError as error:
+                found[name] = str(error)
+        dist.barrier()
+        del optimizer
+    return found
+
+
+@pytest.mark.slow
+def test_one_rank_alone_waits_for_the_others_until_the_group_gives_up(tmp_path):
+    found, others = on_ranks(called_on_one_rank, 2, tmp_path)
+    assert set(others.values()) == {None}
+    for name in ("audit", "measure", "step"):
+        assert "Timed out waiting 3000ms for recv operation to complete" in found[name]
+    assert found["metrics"] is found["print"] is None
