@@ -16,7 +16,7 @@ from specscale.state_dicts import plain_state_dict
 from specscale.targets import Relative
 from specscale.views import MatrixView
 
-__version__ = "0.7.0"
+__version__ = "0.7.1"
 
 __all__ = [
     "SVD",

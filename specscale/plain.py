@@ -350,13 +350,14 @@ def _checksum(tensor: Tensor) -> Tensor:
     if tensor.is_meta or not tensor.numel():
         return torch.zeros(5, dtype=torch.int64)
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().view(integers[tensor.element_size()]).flatten(1)
+    rows = tensor.reshape(len(tensor), -1)
+    bits = rows.view(integers[rows.element_size()])
     # Sums wrap. In int64 they take ten times as long.
     dtype = torch.int64 if bits.dtype == torch.int64 else torch.int32
     sums = [bits.sum(dim, dtype=dtype) for dim in (0, 1)]
     weighted = [one * torch.arange(1, len(one) + 1, device=one.device) ** 3 for one in sums]
     # Rows and columns together: sums of either alone are the same for a permutation of an identity matrix.
-    values = at_least_float32(tensor.detach().flatten(1))
+    values = at_least_float32(rows)
     left, right = ((torch.arange(size, device=values.device) * 0.618 % 1 + 0.5).to(values) for size in values.shape)
     both = product(left[None], product(values, right[:, None])).double().view(torch.int64).reshape(())
     return torch.stack([*(one.sum() for one in (*sums, *weighted)), both])

@@ -471,6 +471,21 @@ def test_a_fused_weight_is_read_by_the_rules_again():
     assert max(map(off_target, scaling.weights)) < 2e-3
 
 
+def test_a_weight_of_one_axis_keeps_its_state_and_is_solved_anew_where_it_changes():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(12))
+
+    rule = LayerRule(Flat, {"w": MatrixView("(o i)", lengths={"o": 3})})
+    (weight,) = (scaling := apply_norm_scaling(model := Flat(), rules=rule)).weights
+    for factor in (1, 2):
+        before = weight.scaling.norm.clone()
+        with scaling.plain():
+            model.w.data.mul_(factor)
+        assert torch.allclose(weight.scaling.norm, factor * before)
+
+
 def test_an_optimizer_of_the_plain_order_resumes_a_plain_state():
     plain = mlp()
     before = torch.optim.Adam(plain.parameters())
