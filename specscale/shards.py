@@ -85,11 +85,12 @@ class Part(NamedTuple):
     """A part of a weight's matrices, to be written, and where its numbers are among those of the weight."""
 
     split: SplitWeight
-    matrices: Index = ALL
+    # Not `ALL` by default: the compiler of torch 2.9 knows no slice that is a default.
+    matrices: Index
     """Its place among the numbers of each matrix `(k,)`."""
-    rows: Index = ALL
+    rows: Index
     """Its place among what a solver has for the rows, `(k, m)`."""
-    columns: Index = ALL
+    columns: Index
     """Its place among what a solver has for the columns, `(k, n)`."""
 
 
@@ -352,7 +353,7 @@ def parts_of(weight: Tensor, view: MatrixView) -> WeightParts:
     layout = layout_of(weight, view)
     own = local(weight)
     if layout is None:
-        return WeightParts(view.count, [Part(view.split(own))])
+        return WeightParts(view.count, [Part(view.split(own), ALL, ALL, ALL)])
     parts = []
     for piece in layout.pieces:
         sides = (piece.rows, piece.slot) if layout.block_on_rows else (piece.slot, piece.columns)

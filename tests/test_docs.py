@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import yaml
 
 import gan
@@ -34,6 +35,8 @@ def blocks_of(text, language=r"\w+"):
     return re.findall(rf"^```{language}(?: [^\n]*)?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
+# That of torch 2.9's distributed checkpoints.
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_blocks_run(page, tmp_path, monkeypatch):
     """A page's blocks one after another."""
@@ -50,8 +53,13 @@ def test_the_blocks_run(page, tmp_path, monkeypatch):
     names = {}
     # A page may add a constraint, and W&B a variable, by which later processes would find its own.
     with mock.patch.dict(CONSTRAINTS), mock.patch.dict(os.environ):
-        for block in blocks_of(text, "python"):
-            exec(block, names)
+        try:
+            for block in blocks_of(text, "python"):
+                exec(block, names)
+        finally:
+            # Where a block fails before it does so itself, the tests that follow must not.
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)

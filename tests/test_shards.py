@@ -204,7 +204,7 @@ def test_what_is_written_to_the_parts_is_what_is_written_to_the_whole(case, name
         factors = [own if name == "spectral" else None]
         constraint.project_(parts, Measurement(S[:, 0], zero, zero, zero, factors, []), target, skip)
 
-    write([shards.WeightParts(k, [Part(every.view.split(whole))])], triple)
+    write([shards.WeightParts(k, [Part(every.view.split(whole), *3 * [slice(None)])])], triple)
     for at, one in every.matrices.items():
         own = one.mT if one.block_on_rows else one
         lies = triple.transposed() if layout.block_on_rows else triple
