@@ -60,18 +60,49 @@ def wandb_records(path):
             yield record
 
 
-KEEP = """
+TWO_RUNS = """
 import os, runpy, sys
 import torch
 from lib import distributed
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+rank, script = os.environ["RANK"], sys.argv[1]
 models, data_parallel = [], distributed.data_parallel
 distributed.data_parallel = lambda model, processes: models.append(model) or data_parallel(model, processes)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-torch.save([model.state_dict() for model in models], f"{os.environ['RANK']}.pt")
+sys.argv = [script, "digits"]
+runpy.run_path(script, run_name="__main__")
+torch.save([model.state_dict() for model in models], f"{rank}.pt")
+
+count = 0
+
+
+def poison(optimizer, *_):
+    global count
+    count += 1
+    if count == 30 and rank == "1":
+        optimizer.param_groups[0]["params"][1].data[0, 0] = torch.nan
+
+
+register_optimizer_step_pre_hook(poison)
+options = ["--norms", "spectral", "--epochs", "1000", "--wandb", "disabled", "--no-compare", "--out", "poisoned"]
+sys.argv = [script, "digits", *options]
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as end:
+    torch.save(end.code, f"{rank}.code")
 """
-"""Runs a script of the recipes, and saves what each rank has trained."""
+"""The main command, which saves what each rank has trained, and a run whose second rank finds NaN, in one start."""
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """The folder of both runs, and what was printed."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "two_runs.py").write_text(TWO_RUNS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "recipes")}
+    code, output = run([*TORCHRUN, "two_runs.py", TRAIN], folder, env=environment)
+    assert code == 0, output
+    return folder, output
 
 
 def assert_equal_on_both(folder):
@@ -83,14 +114,12 @@ def assert_equal_on_both(folder):
     return first
 
 
-def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
-    (tmp_path / "keep.py").write_text(KEEP)
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "recipes")}
-    code, output = run([*TORCHRUN, "keep.py", TRAIN, "digits"], tmp_path, env=environment)
-    assert code == 0, output
-    trained = assert_equal_on_both(tmp_path)
+def test_the_main_command_trains_and_compares_three_conditions(two_runs, monkeypatch):
+    started, output = two_runs
+    monkeypatch.chdir(started)
+    trained = assert_equal_on_both(started)
     assert [any("parametrizations" in name for name in state) for state in trained] == [False, True, True]
-    folder = tmp_path / "runs" / "digits"
+    folder = Path("runs") / "digits"
     for norm in ("none", "frobenius", "spectral"):
         one = folder / f"{norm}-seed0"
         history = lines(one)
@@ -122,8 +151,21 @@ def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
     assert (folder / "comparison.md").read_text() == table
     assert {p.name for p in folder.glob("*.png")} == pictures
 
-    problem = find_problem(replace(digits(), out=tmp_path / "runs"), world_size=2)
+    problem = find_problem(digits(), world_size=2)
     assert problem == f"{folder}/none-seed0 holds a finished run; --resume goes on, --overwrite trains again"
+
+
+def test_nan_on_one_rank_stops_both_with_the_name_of_the_layer(two_runs):
+    started, output = two_runs
+    folder = Path("poisoned") / "digits" / "spectral-seed0"
+    assert [torch.load(started / f"{rank}.code") for rank in (0, 1)] == [1, 1]
+    (said,) = re.findall(r"train: (.*)", output)
+    assert said.startswith("rank 1: step: the weight of '3' holds NaN or infinity; no weight was scaled. Lower")
+    state = f"{folder}/checkpoint.pt holds epoch 2"
+    assert said.endswith(f"{state}; once that is mended, the same command with --resume goes on")
+    # Neither has lost the other while it trained.
+    assert "Connection" not in output
+    assert torch.load(started / folder / "checkpoint.pt")["epoch"] == 2
 
 
 def test_wandb_writes_to_the_runs_folder_from_another_working_directory(tmp_path, monkeypatch):
