@@ -23,15 +23,6 @@ from specscale.integrations.transformers import NormScalingCallback as TrainerCa
 NORMS = ("frobenius", "spectral")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Models this small spend their time waiting for threads.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @contextlib.contextmanager
 def watch(model):
     """Look at every weight after each optimizer step that moved one; yields the list of how far off they were."""
