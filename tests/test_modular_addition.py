@@ -14,6 +14,7 @@ from test_recipe import ROOT, TORCHRUN, TRAIN, lines, run
 from test_summaries import run as finished_run
 
 from compare import outcome
+from lib import figures
 from lib.datasets import Preprocessing, load_data, train_loader
 from lib.distributed import Processes
 from lib.models import build_model, init_and_scale
@@ -160,7 +161,9 @@ def check_that_frobenius_scaling_alone_generalizes(folder, output):
     assert (folder / "accuracy.png").exists()
 
 
-def test_a_short_run_generalizes_under_frobenius_scaling_alone(tmp_path, capsys):
+def test_a_short_run_generalizes_under_frobenius_scaling_alone(tmp_path, capsys, monkeypatch):
+    # The others are drawn by test_summaries.
+    monkeypatch.setattr(figures, "FIGURES", {"accuracy": figures.accuracy})
     # Half as wide as the preset's network.
     config = replace(modular_addition(), width=128, out=tmp_path, wandb="disabled")
     train(replace(config, norms=("none",), epochs=5, compare=False))
