@@ -18,6 +18,10 @@ from torch.multiprocessing import start_processes
 
 TIMEOUT = 900
 """Seconds after which a start is given up: a check that hangs must not hang the tests."""
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "pytest", "specscale"]
+"""What the server imports once, from which the processes of all starts are forked."""
+multiprocessing.set_forkserver_preload(PRELOADED)
+FORKSERVER = multiprocessing.get_context("forkserver")
 
 
 def outcomes(world, checks):
@@ -25,10 +29,8 @@ def outcomes(world, checks):
 
     After an error the processes are out of step, and the checks that follow are not run.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "specscale"])
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_work, args=(rank, world, checks, folder)) for rank in range(world)]
+        ranks = [FORKSERVER.Process(target=_work, args=(rank, world, checks, folder)) for rank in range(world)]
         for one in ranks:
             one.start()
         end = time.monotonic() + TIMEOUT
@@ -76,7 +78,7 @@ def _work(rank, world, checks, folder):
 def on_ranks(function, num_ranks, folder, *args, timeout=300):
     """What `function(*args)` returns on each rank of a group over gloo; an error where a rank raises or hangs."""
     context = start_processes(
-        _run_one, (function, num_ranks, folder, args), nprocs=num_ranks, join=False, start_method="spawn"
+        _run_one, (function, num_ranks, folder, args), nprocs=num_ranks, join=False, start_method="forkserver"
     )
     deadline = time.monotonic() + timeout
     try:

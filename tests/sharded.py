@@ -334,7 +334,7 @@ def reductions():
 
 def collectives(kind, build, norm, per_iteration, **options):
     """A step gathers nothing, and reduces at most so often in an iteration."""
-    _, _, model, scaling = twins(kind, build, norm, **options)
+    scaling = sharded(kind, model := build(), norm, **options)
     optimizer = sgd(model)
     scaling.attach(optimizer)
     for step in range(3):

@@ -1,4 +1,4 @@
-"""The benchmarks by their real command, on a model that is small enough."""
+"""The benchmarks by their real options, on a model that is small enough."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_recipe import ROOT, run
 
-from lib.benchmarks import SolverOptions, StepOptions, main
+from lib.benchmarks import SolverOptions, StepOptions, main, run_command
 from specscale import Block
 
 SMALL = ["--width", "80", "--batch-size", "16", "--num-threads", "1", "--out", "out"]
@@ -33,8 +33,16 @@ def results(kind, folder, said):
     return json.loads((folder / "out" / f"{stem}.json").read_text())
 
 
-def test_the_solvers_are_compared_on_one_training_run(tmp_path):
-    found = benchmark("solver", tmp_path, "--steps", "4", "--every", "2")
+def test_the_solvers_are_compared_on_one_training_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The command in this process: a new one would import torch again.
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "solver", *SMALL, "--steps", "4", "--every", "2"])
+    threads = torch.get_num_threads()
+    try:
+        run_command("")
+    finally:
+        torch.set_num_threads(threads)
+    found = results("solver", tmp_path, capsys.readouterr().out)
     rows = {row["solver"]: row for row in found["solvers"]}
     assert rows["svd"]["max error"] < 1e-5
     assert rows["block"]["max error"] < 10 * Block().tolerance < rows["power, 1 warm"]["max error"]

@@ -131,9 +131,14 @@ class Net(nn.Module):
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("init", ["orthogonal", None])
-@pytest.mark.parametrize("lr", [1e-3, 1e-2])
-@pytest.mark.parametrize("steps", [6, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("steps", "lr", "init"),
+    [
+        (6, 1e-3, "orthogonal"),
+        (6, 1e-2, None),
+        *(pytest.param(200, lr, init, marks=pytest.mark.slow) for lr in (1e-3, 1e-2) for init in ("orthogonal", None)),
+    ],
+)
 def test_no_value_is_above_after_any_step_and_none_below_is_touched(lr, init, steps):
     torch.manual_seed(0)
     model = Net()

@@ -159,8 +159,8 @@ OPTIMIZERS = {
 }
 INITS = (None, "orthogonal")
 FORMATS = (torch.contiguous_format, torch.channels_last)
-LEAN = [("adam", None, FORMATS[1]), ("sgd", "orthogonal", FORMATS[0])]
-MANY = [one for one in itertools.product(OPTIMIZERS, INITS, FORMATS) if one not in LEAN]
+LEAN = [("accelerator", "adam", None, FORMATS[1]), ("cpu", "sgd", "orthogonal", FORMATS[0])]
+MANY = [one for one in itertools.product(("cpu", "accelerator"), OPTIMIZERS, INITS, FORMATS) if one not in LEAN]
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 one_sided = pytest.mark.parametrize("case", [one for one in CASES.values() if one.one_sided], ids=str)
@@ -206,14 +206,14 @@ def assert_held(case, way, optimizer, init, memory_format, steps):
 
 
 @each_case
-@pytest.mark.parametrize(("optimizer", "init", "memory_format"), LEAN, ids=str)
+@pytest.mark.parametrize(("way", "optimizer", "init", "memory_format"), LEAN, ids=str, indirect=["way"])
 def test_each_weight_is_in_the_set_after_every_step(case, way, optimizer, init, memory_format):
     assert_held(case, way, optimizer, init, memory_format, steps=2)
 
 
 @pytest.mark.slow
 @each_case
-@pytest.mark.parametrize(("optimizer", "init", "memory_format"), MANY, ids=str)
+@pytest.mark.parametrize(("way", "optimizer", "init", "memory_format"), MANY, ids=str, indirect=["way"])
 def test_each_weight_is_in_the_set_after_each_of_many_steps(case, way, optimizer, init, memory_format):
     assert_held(case, way, optimizer, init, memory_format, steps=15)
 

@@ -228,11 +228,17 @@ def check_cap_against_twin(way, names, dtype, count, target, drift):
 
 
 @pytest.mark.parametrize(
-    ("count", "target", "drift"),
-    [(1, 0.3, 0.3), *(pytest.param(*one, marks=pytest.mark.slow) for one in [(2, 1.0, 0.05), (3, 2.0, 0.05)])],
+    ("names", "count", "target", "drift"),
+    [
+        (["wide", "20 rows", "groups channels_last"], 1, 0.3, 0.3),
+        *(
+            pytest.param(CAP_LAYERS, *one, marks=pytest.mark.slow)
+            for one in [(1, 0.3, 0.3), (2, 1.0, 0.05), (3, 2.0, 0.05)]
+        ),
+    ],
 )
-def test_a_step_of_a_cap_is_the_one_of_torch(way, count, target, drift):
-    check_cap_against_twin(way, CAP_LAYERS, torch.float32, count, target, drift)
+def test_a_step_of_a_cap_is_the_one_of_torch(way, names, count, target, drift):
+    check_cap_against_twin(way, names, torch.float32, count, target, drift)
 
 
 @pytest.mark.slow
@@ -241,9 +247,16 @@ def test_a_cap_of_every_layer_is_the_one_of_torch(way, dtype):
     check_cap_against_twin(way, LAYERS, dtype, 2, 0.8, 0.1)
 
 
-@pytest.mark.parametrize("norm", [Normalize(), Normalize(one_sided=True)], ids=["both", "one-sided"])
+# The one-sided one meets both a matrix above its target and one below.
+@pytest.mark.parametrize(
+    "norm",
+    [
+        pytest.param(Normalize(), marks=pytest.mark.slow, id="both"),
+        pytest.param(Normalize(one_sided=True), id="one-sided"),
+    ],
+)
 def test_a_step_of_normalize_is_the_one_of_torch(way, norm):
-    names, solver = ["wide", "small", "groups channels_last"], Block(tolerance=1e-30)
+    names, solver = ["small", "groups channels_last"], Block(tolerance=1e-30)
     by_torch, by_kernels = (scaled(names, norm, device=way.device, solver=solver) for _ in range(2))
     drift_([by_torch, by_kernels], 0.1, 0)
     # One of the two matrices is below its target now.
@@ -664,9 +677,9 @@ def resnet50():
 
 
 def narrow_resnet50():
-    """Eight blocks of ResNet-50, with an eighth of their channels."""
+    """Four blocks of ResNet-50, with an eighth of their channels."""
     resnet = pytest.importorskip("timm").models.resnet
-    return resnet.ResNet(resnet.Bottleneck, (2, 2, 2, 2), channels=(8, 16, 32, 64))
+    return resnet.ResNet(resnet.Bottleneck, (1, 1, 1, 1), channels=(8, 16, 32, 64))
 
 
 def vit():
@@ -854,11 +867,14 @@ def mesh():
     torch.distributed.destroy_process_group()
 
 
-def launched_variants(dtype, monkeypatch, counts, mesh):
+NORMS = ("spectral", "cap", "normalize", Normalize(one_sided=True), "frobenius")
+
+
+def launched_variants(dtype, monkeypatch, counts, mesh, norms=NORMS):
     """Every kernel with every set of constants that a step launches it with, of whole weights and of sharded ones."""
     monkeypatch.setattr("specscale.apply.solve_anew_", lambda scaling, weight: None)
     found = set()
-    for norm in ("spectral", "cap", "normalize", Normalize(one_sided=True), "frobenius"):
+    for norm in norms:
         for is_sharded in (False, True):
             layer = nn.Linear(40, 50, dtype=dtype)
             if is_sharded:
@@ -926,7 +942,7 @@ def test_every_kernel_is_launched_and_no_other(monkeypatch, mesh):
 
 @pytest.mark.parametrize("name", ["products", "update"])
 def test_a_weight_is_read_and_written_16_bytes_at_a_time(name, monkeypatch, mesh):
-    for kernel, options in launched_variants(torch.float32, monkeypatch, (1,), mesh):
+    for kernel, options in launched_variants(torch.float32, monkeypatch, (1,), mesh, ["spectral"]):
         if kernel.__name__ == name:
             code = check_compiled(kernel, options, 90)
             if name == "products":

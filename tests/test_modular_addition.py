@@ -14,6 +14,7 @@ from test_recipe import ROOT, TORCHRUN, TRAIN, lines, run
 from test_summaries import run as finished_run
 
 from compare import outcome
+from lib import figures
 from lib.datasets import Preprocessing, load_data, train_loader
 from lib.distributed import Processes
 from lib.models import build_model, init_and_scale
@@ -160,8 +161,11 @@ def check_that_frobenius_scaling_alone_generalizes(folder, output):
     assert (folder / "accuracy.png").exists()
 
 
-def test_a_short_run_generalizes_under_frobenius_scaling_alone(tmp_path, capsys):
-    config = replace(modular_addition(), out=tmp_path, wandb="disabled")
+def test_a_short_run_generalizes_under_frobenius_scaling_alone(tmp_path, capsys, monkeypatch):
+    # The others are drawn by test_summaries.
+    monkeypatch.setattr(figures, "FIGURES", {"accuracy": figures.accuracy})
+    # Half as wide as the preset's network.
+    config = replace(modular_addition(), width=128, out=tmp_path, wandb="disabled")
     train(replace(config, norms=("none",), epochs=5, compare=False))
     train(replace(config, norms=("frobenius",), epochs=10))
     check_that_frobenius_scaling_alone_generalizes(tmp_path / "modular-addition", capsys.readouterr().out)
@@ -178,6 +182,8 @@ def test_the_main_command_shows_what_it_is_for(tmp_path):
     assert last["decay"] > 0.99 > 0.5 > last["spectral"]
 
 
+# What a signal does to a run is shown by test_survival, in one process.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options", "last"),
     [
@@ -186,11 +192,10 @@ def test_the_main_command_shows_what_it_is_for(tmp_path):
             ["modular-addition", "--epochs", "4"],
             r"train: stopped by SIGINT; \S+none-seed0/checkpoint.pt holds epoch (\d); the same command .* goes on",
         ),
-        pytest.param(
+        (
             "sweep.py",
             ["--presets", "modular-addition", "--targets", "described", "--", "--epochs", "4"],
             "sweep: interrupted; the same command goes on",
-            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -151,13 +151,28 @@ def switched(request, monkeypatch):
         assert before["matmul" if name in LEGACY else "cpu"] != "cannot be read"
 
 
+SOME = [
+    *QUICK,
+    ("autocast", "this machine"),
+    ("bfloat16", "this machine"),
+    ("high", "a CPU that rounds"),
+    ("mkldnn bf16", "a CPU that rounds"),
+    ("medium", "an accelerator that rounds"),
+]
+
+
+def chosen(places):
+    """Of all settings, those that the default tests go through."""
+    return pytest.mark.parametrize(
+        "switched",
+        [pair if pair in places else pytest.param(pair, marks=pytest.mark.slow) for pair in PLACES],
+        indirect=True,
+        ids=lambda pair: "-".join(pair),
+    )
+
+
 every_setting = pytest.mark.parametrize("switched", PLACES, indirect=True, ids=lambda pair: "-".join(pair))
-few_settings = pytest.mark.parametrize(
-    "switched",
-    [pair if pair in QUICK else pytest.param(pair, marks=pytest.mark.slow) for pair in PLACES],
-    indirect=True,
-    ids=lambda pair: "-".join(pair),
-)
+few_settings, some_settings = chosen(QUICK), chosen(SOME)
 
 
 def net(seed=0):
@@ -214,7 +229,7 @@ def test_the_emulation_rounds_what_hardware_does(digits):
         assert 0.1 * 2**-digits < error < 2**-digits
 
 
-@every_setting
+@some_settings
 @pytest.mark.parametrize("norm", ["spectral", "clipped"])
 def test_a_step_moves_the_singular_values_that_it_should_and_no_other(norm, switched):
     model = net()
@@ -243,7 +258,7 @@ def test_the_polar_iteration_puts_every_singular_value_on_the_target(switched):
             assert ((values - 1).abs() <= 1e-5).all(), weight.name
 
 
-@every_setting
+@some_settings
 @pytest.mark.parametrize("num_iterations", [3, 30])
 def test_power_iteration_finds_what_has_a_gap(num_iterations, switched):
     """Few iterations multiply by the matrix, many by its Gram matrix."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lib.models import build_model, excluded_pattern, init_and_scale
-from lib.presets import mlp_5x2000, mlp_7x4000, resnet34, resnet50
+from lib.presets import digits, mlp_5x2000, mlp_7x4000, resnet18_quarter, resnet34, resnet50
 from specscale import spectral_norms
 
 CIFAR = (3, 32, 32)
@@ -74,7 +74,14 @@ def gain(table, name):
 # An MLP's init is the same from both sources. One of 7 layers of 4000 takes half a minute.
 LARGE = pytest.param(mlp_7x4000, "described", marks=pytest.mark.slow, id="mlp_7x4000-described")
 OTHERS = [preset for preset in GAINS if preset is not mlp_7x4000]
-HELD = [LARGE, *[(preset, source) for preset in OTHERS for source in ("described", "published")]]
+QUICK = [(mlp_5x2000, "described"), (resnet34, "published"), (resnet50, "described")]
+HELD = [LARGE, *QUICK]
+HELD += [
+    pytest.param(preset, source, marks=pytest.mark.slow)
+    for preset in OTHERS
+    for source in ("described", "published")
+    if (preset, source) not in QUICK
+]
 
 
 def expected_gains(preset, source, names):
@@ -110,17 +117,34 @@ def test_every_layer_starts_and_is_held_as_published(preset, source, started):
     assert all(torch.equal(state[name], value) for name, value in excluded.items())
 
 
+def test_every_condition_starts_from_the_same_weights():
+    config, shape = digits(), (1, 8, 8)
+    models = {norm: build_model(config, shape, 10) for norm in ("none", "frobenius", "spectral")}
+    scalings = {norm: init_and_scale(config, norm, model, shape) for norm, model in models.items()}
+    assert scalings["none"] is None
+    plain = models["none"].state_dict()
+    for norm, order in (("frobenius", "fro"), ("spectral", 2)):
+        state, metrics = scalings[norm].plain_state_dict(), scalings[norm].metrics()
+        assert len(scalings[norm].weights) == 3
+        for weight in scalings[norm].weights:
+            values = plain[f"{weight.name}.weight"]
+            assert torch.equal(state[f"{weight.name}.weight"], values), norm
+            exact = torch.linalg.matrix_norm(values.double(), order).item()
+            assert metrics[f"target/{weight.name}"] == pytest.approx(exact, rel=2e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "source"),
     [
         (resnet34, "published"),
-        pytest.param(resnet34, "described", marks=pytest.mark.slow),
-        pytest.param(resnet50, "described", marks=pytest.mark.slow),
-        pytest.param(resnet50, "published", marks=pytest.mark.slow),
-        pytest.param(mlp_5x2000, "described", marks=pytest.mark.slow),
+        (resnet34, "described"),
+        (resnet50, "described"),
+        (resnet50, "published"),
+        (mlp_5x2000, "described"),
     ],
 )
-def test_every_condition_starts_from_the_same_weights(preset, source):
+def test_every_condition_of_a_large_preset_starts_from_the_same_weights(preset, source):
     config = replace(preset(), targets=source)
     models = {norm: build_model(config, CIFAR, 100) for norm in ("none", "frobenius", "spectral")}
     scalings = {norm: init_and_scale(config, norm, model, CIFAR) for norm, model in models.items()}
@@ -138,7 +162,7 @@ def test_every_condition_starts_from_the_same_weights(preset, source):
 
 @pytest.mark.parametrize(
     "preset",
-    [*OTHERS, pytest.param(mlp_7x4000, marks=pytest.mark.slow)],
+    [resnet50, *(pytest.param(other, marks=pytest.mark.slow) for other in (mlp_5x2000, mlp_7x4000, resnet34))],
     ids=lambda preset: preset.__name__,
 )
 def test_described_gains_are_the_activation_sizes_of_a_forward_pass(preset, started):
@@ -155,7 +179,9 @@ def test_described_gains_are_the_activation_sizes_of_a_forward_pass(preset, star
     assert spectral_norms(model, exclude=excluded_pattern(model)) == pytest.approx(gains, rel=1e-4)
 
 
-@pytest.mark.parametrize("preset", [resnet34, pytest.param(resnet50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "preset", [resnet18_quarter, *(pytest.param(large, marks=pytest.mark.slow) for large in (resnet34, resnet50))]
+)
 def test_channel_targets_do_not_see_the_maps(preset):
     config = replace(preset(), targets="channels")
     model = build_model(config, CIFAR, 100)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from compare import main as compare
+from lib import figures
 from lib.checkpoint import CheckpointTimer
 from lib.clock import Clock
 from lib.presets import digits, mlp_5x2000
@@ -28,7 +29,6 @@ from train import find_problem, main
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TRAIN = str(ROOT / "recipes" / "train.py")
-COMPARE = str(ROOT / "recipes" / "compare.py")
 
 
 def run(command, cwd, **options):
@@ -61,10 +61,66 @@ def wandb_records(path):
             yield record
 
 
-def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
-    code, output = run([*TORCHRUN, TRAIN, "digits"], tmp_path)
+TWO_RUNS = """
+import os, runpy, sys
+import torch
+from lib import distributed
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+rank, script = os.environ["RANK"], sys.argv[1]
+models, data_parallel = [], distributed.data_parallel
+distributed.data_parallel = lambda model, processes: models.append(model) or data_parallel(model, processes)
+sys.argv = [script, "digits"]
+runpy.run_path(script, run_name="__main__")
+torch.save([model.state_dict() for model in models], f"{rank}.pt")
+
+count = 0
+
+
+def poison(optimizer, *_):
+    global count
+    count += 1
+    if count == 30 and rank == "1":
+        optimizer.param_groups[0]["params"][1].data[0, 0] = torch.nan
+
+
+register_optimizer_step_pre_hook(poison)
+options = ["--norms", "spectral", "--epochs", "1000", "--wandb", "disabled", "--no-compare", "--out", "poisoned"]
+sys.argv = [script, "digits", *options]
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit as end:
+    torch.save(end.code, f"{rank}.code")
+"""
+"""The main command, which saves what each rank has trained, and a run whose second rank finds NaN, in one start."""
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """The folder of both runs, and what was printed."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "two_runs.py").write_text(TWO_RUNS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "recipes")}
+    code, output = run([*TORCHRUN, "two_runs.py", TRAIN], folder, env=environment)
     assert code == 0, output
-    folder = tmp_path / "runs" / "digits"
+    return folder, output
+
+
+def assert_equal_on_both(folder):
+    """Bit-equal parameters and buffers on two ranks, of the models that were saved there."""
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    return first
+
+
+def test_the_main_command_trains_and_compares_three_conditions(two_runs, monkeypatch):
+    started, output = two_runs
+    monkeypatch.chdir(started)
+    trained = assert_equal_on_both(started)
+    assert [any("parametrizations" in name for name in state) for state in trained] == [False, True, True]
+    folder = Path("runs") / "digits"
     for norm in ("none", "frobenius", "spectral"):
         one = folder / f"{norm}-seed0"
         history = lines(one)
@@ -87,18 +143,37 @@ def test_the_main_command_trains_and_compares_three_conditions(tmp_path):
     config = {u.key: u.value_json for r in records for u in [*r.config.update, *r.run.config.update]}
     assert json.loads(config["width"]) == 256
     table = (folder / "comparison.md").read_text()
-    pictures = {p.name for p in folder.glob("*.png")}
-    assert pictures >= {"accuracy.png", "loss.png", "spectral_norms.png", "spectra.png", "ranks.png"}
+    assert {p.name for p in folder.glob("*.png")} >= {
+        "accuracy.png",
+        "loss.png",
+        "spectral_norms.png",
+        "spectra.png",
+        "ranks.png",
+    }
 
     for made in (*folder.glob("*.png"), folder / "comparison.md"):
         made.unlink()
-    code, output = run([sys.executable, COMPARE, str(folder)], tmp_path)
-    assert code == 0, output
+    # One figure is enough: test_summaries has all of them drawn here.
+    monkeypatch.setattr(figures, "FIGURES", {"accuracy": figures.accuracy})
+    compare(folder)
     assert (folder / "comparison.md").read_text() == table
-    assert {p.name for p in folder.glob("*.png")} == pictures
+    assert {p.name for p in folder.glob("*.png")} == {"accuracy.png"}
 
-    problem = find_problem(replace(digits(), out=tmp_path / "runs"), world_size=2)
+    problem = find_problem(digits(), world_size=2)
     assert problem == f"{folder}/none-seed0 holds a finished run; --resume goes on, --overwrite trains again"
+
+
+def test_nan_on_one_rank_stops_both_with_the_name_of_the_layer(two_runs):
+    started, output = two_runs
+    folder = Path("poisoned") / "digits" / "spectral-seed0"
+    assert [torch.load(started / f"{rank}.code") for rank in (0, 1)] == [1, 1]
+    (said,) = re.findall(r"train: (.*)", output)
+    assert said.startswith("rank 1: step: the weight of '3' holds NaN or infinity; no weight was scaled. Lower")
+    state = f"{folder}/checkpoint.pt holds epoch 2"
+    assert said.endswith(f"{state}; once that is mended, the same command with --resume goes on")
+    # Neither has lost the other while it trained.
+    assert "Connection" not in output
+    assert torch.load(started / folder / "checkpoint.pt")["epoch"] == 2
 
 
 def test_wandb_writes_to_the_runs_folder_from_another_working_directory(tmp_path, monkeypatch):
@@ -316,9 +391,9 @@ def test_resuming_with_other_options_is_refused_and_seeds_are_compared(tmp_path,
 
 
 WORKER = """
-import sys, torch, train
+import os, sys, torch, train
 from lib.presets import digits, replace
-norm, model, rank = sys.argv[1], sys.argv[2], __import__("os").environ["RANK"]
+norm, model = sys.argv[1:]
 # Not both: on some CPUs, bfloat16 convolutions of maps as small as these have gradients out of unwritten memory.
 on_host = {"channels_last": True, "data_on_device": False, "num_workers": 1}
 options = {"amp": True} if model == "mlp" else on_host
@@ -326,25 +401,18 @@ models, data_parallel = [], train.data_parallel
 train.data_parallel = lambda model, processes: models.append(model) or data_parallel(model, processes)
 options |= {"model": model, "norms": (norm,), "epochs": 1, "limit_train": 512, "width": 700, "wandb": "disabled"}
 train.main(replace(digits(), **options))
-torch.save(models[0].state_dict(), f"{rank}.pt")
+torch.save([model.state_dict() for model in models], f"{os.environ['RANK']}.pt")
 """
 
 
-@pytest.mark.parametrize(
-    ("norm", "model"),
-    [
-        ("spectral", "mlp"),
-        pytest.param("frobenius", "mlp", marks=pytest.mark.slow),
-        pytest.param("spectral", "resnet18", marks=pytest.mark.slow),
-        pytest.param("frobenius", "resnet18", marks=pytest.mark.slow),
-    ],
-)
+# The main command above shows it in float32.
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["spectral", "frobenius"])
+@pytest.mark.parametrize("model", ["mlp", "resnet18"])
 def test_ranks_hold_bit_equal_parameters_and_buffers_after_an_epoch(norm, model, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     environment = os.environ | {"PYTHONPATH": str(ROOT / "recipes")}
     code, output = run([*TORCHRUN, "worker.py", norm, model], tmp_path, env=environment)
     assert code == 0, output
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first.keys() == second.keys()
-    assert any("parametrizations" in name for name in first)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    (state,) = assert_equal_on_both(tmp_path)
+    assert any("parametrizations" in name for name in state)

@@ -169,7 +169,7 @@ def test_a_shared_step_on_an_accelerator_does_not_wait(group):
             scaling.step()
 
 
-@pytest.mark.parametrize("solver", [Block(), Block(width=9), Power(num_iterations=40), Power(warm=True), SVD(), None])
+@pytest.mark.parametrize("solver", [Block(), Block(width=9), Power(40), Power(5, warm=True), SVD(), None])
 def test_the_form_is_that_of_a_measurement(solver):
     """With the order of the axes in memory: products depend on it."""
     model = nn.Sequential(nn.Conv2d(80, 80, 1, groups=2), nn.Conv2d(36, 10, 2), nn.Linear(36, 5), nn.Linear(41, 36))

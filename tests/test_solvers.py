@@ -208,13 +208,13 @@ def test_a_matrix_that_was_zero_is_found_once_it_is_not(solver):
         assert triple.next_value.item() == pytest.approx(exact[1].item(), rel=0.1, abs=1e-4)
 
 
-@pytest.mark.parametrize("size", [1.2, 1.5, 3.0, 30.0])
+@pytest.mark.parametrize("size", [1.2, 3.0, *(pytest.param(size, marks=pytest.mark.slow) for size in (1.5, 30.0))])
 def test_a_step_after_a_spike_ends_on_the_target(size):
     # The spike stands out by far, so that its value is soon exact, and its direction is not yet: put back among the
     # other values, which are close to the target, it would leave the norm off by what is missing of the direction.
     generator = torch.Generator().manual_seed(0)
     solver = Block()
-    weight = torch.randn(8, 400, 300, generator=generator)
+    weight = torch.randn(4, 400, 300, generator=generator)
     triple, state = solve(solver, weight)
     target = triple.value
     _, state = solve_on(solver, weight, state)
@@ -231,7 +231,7 @@ def test_a_step_after_a_spike_ends_on_the_target(size):
 def test_steps_that_do_not_look_catch_up_with_a_spike(size):
     generator = torch.Generator().manual_seed(0)
     solver = Block()
-    weight = torch.randn(8, 400, 300, generator=generator)
+    weight = torch.randn(4, 400, 300, generator=generator)
     triple, state = solve(solver, weight)
     target = triple.value
     weight = with_spike(weight, size * target, generator)
@@ -244,7 +244,7 @@ def test_steps_that_do_not_look_catch_up_with_a_spike(size):
         num_iterations = solver.next_num_iterations(num_iterations, triple.error.max().item())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     m=st.integers(65, 130), n=st.integers(65, 130), seed=st.integers(0, 99), drift=st.sampled_from([1e-3, 1e-2, 0.1])
 )
@@ -254,7 +254,7 @@ def test_block_follows_a_drifting_weight_that_is_scaled_at_every_step(m, n, seed
     weight = weight if m >= n else weight.mT
     solver = Block()
     _, state = solve(solver, weight)
-    for _ in range(15):
+    for _ in range(10):
         weight = weight + drift * torch.randn(1, m, n, generator=generator) / max(m, n) ** 0.5
         exact = torch.linalg.svdvals(weight.double())[:, 0]
         triple, state = solve_on(solver, weight, state)
@@ -339,11 +339,11 @@ def test_residuals_in_one_direction_are_no_breakdown(shape, excess):
 @pytest.mark.parametrize("num_iterations", [None, 1])
 def test_steps_after_the_orthogonal_init_follow_a_drift_of_low_rank(drift, rank, num_iterations):
     generator = torch.Generator().manual_seed(0)
-    weight = torch.stack([orthonormal(300, 200, generator) for _ in range(4)]).float()
+    weight = torch.stack([orthonormal(300, 200, generator) for _ in range(2)]).float()
     solver = Block()
     _, state = solve(solver, weight)
     for _ in range(8):
-        a, b = torch.randn(4, 300, rank, generator=generator), torch.randn(4, rank, 200, generator=generator)
+        a, b = torch.randn(2, 300, rank, generator=generator), torch.randn(2, rank, 200, generator=generator)
         change = a @ b
         weight = weight + drift * change / torch.linalg.matrix_norm(change, 2)[:, None, None]
         exact = torch.linalg.svdvals(weight.double())[:, 0]

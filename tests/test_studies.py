@@ -4,8 +4,16 @@ import json
 from dataclasses import dataclass
 
 import pytest
+from ranks import FORKSERVER
 
+from lib import studies
 from lib.studies import Study, StudyOptions, read_record, run_study
+
+
+@pytest.fixture(autouse=True)
+def _quick_start(monkeypatch):
+    """Processes that are forked where torch has been imported."""
+    monkeypatch.setattr(studies, "get_context", lambda _: FORKSERVER)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ raise ValueError("first line\\nlast line")
     ("how", "processes", "reason"),
     [
         ("raises", 2, "last line"),
-        ("killed", 1, r"Signal 9 \(SIGKILL\) received by PID \d+"),
+        pytest.param("killed", 1, r"Signal 9 \(SIGKILL\) received by PID \d+", marks=pytest.mark.slow),
     ],
 )
 def test_of_a_failed_run_one_line_says_why_and_where_its_log_is(how, processes, reason, monkeypatch, capfd, tmp_path):

@@ -21,21 +21,23 @@ from specscale import NormScaler, apply_norm_scaling
 TRAINED = [
     "test_byobnet",
     "test_convnext",
-    "test_efficientnet",
-    "test_mambaout",
-    "test_nfnet",
     "test_resnet",
     "test_vit",
 ]
 BUILT = [
-    "dla46x_c",
     "starnet_s050",
     "test_coatnet",
-    "test_vit_relpos",
+    "test_efficientnet",
+    "test_mambaout",
+    "test_nfnet",
 ]
-# Of these, each takes several seconds.
+# Trained by the slow tests alone.
+TRAINED_TOO = ["test_efficientnet", "test_mambaout", "test_nfnet"]
+# Of these, each takes seconds.
 TRAINED_SLOWLY = ["efficientvit_m0", "ghostnet_050", "mobilenetv3_small_050"]
 BUILT_SLOWLY = [
+    "dla46x_c",
+    "test_vit_relpos",
     "cs3darknet_focus_s",
     "cspnext_tiny",
     "edgenext_xx_small",
@@ -71,7 +73,7 @@ def test_families_of_transformers(config):
     assert zoo.check(transformers.AutoModel.from_config(config))["weights"] >= 4
 
 
-@pytest.mark.parametrize("name", [*TRAINED, *slow(TRAINED_SLOWLY)])
+@pytest.mark.parametrize("name", [*TRAINED, *slow(TRAINED_TOO + TRAINED_SLOWLY)])
 def test_families_train(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4)
