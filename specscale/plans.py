@@ -5,26 +5,26 @@ import importlib
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specscale.constraints import Constraint
 from specscale.errors import Refusal
 from specscale.shards import layout_of
-from specscale.state import NormScaling
 from specscale.weights import Weight
 
 Fingerprint = tuple[tuple[Hashable, ...], ...]
 
 _LOOKS: tuple[Callable[[Tensor], Hashable], ...] = (
+    # The address is that of one device.
     Tensor.data_ptr,
     Tensor.stride,
     Tensor.size,
     operator.attrgetter("dtype"),
-    operator.attrgetter("device"),
 )
 
 
@@ -34,12 +34,12 @@ class Plan:
     def __init__(self, weights: list[Weight], *, by_kernels: bool = True) -> None:
         self.weights = weights
         self.scalings = {weight.scaling for weight in weights}
-        self._buffers = _buffers_of(self.scalings)
-        """Held for their ids: see `fingerprint`."""
         self.groups: list[Any] = []
         """The `grouped.GroupedStep` of the weights of each constraint, dtype and device that kernels fit."""
         self.rest: list[Weight] = []
         """The weights that step in torch operations."""
+        self.num_iterations: Mapping[Constraint, int | None] | None = None
+        """The iterations of the last step that was taken by this plan, by constraint."""
         self.graphs: dict[Hashable, Any] = {}
         """The CUDA graphs of this step. They are kept here because they read and write the memory of `groups`."""
         groups: dict[Hashable, list[Weight]] = defaultdict(list)
@@ -109,24 +109,16 @@ def is_capturing() -> bool:
 def fingerprint(weights: list[Weight]) -> Fingerprint:
     """All that a plan depends on: a stale address would be written to after its memory has been freed.
 
-    A plan holds its scalings and their buffers, so that an id is not used twice.
+    A plan holds its scalings, so that an id is not used twice.
     """
     scalings = [weight.scaling for weight in weights]
+    parameters = [weight.parameter for weight in weights]
     # Of a DTensor, what it wraps has the address.
-    parameters = [getattr(parameter, "_local_tensor", parameter) for parameter in (one.parameter for one in weights)]
-    buffers = _buffers_of(scalings)
+    tensors = [getattr(parameter, "_local_tensor", parameter) for parameter in parameters]
+    for scaling in scalings:
+        tensors += scaling._buffers.values()  # type: ignore[arg-type]
     # All tensors at once: at every step, this is the most of the host's work.
-    return (
-        tuple(map(id, scalings)),
-        *(tuple(map(look, parameters)) for look in _LOOKS),
-        # A buffer that is the same object, in the same place, is as it was.
-        tuple(map(id, buffers)),
-        tuple(map(Tensor.data_ptr, buffers)),
-    )
-
-
-def _buffers_of(scalings: Iterable[NormScaling]) -> list[Tensor]:
-    return [buffer for scaling in scalings for buffer in scaling._buffers.values()]  # type: ignore[misc]
+    return (tuple(map(id, scalings)), *(tuple(map(look, tensors)) for look in _LOOKS))
 
 
 def goes_by_kernels(weight: Weight) -> bool:

@@ -184,8 +184,8 @@ class NormScaler:
         brings all of them what was found. Not a bit changes, of weights, buffers or metrics. All processes of the group
         call this, with equal weights, and from then on take the same steps of the same weights. What costs no more than
         to send it is not shared: Frobenius norms, rows and columns, what goes by the kernels of CUDA, and weights that
-        are solved in one batch; a warning says so where these are all. Nor are `project` and steps that are compiled or
-        in a CUDA graph. With a group of one process, nothing changes.
+        are solved in one batch; nor are `project` and steps that are compiled or in a CUDA graph. With a group of one
+        process, nothing changes.
 
         Args:
             process_group: a `torch.distributed.ProcessGroup`; None means the default one.

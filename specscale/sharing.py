@@ -50,21 +50,6 @@ def owners(costs: Sequence[int], num_ranks: int) -> list[int | None]:
     return chosen
 
 
-def nothing_to_share(batches: Iterable[list[Weight]], by_kernels: list[Weight]) -> str | None:
-    """Why no process measures any of these batches for the others; None where one does.
-
-    `by_kernels` are the weights of the same step that kernels take: they are in no batch.
-    """
-    num_costly = sum(1 for batch in batches if operations(batch))
-    if num_costly > 1:
-        return None
-    if num_costly:
-        return "all that a solver measures is one batch"
-    if operations(by_kernels):
-        return "the CUDA kernels take the step of every weight that a solver measures"
-    return "measuring these norms costs no more than sending what is found"
-
-
 def refuse_sharded(weights: Iterable[Weight]) -> None:
     """Refuse weights that are solved by all processes together: one alone would wait for the others."""
     for weight in weights:

@@ -380,8 +380,10 @@ def scalings_of(module: nn.Module) -> Iterator[tuple[str, NormScaling]]:
 def scaling_of(module: nn.Module, tensor: str) -> NormScaling | None:
     """The scaling of a layer's tensor, or None where it has none."""
     parametrizations = parametrizations_of(module, tensor)
+    if parametrizations is None:
+        return None
     # A loop takes half the time of a generator.
-    for one in () if parametrizations is None else parametrizations._modules.values():
+    for one in parametrizations._modules.values():
         if isinstance(one, NormScaling):
             return one
     return None

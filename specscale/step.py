@@ -25,7 +25,7 @@ from specscale.norms import Measurement
 from specscale.pending import PendingCopies
 from specscale.plans import Plan, Plans, goes_by_kernels, is_capturing
 from specscale.shards import is_sharded, parts_of
-from specscale.sharing import Sharing, nothing_to_share, operations
+from specscale.sharing import Sharing, operations
 from specscale.state import MEASURED, NormScaling
 from specscale.weights import Weight, refuse_gathered, refuse_non_finite
 
@@ -107,10 +107,14 @@ class ScalingStep:
         # In place and outside of the captured graphs, which read the targets where they are.
         if counts:
             self._advance.advance_(weights, skip)
-        # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
-        planned = next_num_iterations(weights, {} if is_compiling else self.found)
         # Before any capture of ours: what a plan allocates and copies must not become part of a graph.
         plan = Plan(weights, by_kernels=False) if is_compiling else self._plans.of(weights)
+        if is_recorded and plan.num_iterations is not None:
+            # Kernels for as many as have been launched are compiled; a capture must compile none.
+            planned = plan.num_iterations
+        else:
+            # A compiled step keeps the iterations that it was compiled with: a change would compile it anew.
+            planned = plan.num_iterations = next_num_iterations(weights, {} if is_compiling else self.found)
         # No collective becomes part of what is compiled or captured.
         if sharing is not None and (is_recorded or not operations(plan.rest)):
             sharing = None
@@ -142,19 +146,7 @@ class ScalingStep:
         """Share the measuring of steps among the processes of a group from now on; see `Sharing` for what it raises."""
         sharing = Sharing(group, weights)
         self._sharing = sharing if sharing.num_ranks > 1 else None
-        self._warn_of_nothing_shared(weights)
         self._warn_of_collectives(weights)
-
-    def _warn_of_nothing_shared(self, weights: list[Weight]) -> None:
-        """Say that steps are to be shared of which there is nothing to share, and why."""
-        # Without values, it is not known yet on which device they will be, and what takes their step there.
-        if self._sharing is None or any(weight.parameter.is_meta for weight in weights):
-            return
-        parts: dict[bool, list[Weight]] = {True: [], False: []}
-        for weight in weights:
-            parts[goes_by_kernels(weight)].append(weight)
-        if reason := nothing_to_share(_batches(parts[False]), parts[True]):
-            warnings.warn(f"share: nothing is shared, since {reason}; every process takes the whole step", stacklevel=5)
 
     def _warn_of_collectives(self, weights: list[Weight]) -> None:
         """Say that steps that are to be captured are shared, where they are: those of weights that no kernel takes."""
@@ -248,23 +240,25 @@ much as 2^20 elements of a weight.
 """
 
 
-NEXT_TO_NOTHING = 2**18
+FREE_SCRATCH = 2**18
 """Elements of memory that every batch may take: a batch takes as long as its small problems, however many they are."""
 
 
 def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
     """Weights of one constraint, dtype and device, to be measured together.
 
-    As many as take no more memory than the largest weight, or than is next to nothing, and on a CPU no more than
+    As many as take no more memory than the largest weight or `FREE_SCRATCH`, and on a CPU no more than
     `MOST_OPERATIONS`. Sharded ones are one batch: what they sum over processes travels together.
     """
     weights = list(weights)
-    most_scratch = max([NEXT_TO_NOTHING, *(one.parameter.numel() for one in weights if not is_sharded(one.parameter))])
+    are_sharded = [is_sharded(weight.parameter) for weight in weights]
+    sizes = [w.parameter.numel() for w, sharded in zip(weights, are_sharded, strict=True) if not sharded]
+    most_scratch = max([FREE_SCRATCH, *sizes])
     open_batches: dict[object, tuple[list[Weight], int, int]] = {}
-    for weight in weights:
-        constraint, parameter = weight.scaling.constraint, weight.parameter
-        scratch, cost = (0, 0) if is_sharded(parameter) else _scratch_and_cost(weight)
-        key = (constraint, parameter.dtype, parameter.device, is_sharded(parameter))
+    for weight, sharded in zip(weights, are_sharded, strict=True):
+        parameter = weight.parameter
+        scratch, cost = (0, 0) if sharded else _scratch_and_cost(weight)
+        key = (weight.scaling.constraint, parameter.dtype, parameter.device, sharded)
         batch, total, total_cost = open_batches.get(key, ([], 0, 0))
         if batch and (total + scratch > most_scratch or total_cost + cost > MOST_OPERATIONS):
             yield batch

@@ -152,7 +152,7 @@ def trained(norm, dtype, is_accelerator, steps, is_quick):
 
 def in_small_batches():
     """A small model is measured in several batches, as a large one is: only so is there something to share."""
-    return mock.patch("specscale.step.NEXT_TO_NOTHING", 0)
+    return mock.patch("specscale.step.FREE_SCRATCH", 0)
 
 
 @in_small_batches()

@@ -845,6 +845,16 @@ def test_a_plan_is_not_made_while_a_graph_is_captured(on_cpu, unsolved, monkeypa
     assert handle._step._plans._captured == {plan for _, plan in handle._step._plans._plans}
 
 
+def test_another_dtype_at_the_same_address_is_another_plan():
+    """As when the same memory is filled again, from which parameters and buffers are swapped in."""
+    handle = apply_norm_scaling(nn.Linear(40, 50), target=1.0, init=None)
+    memory = torch.ones(1, dtype=torch.float64)
+    handle.weights[0].scaling.norm.data = memory.view(torch.float32)[:1]
+    before = plans.fingerprint(handle.weights)
+    handle.weights[0].scaling.norm.data = memory
+    assert plans.fingerprint(handle.weights) != before
+
+
 def test_where_triton_cannot_launch_a_warning_says_so(monkeypatch):
     def fail(device):
         raise RuntimeError("Failed to find C compiler")

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from specscale import SVD, Block, NormScaler, Power, apply_norm_scaling, step
-from specscale.sharing import Form, Sharing, _tensors, nothing_to_share, operations, owners
+from specscale.sharing import Form, Sharing, _tensors, owners
 from specscale.step import _batches, measure_weights
 
 CASES = [("spectral", torch.float32, False), ("mixed", torch.float64, True)]
@@ -196,10 +195,10 @@ def test_a_large_model_is_several_batches_where_they_cost_next_to_nothing(monkey
     def sizes():
         return [len(batch) for batch in _batches(scaling.weights)]
 
-    # By memory: a solver's scratch is more than such a weight, and next to nothing.
+    # By memory: a solver's scratch is more than such a weight, where nothing is free.
     assert sizes() == [1, 1, 1, 1, 1, 1]
     with monkeypatch.context() as usual:
-        usual.setattr(step, "NEXT_TO_NOTHING", 2**18)
+        usual.setattr(step, "FREE_SCRATCH", 2**18)
         assert sizes() == [5, 1]
     monkeypatch.setattr("specscale.norms.SpectralNormBySolver.scratch_elements", lambda *args: 1)
     assert sizes() == [5, 1]
@@ -213,42 +212,6 @@ def test_a_group_of_one_process_changes_nothing(group):
     _, scaling = scaled("spectral")
     assert scaling.share() is scaling
     assert scaling.share(distributed.group.WORLD)._step._sharing is None
-
-
-NOTHING = {
-    "one batch": "all that a solver measures is one batch",
-    "no solver": "measuring these norms costs no more than sending what is found",
-    "kernels": "the CUDA kernels take the step of every weight that a solver measures",
-}
-
-
-@pytest.mark.parametrize("why", NOTHING)
-def test_share_says_where_it_has_nothing_to_share(why, group, monkeypatch):
-    sharing = Sharing(None, [])
-    sharing.num_ranks = 2
-    monkeypatch.setattr(step, "Sharing", lambda group, weights: sharing)
-    monkeypatch.setattr(step, "goes_by_kernels", lambda weight: why == "kernels" and weight.name != "1")
-    model = nn.Sequential(*[nn.Linear(40, 40) for _ in range(3)])
-    norms = {"0": "rows" if why == "no solver" else "spectral", "1": "columns", "2": "frobenius"}
-    scaling = apply_norm_scaling(model, norms)
-    with pytest.warns(UserWarning, match="^share: nothing") as found:
-        scaling.share()
-    text = f"share: nothing is shared, since {NOTHING[why]}; every process takes the whole step"
-    assert [(str(one.message), one.filename) for one in found] == [(text, __file__)]
-    assert text in " ".join((Path(__file__).parent.parent / "docs" / "errors_processes.md").read_text().split())
-
-
-def test_what_share_says_is_what_a_step_does(group, monkeypatch):
-    sharing = Sharing(None, [])
-    sharing.num_ranks = 2
-    monkeypatch.setattr(step, "Sharing", lambda group, weights: sharing)
-    for norm in ("spectral", {"narrow": "clipped", "*": "frobenius"}, "frobenius"):
-        scaling = apply_norm_scaling(Net(), norm, init="orthogonal")
-        batches = list(_batches(scaling.weights))
-        is_any = any(rank is not None for rank in owners([operations(batch) for batch in batches], 2))
-        assert (nothing_to_share(batches, []) is None) == is_any == (norm == "spectral")
-    with torch.device("meta"):
-        apply_norm_scaling(nn.Linear(40, 40), "frobenius", target=1.0).share()
 
 
 def test_share_says_what_it_needs(tmp_path):

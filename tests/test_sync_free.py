@@ -131,6 +131,10 @@ def test_the_host_reads_nothing_of_a_step_in_a_graph_of_the_users(norm, accelera
     model = net()
     scaling = apply_norm_scaling(model, norm)
     scaling.step()
+    ((_, plan),) = scaling._step._plans._plans
+    launched = plan.num_iterations
+    # More than have been launched would be compiled during the capture.
+    monkeypatch.setattr(Block, "next_num_iterations", lambda *known: 7)
     calls = []
     for name in ("__init__", "read"):
         own = getattr(PendingCopies, name)
@@ -140,7 +144,9 @@ def test_the_host_reads_nothing_of_a_step_in_a_graph_of_the_users(norm, accelera
             capturing.setattr(f"specscale.{module}.is_capturing", lambda: True)
         scaling.step()
     assert calls == []
+    assert plan.num_iterations == launched
     scaling.step()
+    assert set(plan.num_iterations.values()) == {7 if norm == "spectral" else None}
     assert calls == ["read", "__init__"]
 
 
