@@ -395,11 +395,14 @@ def others_on_top(module: nn.Module, tensor: str) -> list[nn.Module]:
 
 
 def original(module: nn.Module, tensor: str) -> nn.Parameter:
-    """The parameter behind a parametrized tensor."""
+    """The parameter behind a parametrized tensor; of a layer that is plain for a while, the tensor itself."""
     # Looked up as attributes, they take ten times as long, several times for each weight at each step.
-    chain = module._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
-    parameter = chain._parameters.get("original")  # type: ignore[union-attr]
-    return chain.original if parameter is None else parameter  # type: ignore[return-value, union-attr]
+    own = module._modules.get("parametrizations")
+    chain = None if own is None else own._modules.get(tensor)
+    if chain is None:
+        return getattr(module, tensor)  # type: ignore[no-any-return]
+    parameter = chain._parameters.get("original")
+    return chain.original if parameter is None else parameter  # type: ignore[return-value]
 
 
 def parametrizations_of(module: nn.Module, tensor: str) -> nn.Module | None:

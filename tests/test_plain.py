@@ -65,8 +65,10 @@ def test_inside_it_is_the_plain_model_and_afterwards_the_same_scaled_one(norm):
     scaled, objects = shape_of(model), [*model.modules(), *model.parameters(), *model.buffers()]
     parameters = {id(p) for p in model.parameters()}
     state = copy.deepcopy(model.state_dict())
+    weights = [(weight, weight.parameter) for weight in scaling.weights]
     with scaling.plain() as inside:
         assert inside is model
+        assert all(weight.parameter is parameter for weight, parameter in weights)
         assert shape_of(model) == plain
         assert {id(p) for p in model.parameters()} == parameters
         assert not is_norm_scaled(model)
