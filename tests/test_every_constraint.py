@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_sync_free import Refuse
 from torch import nn
+from waits import Refuse
 
 from specscale import Cap, Normalize, Orthogonal, apply_norm_scaling
 from specscale.constraints import CONSTRAINTS, Constraint

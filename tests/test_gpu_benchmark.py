@@ -61,7 +61,9 @@ def test_every_part_runs_on_a_cpu_with_torch_and_little_else(tmp_path):
     for name, part in parts.items():
         if name.startswith("step "):
             rows = {row["condition"]: row for row in part["tables"]["Median times"]}
-            assert list(rows) == ["none", "frobenius", "spectral", "spectral, captured"]
+            # The largest model leaves no memory for a fourth.
+            capped = [] if name == "step gpt-24x2048" else ["cap"]
+            assert list(rows) == ["none", "frobenius", "spectral", *capped, "spectral, captured"]
             assert all(row["launches"] > 0 for row in rows.values() if row["condition"] != "none")
 
 

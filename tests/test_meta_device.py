@@ -9,8 +9,8 @@ import pytest
 import torch
 from held import off_target
 from test_every_constraint import CASES, Zoo, each_case, frobenius, matrices, train
-from test_sync_free import Refuse
 from torch import nn
+from waits import Refuse
 
 from specscale import NormScaler, Relative, apply_norm_scaling, is_norm_scaled, orthogonal_init_
 from specscale.schedules import Linear

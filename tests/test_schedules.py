@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreted import interpreted_grouped
-from test_sync_free import Refuse
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Refuse
 
 from specscale import NormScaler, Relative, apply_norm_scaling, schedules
 from specscale.advance import Advance

@@ -16,10 +16,10 @@ from shared_training import (
     in_small_batches,
     train,
 )
-from test_sync_free import Refuse
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
+from waits import Refuse
 
 from specscale import SVD, Block, NormScaler, Power, apply_norm_scaling, step
 from specscale.sharing import Form, Sharing, _tensors, owners
