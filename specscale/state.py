@@ -155,8 +155,6 @@ class NormScaling(nn.Module):
 
     def is_gathered(self, weight: Tensor) -> bool:
         """Whether the weight is sharded, and whole or less sharded for a forward pass now: a write would be lost."""
-        if not self.placements:
-            return False
         # With `reshard_after_forward=2`, say, it is in fewer shards, of a mesh of more dimensions.
         return len(placements_of(weight)) < len(self.placements) or num_shards_of(weight) < self.num_shards
 
@@ -396,9 +394,7 @@ def others_on_top(module: nn.Module, tensor: str) -> list[nn.Module]:
 
 def original(module: nn.Module, tensor: str) -> nn.Parameter:
     """The parameter behind a parametrized tensor; of a layer that is plain for a while, the tensor itself."""
-    # Looked up as attributes, they take ten times as long, several times for each weight at each step.
-    own = module._modules.get("parametrizations")
-    chain = None if own is None else own._modules.get(tensor)
+    chain = parametrizations_of(module, tensor)
     if chain is None:
         return getattr(module, tensor)  # type: ignore[no-any-return]
     parameter = chain._parameters.get("original")
@@ -406,6 +402,9 @@ def original(module: nn.Module, tensor: str) -> nn.Parameter:
 
 
 def parametrizations_of(module: nn.Module, tensor: str) -> nn.Module | None:
-    """torch's list of a tensor's parametrizations; None where it has none."""
+    """torch's list of a tensor's parametrizations; None where it has none.
+
+    Looked up as a module's attribute, it takes ten times as long, several times for each weight at each step.
+    """
     own = module._modules.get("parametrizations")
     return own._modules.get(tensor) if isinstance(own, nn.ModuleDict) else None
